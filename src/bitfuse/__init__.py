@@ -1,0 +1,32 @@
+"""bitfuse: LTX-2 blocks, faster, with output that is bit for bit the output of the host's own eager code.
+
+    handle = bitfuse.accelerate(pipe)     # a diffusers LTX-2 pipeline or transformer; in place
+    print(handle.report())                # what was fused, what was not and why
+    handle.restore()                      # and `with bitfuse.accelerated(pipe): ...`
+"""
+
+import bitfuse.ops  # noqa: F401  (defines the operators)
+from bitfuse.contract import OPERATORS, Operator, disable, enable, explain
+from bitfuse.hosts import accelerate, accelerated
+from bitfuse.hosts.patch import Handle, Report
+from bitfuse.ops.split_rotary import _ltx2_split_rotary_kernel, apply_ltx2_split_rotary_emb, apply_split_rotary_emb
+from bitfuse.proof import Mismatch, compare
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OPERATORS",
+    "Handle",
+    "Mismatch",
+    "Operator",
+    "Report",
+    "_ltx2_split_rotary_kernel",
+    "accelerate",
+    "accelerated",
+    "apply_ltx2_split_rotary_emb",
+    "apply_split_rotary_emb",
+    "compare",
+    "disable",
+    "enable",
+    "explain",
+]

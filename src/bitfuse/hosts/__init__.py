@@ -1,0 +1,64 @@
+"""The front door: find the host of a model, and take over its sites. No numerics and no predicates here."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from typing import Any
+
+from bitfuse.hosts.patch import Handle
+
+_log = logging.getLogger("bitfuse")
+_active: weakref.WeakKeyDictionary[Any, Handle] = weakref.WeakKeyDictionary()
+
+
+def accelerate(target: Any) -> Handle:
+    """Run an LTX-2 model's rotary embeddings through fused kernels, in place, with the same bits.
+
+    target    a diffusers LTX-2 pipeline, or an `LTX2VideoTransformer3DModel` (diffusers 0.37 or newer)
+
+    No weight is copied and no module replaced: state-dict keys, LoRA, hooks and `set_attention_backend` keep
+    working. Each kernel is proved against the PyTorch chain in this process before its first use; whatever
+    can't be fused runs the PyTorch chain, and the handle's `report()` says why. `handle.restore()` undoes it.
+    Accelerating a model again returns the handle that is in force. Raises TypeError for any other target.
+    """
+    models = _find(target)
+    if not models:
+        kind = f"{type(target).__module__}.{type(target).__qualname__}"
+        raise TypeError(
+            f"target is a {kind}; accepted: a diffusers LTX-2 pipeline or an LTX2VideoTransformer3DModel"
+        )
+    if models[0] in _active:
+        return _active[models[0]]
+
+    from bitfuse.hosts import diffusers as adapter
+
+    handle = Handle(adapter.NAME)
+    for model in models:
+        adapter.accelerate(model, handle)
+        _active[model] = handle
+        handle.on_restore(lambda model=model: _active.pop(model, None))
+    taken = sum(site.declined is None for site in handle.sites)
+    _log.info(
+        "bitfuse: %d of %d rotary sites taken over in %s; handle.restore() or BITFUSE=0 switches it off",
+        taken,
+        len(handle.sites),
+        adapter.NAME,
+    )
+    return handle
+
+
+def accelerated(target: Any) -> Handle:
+    """`with bitfuse.accelerated(pipe): ...`: accelerate, and restore at the end of the block."""
+    return accelerate(target)
+
+
+def _find(target: Any) -> list[Any]:
+    if "diffusers" not in sys.modules:  # then target can't be a diffusers model
+        return []
+    try:
+        from bitfuse.hosts import diffusers as adapter
+    except ImportError:  # a diffusers without LTX-2
+        return []
+    return adapter.transformers(target)

@@ -1,0 +1,142 @@
+"""Changing a host's objects so that every change can be taken back, and what was found at each site."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import textwrap
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from bitfuse.contract import Operator
+
+
+def source_hash(fn: Callable) -> str | None:
+    """The first 16 hex digits of the SHA-256 of a function's source text, or None where there is no source."""
+    try:
+        source = textwrap.dedent(inspect.getsource(fn))
+    except (OSError, TypeError):
+        return None
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+@dataclass
+class Site:
+    """One place in a model where an operator may act, and what happened there.
+
+    declined    why this site was left as it was, or None when it was taken over
+    fused       calls that ran the kernel
+    fallen      calls that ran the PyTorch chain, by the reason
+    """
+
+    name: str
+    operator: str
+    declined: str | None = None
+    fused: int = 0
+    fallen: Counter[str] = field(default_factory=Counter)
+
+    def call(self, operator: Operator, *tensors: Tensor) -> Tensor:
+        """Run the operator and note which way the call went."""
+        route = operator.route(*tensors)
+        if route.reason is None:
+            self.fused += 1
+        else:
+            self.fallen[route.reason] += 1
+        return route.run(*tensors)
+
+    @property
+    def reasons(self) -> list[str]:
+        return [self.declined] if self.declined else list(self.fallen)
+
+    @property
+    def state(self) -> str:
+        """fused, partly fused, fallen back, left alone, or not called yet."""
+        if self.declined:
+            return "left alone"
+        if not self.fused and not self.fallen:
+            return "not called yet"
+        if not self.fallen:
+            return "fused"
+        return "partly fused" if self.fused else "fallen back"
+
+
+class Report:
+    """What was fused of what was seen, and why the rest was not. Prints as a table; `as_dict()` is for programs."""
+
+    def __init__(self, host: str, sites: list[Site]):
+        self.host = host
+        self.sites = sites
+
+    @property
+    def seen(self) -> int:
+        return len(self.sites)
+
+    @property
+    def fused(self) -> int:
+        """Sites that ran the kernel at every call so far."""
+        return sum(site.state == "fused" for site in self.sites)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "host": self.host,
+            "sites_seen": self.seen,
+            "sites_fused": self.fused,
+            "sites": [
+                {
+                    "name": site.name,
+                    "operator": site.operator,
+                    "state": site.state,
+                    "calls_fused": site.fused,
+                    "calls_fallen_back": sum(site.fallen.values()),
+                    "reasons": site.reasons,
+                }
+                for site in self.sites
+            ],
+        }
+
+    def __str__(self) -> str:
+        """One line per kind of site: block numbers are folded, so 48 blocks print as one block does."""
+        kinds: dict[tuple, list[Site]] = {}
+        for site in self.sites:
+            folded = ".".join("*" if part.isdigit() else part for part in site.name.split("."))
+            kinds.setdefault((folded, site.operator, site.state, tuple(site.reasons)), []).append(site)
+        lines = [f"{self.fused} of {self.seen} sites fused in {self.host}"]
+        width = max((len(name) for name, *_ in kinds), default=0)
+        for (name, operator, state, reasons), sites in kinds.items():
+            calls = f"{sum(s.fused for s in sites)} calls fused, {sum(sum(s.fallen.values()) for s in sites)} not"
+            why = f": {'; '.join(reasons)}" if reasons else ""
+            lines.append(f"  {name:<{width}}  {len(sites):>3} x {operator}  {state} ({calls}){why}")
+        return "\n".join(lines)
+
+
+class Handle:
+    """An acceleration in force: `report()` says what it does, `restore()` undoes it. Also a context manager."""
+
+    def __init__(self, host: str):
+        self.host = host
+        self.sites: list[Site] = []
+        self._undo: list[Callable[[], None]] = []
+
+    def on_restore(self, undo: Callable[[], None]) -> None:
+        self._undo.append(undo)
+
+    def report(self) -> Report:
+        return Report(self.host, self.sites)
+
+    def restore(self) -> None:
+        """Put every attribute back. Safe to call twice."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        return f"<bitfuse.Handle: {str(self.report()).splitlines()[0]}>"

@@ -1,0 +1,101 @@
+"""Triton kernels that stay plain Python until one is about to run.
+
+`import bitfuse` must work, and be quick, where Triton is not installed. So `@kernel` only remembers the
+function; Triton is imported, and the function handed to `triton.jit`, at the first launch. The function is
+handed over with a private copy of its globals in which `tl` is `triton.language` and every other `Kernel` it
+calls is the matching Triton object: no module is ever altered, and compiled and interpreted forms of one
+kernel can live side by side in a process.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+import os
+import textwrap
+import types
+from collections.abc import Callable
+from typing import Any
+
+# Every launch spells its own arithmetic: the compiler may not contract a*b+c into a fused multiply-add.
+# The flag is passed explicitly because TRITON_DEFAULT_FP_FUSION flips every kernel that does not pass it.
+EXACT = {"enable_fp_fusion": False}
+
+
+def interpreting() -> bool:
+    """True when TRITON_INTERPRET=1: kernels then run on CPU tensors, in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Kernel:
+    """A Triton kernel, or a helper that kernels call. Launch it as `kernel[grid](*pointers, *scalars, **constants)`."""
+
+    def __init__(self, fn: Callable, do_not_specialize: tuple[str, ...] = ()):
+        functools.update_wrapper(self, fn)
+        self.fn = fn
+        self.do_not_specialize = do_not_specialize
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        form = self.interpreted if interpreting() else self.compiled
+        return functools.partial(form[grid], **EXACT)
+
+    @functools.cached_property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(inspect.signature(self.fn).parameters)
+
+    def edited(self, *edits: tuple[str, str]) -> Kernel:
+        """A kernel whose source differs by these (old, new) texts: a mutant for a battery to catch."""
+        source = textwrap.dedent(inspect.getsource(self.fn))
+        source = source[source.index("def ") :]
+        for old, new in edits:
+            if old not in source:
+                raise ValueError(f"edits: {old!r} does not stand in {self.fn.__qualname__}")
+            source = source.replace(old, new)
+        # Triton reads a kernel's source through `inspect`, which finds it in the line cache under this name
+        name = f"<{self.fn.__name__} edited {len(linecache.cache)}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        scope = dict(self.fn.__globals__)
+        exec(compile(source, name, "exec", flags=annotations.compiler_flag), scope)
+        return Kernel(scope[self.fn.__name__], self.do_not_specialize)
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The `triton.JITFunction`, for a GPU (or, through `triton.compile`, for a GPU that is not here)."""
+        from triton.runtime.jit import JITFunction
+
+        return JITFunction(self._bound("compiled"), do_not_specialize=list(self.do_not_specialize))
+
+    @functools.cached_property
+    def interpreted(self) -> Any:
+        """The same function in Triton's interpreter, rounding exactly (see `bitfuse.interpreter`)."""
+        from bitfuse.interpreter import ExactInterpretedFunction
+
+        return ExactInterpretedFunction(self._bound("interpreted"))
+
+    def _bound(self, form: str) -> types.FunctionType:
+        import triton.language as tl
+
+        fn = self.fn
+        scope = {**fn.__globals__, "tl": tl}
+        for name in fn.__code__.co_names:
+            if isinstance(scope.get(name), Kernel):
+                scope[name] = getattr(scope[name], form)
+        bound = types.FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__)
+        bound.__annotations__ = dict(fn.__annotations__)
+        bound.__qualname__, bound.__module__, bound.__doc__ = fn.__qualname__, fn.__module__, fn.__doc__
+        return bound
+
+
+def kernel(fn: Callable | None = None, *, do_not_specialize: tuple[str, ...] = ()) -> Any:
+    """Decorator: what `@triton.jit` does, but not before the first launch."""
+    if fn is None:
+        return functools.partial(Kernel, do_not_specialize=do_not_specialize)
+    return Kernel(fn)
+
+
+def triton_dtype(dtype: Any) -> Any:
+    """The `triton.language` dtype of a torch dtype, for constants that name one."""
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))

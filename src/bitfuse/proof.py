@@ -1,0 +1,206 @@
+"""Proof: compare bits, run an operator's battery, remember the verdict for as long as the process lives.
+
+Nothing here reads a file: what is written down (by `bitfuse verify`) is a document for people, never a
+permission. A verdict belongs to one signature, so a mismatch condemns that compiled kernel and no other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bitfuse.contract import Operator, Plan
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_POISON = 0x7FA5  # a NaN no kernel writes: an output element left unwritten can't pass for a right one
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Where two tensors part: a difference of form (dtype, shape, strides, device), or of bits and where first."""
+
+    sentence: str
+    index: tuple[int, ...] = ()
+    expected: str = ""
+    found: str = ""
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a battery found for one signature. `final` is False when it may be tried again (out of memory)."""
+
+    equal: bool
+    sentence: str
+    families: int = 0
+    elements: int = 0
+    seconds: float = 0.0
+    mismatch: Mismatch | None = None
+    final: bool = True
+
+
+def compare(expected: Tensor, found: Tensor) -> Mismatch | None:
+    """None when `found` is `expected` bit for bit: same dtype, shape, strides and device, and the same bits.
+
+    Compared on integer views, so -0 and +0 differ; an element is NaN in one exactly where it is NaN in the
+    other (the payload of a NaN is not defined by PyTorch itself and is not compared). Any dtype of 1 to 8
+    bytes, any strides. Waits for the device.
+    """
+    for what in ("dtype", "shape", "device"):
+        a, b = getattr(expected, what), getattr(found, what)
+        if a != b:
+            return Mismatch(f"the {what} is {b} where the reference has {a}")
+    if _strides(expected) != _strides(found):
+        return Mismatch(f"the strides are {found.stride()} where the reference has {expected.stride()}")
+    bits = _BITS[expected.element_size()]
+    differs = expected.view(bits) != found.view(bits)
+    if expected.is_floating_point():
+        differs &= ~(expected.isnan() & found.isnan())
+    count = int(differs.sum())
+    if not count:
+        return None
+    flat = int(differs.reshape(-1).to(torch.uint8).argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), expected.shape))
+    digits = 2 * expected.element_size()
+    a, b = (f"0x{int(t[index].view(bits)) & (16**digits - 1):0{digits}x}" for t in (expected, found))
+    where = f"[{', '.join(map(str, index))}]"
+    sentence = f"differs at {where}: {b} where the reference has {a} ({count} of {expected.numel()} elements)"
+    return Mismatch(sentence, index, a, b, count)
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """Strides that address anything: those of dimensions of size 0 and 1 say nothing."""
+    return () if t.numel() == 0 else tuple(s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1)
+
+
+# -- verdicts -------------------------------------------------------------------------------------------------
+
+_verdicts: dict[tuple, Verdict] = {}
+
+
+def known(signature: tuple) -> Verdict | None:
+    return _verdicts.get(signature)
+
+
+def verdicts() -> dict[tuple, Verdict]:
+    """Every verdict of this process, by signature."""
+    return dict(_verdicts)
+
+
+def forget() -> None:
+    """Drop every verdict (for tests and measurements: each signature is proved again before use)."""
+    _verdicts.clear()
+
+
+def condemn(signature: tuple, mismatch: Mismatch) -> None:
+    """Never use this signature's kernel again in this process."""
+    _verdicts[signature] = Verdict(False, mismatch.sentence, mismatch=mismatch)
+
+
+def prove(operator: Operator, signature: tuple, like: tuple[Tensor, ...]) -> Verdict:
+    """Run the operator's battery for the signature of `like` and remember the verdict."""
+    verdict = run_battery(operator.reference, operator.plan, operator.battery(*like), signature)
+    if verdict.final:
+        _verdicts[signature] = verdict
+    return verdict
+
+
+def run_battery(
+    reference: Callable[..., Tensor],
+    plan_of: Callable[..., Plan],
+    battery: Iterable[tuple[str, tuple[Tensor, ...]]],
+    signature: tuple | None = None,
+) -> Verdict:
+    """Kernel against reference on every family of inputs, into poisoned outputs; stops at the first mismatch.
+
+    This is the one place where exceptions of a kernel are caught: one that can't be built here is a reason to
+    run the reference, not a failure of the user's program.
+    """
+    start, families, elements = time.perf_counter(), 0, 0
+    try:
+        for family, tensors in battery:
+            plan = plan_of(*tensors)
+            if signature is not None and plan.signature(tensors) != signature:
+                return Verdict(False, f"the battery has no '{family}' inputs of this layout, so it stays unproved")
+            out = poisoned(plan.empty(tensors[0].device))
+            plan.bind(tensors, out)(*tensors, out)
+            expected = reference(*tensors)
+            families, elements = families + 1, elements + expected.numel()
+            if mismatch := compare(expected, out):
+                sentence = f"{mismatch.sentence}, on the battery's '{family}' inputs"
+                return Verdict(False, sentence, families, elements, time.perf_counter() - start, mismatch)
+    except torch.OutOfMemoryError:
+        return Verdict(False, "the device ran out of memory while it was being proved", final=False)
+    except torch.AcceleratorError:  # an asynchronous error of the device is never hidden by a fallback
+        raise
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        return Verdict(False, f"the kernel can't be built or run here ({type(error).__name__}: {first_line[:200]})")
+    return Verdict(True, "equal", families, elements, time.perf_counter() - start)
+
+
+def compare_live(operator: Operator, run: Any, tensors: tuple[Tensor, ...]) -> Mismatch | None:
+    """The call that asked for a proof, as further evidence: kernel against reference on the user's own tensors."""
+    try:
+        with torch.no_grad():
+            return compare(operator.reference(*tensors), run(*tensors))
+    except torch.OutOfMemoryError:  # the battery has passed; a full device is no mismatch
+        return None
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------
+
+
+def poisoned(t: Tensor) -> Tensor:
+    """Fill with a NaN pattern, in place."""
+    if t.numel():
+        t.view(_BITS[t.element_size()]).fill_(_POISON if t.element_size() == 2 else 0x7FA5A5A5)
+    return t
+
+
+def strides(t: Tensor) -> tuple[int, ...]:
+    """The strides, those of dimensions of size 1 replaced by what they would be in a dense tensor.
+
+    PyTorch lets the stride of such a dimension be anything; a launch that took it at its word would compile
+    one kernel more for each whim.
+    """
+    found = list(t.stride())
+    for dim in reversed(range(t.ndim)):
+        if t.shape[dim] == 1:
+            found[dim] = found[dim + 1] * t.shape[dim + 1] if dim + 1 < t.ndim else 1
+    return tuple(found)
+
+
+def lookalike(like: Tensor, values: Tensor) -> Tensor:
+    """A tensor that holds `values` and looks to a kernel like `like`.
+
+    Same dtype, same order of dimensions in memory, each stride in the same class (0, 1, multiple of 16 or not)
+    and the base address aligned to 16 bytes or not, as in `like`. Where `like` is expanded (stride 0), the
+    values of index 0 are expanded. `values` has as many dimensions as `like` and any sizes.
+    """
+    wanted = strides(like)
+    expanded = [s == 0 and n > 1 for s, n in zip(wanted, like.shape, strict=True)]
+    shape = list(values.shape)
+    for dim, is_expanded in enumerate(expanded):
+        if is_expanded:
+            values = values.narrow(dim, 0, 1)
+    found, span = [0] * like.ndim, 1
+    for dim in sorted(range(like.ndim), key=lambda d: (wanted[d], -d)):
+        if not expanded[dim]:
+            if wanted[dim] % 16 == 0:
+                span += -span % 16
+            elif wanted[dim] != 1 and span % 16 in (0, 1):
+                span += 2
+            found[dim] = span
+            span *= values.shape[dim]
+    offset = 0 if like.data_ptr() % 16 == 0 else 1
+    buffer = torch.empty(offset + span, dtype=like.dtype, device=like.device)
+    out = buffer.as_strided(values.shape, found, offset)
+    out.copy_(values)
+    return out.expand(shape)
