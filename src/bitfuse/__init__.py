@@ -1,8 +1,8 @@
 """bitfuse: LTX-2 blocks, faster, with output that is bit for bit the output of the host's own eager code.
 
-    handle = bitfuse.accelerate(pipe)     # a diffusers LTX-2 pipeline or transformer; in place
-    print(handle.report())                # what was fused, what was not and why
-    handle.restore()                      # and `with bitfuse.accelerated(pipe): ...`
+handle = bitfuse.accelerate(pipe)  # a diffusers LTX-2 pipeline or transformer; in place
+print(handle.report())  # what was fused, what was not and why
+handle.restore()  # and `with bitfuse.accelerated(pipe): ...`
 """
 
 import bitfuse.ops  # noqa: F401  (defines the operators)

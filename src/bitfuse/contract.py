@@ -36,6 +36,12 @@ def _read_switch() -> bool:
 
 _on = _read_switch()
 
+# What may change what a PyTorch op does, read at every call: cheap, private names for public questions.
+_autocast = torch._C._is_any_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_tracing = torch._C._get_tracing_state
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -77,10 +83,10 @@ class Plan:
         compiled = self.kernel.compiled.warmup(
             *tensors, out, *self.scalars, grid=self.grid, **self.constants, num_warps=self.num_warps, **self.options
         )
-        # The compiled kernel's own runner skips the JIT's argument inspection: the route's key already fixes
-        # all that it would look at.
+        # The compiled kernel's own runner skips the JIT's argument inspection, and addresses skip its inspection
+        # of tensors: the route's key already fixes all that they would look at.
         runner, tail = compiled[self.grid], (*self.scalars, *self.constants.values())
-        return lambda *pointers: runner(*pointers, *tail)
+        return lambda *tensors: runner(*[t.data_ptr() for t in tensors], *tail)
 
 
 def _specialisation(value: int) -> str:
@@ -179,17 +185,11 @@ class Operator:
     def route(self, *tensors: Tensor) -> Route:
         """Where a call with these tensors goes. A dictionary lookup, except the first time for a layout."""
         try:
-            key = (
-                torch.is_grad_enabled(),
-                torch.is_autocast_enabled("cuda"),
-                torch._C._len_torch_dispatch_stack(),
-                torch._C._len_torch_function_stack(),
-                torch._C._get_tracing_state() is None,
-                *[
-                    (type(t), t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16, t.requires_grad, t.is_neg())
-                    for t in tensors
-                ],
-            )
+            grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+            parts: list[Any] = [grad, _autocast(), _dispatch_modes(), _function_modes(), _tracing()]
+            for t in tensors:
+                parts += (type(t), t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15, t.is_neg())
+            key = tuple(parts)
         except (AttributeError, RuntimeError, NotImplementedError):
             # no memory to look at: fake, meta-like and functorch tensors, or not tensors at all
             return self._decide(tensors)[0]
@@ -341,17 +341,17 @@ def runnable(tensors: dict[str, Tensor]) -> Iterator[str]:
         yield "TRITON_INTERPRET=1 is set, and the interpreter is for CPU tensors"
     if torch.is_grad_enabled() and (wanting := [name for name, t in tensors.items() if t.requires_grad]):
         yield f"a gradient is required of {', '.join(wanting)}"
-    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+    if _autocast():
         yield "autocast is on, and may change what the PyTorch chain computes"
-    if torch._C._len_torch_dispatch_stack() or _function_modes():
+    if _dispatch_modes() or (_function_modes() and _watching_functions()):
         yield "a torch dispatch or function mode is active and wants to see every PyTorch op"
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+    if _tracing() or torch.compiler.is_compiling():
         yield "PyTorch is tracing; the tracer gets the PyTorch chain itself"
     if all(t.numel() == 0 for t in values[:1]):
         yield f"{next(iter(tensors))} is empty: there is nothing to compute"
 
 
-def _function_modes() -> bool:
+def _watching_functions() -> bool:
     """Function modes other than `torch.set_default_device`'s, which touches factory functions only."""
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._device import DeviceContext
@@ -362,9 +362,7 @@ def _function_modes() -> bool:
 def on_meta(reference: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """The reference's output without its values: shape, strides and dtype, and its own shape errors."""
     with torch.no_grad():
-        return reference(
-            *(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors)
-        )
+        return reference(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors))
 
 
 # -- the switch, and what was decided ----------------------------------------------------------------------------

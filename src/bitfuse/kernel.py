@@ -9,13 +9,14 @@ kernel can live side by side in a process.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import linecache
 import os
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Every launch spells its own arithmetic: the compiler may not contract a*b+c into a fused multiply-add.
@@ -28,12 +29,26 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@contextlib.contextmanager
+def interpreter() -> Iterator[None]:
+    """Within this block kernels take CPU tensors and run in Triton's interpreter, as under TRITON_INTERPRET=1."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
 class Kernel:
     """A Triton kernel, or a helper that kernels call. Launch it as `kernel[grid](*pointers, *scalars, **constants)`."""
 
     def __init__(self, fn: Callable, do_not_specialize: tuple[str, ...] = ()):
-        functools.update_wrapper(self, fn)
         self.fn = fn
+        self.__name__, self.__doc__ = fn.__name__, fn.__doc__
         self.do_not_specialize = do_not_specialize
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:

@@ -35,10 +35,7 @@ def negate(value):
 @kernel
 def multiply_add(a, b, c, FUSED: tl.constexpr):
     """a * b + c as ATen's addcmul rounds it: once (`fma.rn.f32`) when FUSED, else the product and then the sum."""
-    if FUSED:
-        return tl.fma(a, b, c)
-    else:
-        return a * b + c
+    return tl.fma(a, b, c) if FUSED else a * b + c
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import weakref
@@ -26,9 +27,7 @@ def accelerate(target: Any) -> Handle:
     models = _find(target)
     if not models:
         kind = f"{type(target).__module__}.{type(target).__qualname__}"
-        raise TypeError(
-            f"target is a {kind}; accepted: a diffusers LTX-2 pipeline or an LTX2VideoTransformer3DModel"
-        )
+        raise TypeError(f"target is a {kind}; accepted: a diffusers LTX-2 pipeline or an LTX2VideoTransformer3DModel")
     if models[0] in _active:
         return _active[models[0]]
 
@@ -38,7 +37,7 @@ def accelerate(target: Any) -> Handle:
     for model in models:
         adapter.accelerate(model, handle)
         _active[model] = handle
-        handle.on_restore(lambda model=model: _active.pop(model, None))
+        handle.on_restore(functools.partial(_active.pop, model, None))
     taken = sum(site.declined is None for site in handle.sites)
     _log.info(
         "bitfuse: %d of %d rotary sites taken over in %s; handle.restore() or BITFUSE=0 switches it off",

@@ -46,6 +46,8 @@ class _RotaryProcessor:
     __slots__ = ("site", "stock")
     site: Site
     stock: Any
+    _attention_backend: Any  # these two are upstream's, set by set_attention_backend and enable_parallelism
+    _parallel_config: Any
 
     def _attend(
         self,
@@ -77,7 +79,9 @@ class _RotaryProcessor:
                 query = self.site.call(operator, query, *query_rotary_emb)
                 key = self.site.call(operator, key, *(query_rotary_emb if key_rotary_emb is None else key_rotary_emb))
             out = upstream.dispatch_attention_fn(
-                *(t.unflatten(2, (attn.heads, -1)) for t in (query, key, value)),
+                query.unflatten(2, (attn.heads, -1)),
+                key.unflatten(2, (attn.heads, -1)),
+                value.unflatten(2, (attn.heads, -1)),
                 attn_mask=attention_mask,
                 dropout_p=0.0,
                 is_causal=False,
@@ -204,7 +208,7 @@ def _differs_from_host(
 
 def _replace_processor(attn: Any, site: Site, handle: Handle) -> None:
     stock = attn.processor
-    ours = object.__new__(_REPLACEMENTS[type(stock)])
+    ours: Any = object.__new__(_REPLACEMENTS[type(stock)])
     # One attribute dictionary for both: what is set on ours while it is in place (an attention backend, a
     # parallel config) is set on the stock one too, and stays when it comes back.
     ours.__dict__ = stock.__dict__

@@ -119,9 +119,9 @@ class Handle:
     def __init__(self, host: str):
         self.host = host
         self.sites: list[Site] = []
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
-    def on_restore(self, undo: Callable[[], None]) -> None:
+    def on_restore(self, undo: Callable[[], object]) -> None:
         self._undo.append(undo)
 
     def report(self) -> Report:

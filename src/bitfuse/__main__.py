@@ -1,0 +1,5 @@
+"""`python -m bitfuse` is `bitfuse`."""
+
+from bitfuse.cli import main
+
+main()

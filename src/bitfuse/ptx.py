@@ -1,0 +1,352 @@
+"""What the compiler makes of a kernel, without a GPU: every rounding that will be executed, counted.
+
+    python -m bitfuse.ptx                     # a table: every operator, audit and compute capability
+    python -m bitfuse.ptx --json --mutants    # the same for a program, with the mutants only a compiler makes wrong
+
+A kernel is exact when it executes the roundings that its source spells, and no others; Triton, LLVM and ptxas
+each stand between. `compile_for` compiles a plan for a GPU that need not be here and `count` reads the PTX: the
+rounding instructions, the width of each access to memory, and, from the cubin, registers and spills.
+
+LLVM respells arithmetic without changing its bits, so spellings of one rounding are counted under one name:
+
+- A packed instruction counts once for each of its results that is used (`cvt.rn.bf16x2.f32`, `fma.rn.f32x2`):
+  LLVM pads half-used pairs with lanes that nobody reads, and those round nothing.
+- `sub` counts as `add`: one rounding of a + (-b).
+- sm_80 has neither `mul.rn.bf16` nor `add.rn.bf16`; there they are `fma.rn.bf16` with the addend -0.0 or the
+  factor 1.0 or -1.0.
+
+`.rn` in a name matters: ptxas may contract `mul.f32` and `add.f32` into a fused multiply-add, but never
+`mul.rn.f32` and `add.rn.f32`. Triton drops the `.rn` where FP fusion is on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from bitfuse.contract import OPERATORS, Audit, Operator, Plan
+from bitfuse.kernel import interpreting
+
+CAPABILITIES = (80, 90, 100, 120)
+"""One of each family that Triton compiles differently: A100, H100, B200, RTX 5090."""
+
+_TOKENS = 64  # audits run on this many tokens: the count is not part of what is compiled
+
+
+def compile_for(plan: Plan, tensors: tuple[Tensor, ...], capability: int) -> Any:
+    """The `triton.compiler.CompiledKernel` that this plan's launch would compile on a GPU of that capability.
+
+    Specialised by Triton's own launcher code, not by a copy of its rules. The plan must not have been made
+    under TRITON_INTERPRET=1, where tiles are larger; ValueError if that is set.
+    """
+    if interpreting():
+        raise ValueError("TRITON_INTERPRET=1 is set: plans are then made for the interpreter; unset it to compile")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    jit = plan.kernel.compiled
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(jit.signature, jit.params, backend)
+    arguments = (*tensors, plan.empty(tensors[0].device), *plan.scalars)
+    bound, specialization, options = bind(*arguments, **plan.constants, num_warps=plan.num_warps, **plan.options)
+    options, signature, constants, attributes = jit._pack_args(backend, options, bound, specialization, options)
+    source = ASTSource(jit, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+# -- reading PTX -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one thread of a compiled kernel does. Exact where `branches` is 0, as then each line runs once.
+
+    rounding    results that are used, by rounding instruction; every float operation that may round is here
+    flushing    instructions that flush subnormals (.ftz), whatever they do
+    loads       accesses to global memory by width in bytes
+    stores
+    branches    jumps in the PTX
+    local       lines of PTX that mention .local memory
+    registers   of the cubin, by cuobjdump; None where that tool is missing
+    stack       bytes of stack, by cuobjdump; what registers spill to is there
+    """
+
+    rounding: dict[str, int]
+    flushing: tuple[str, ...]
+    loads: dict[int, int]
+    stores: dict[int, int]
+    branches: int
+    local: int
+    registers: int | None
+    stack: int | None
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(width * n for width, n in self.stores.items())
+
+
+def count(compiled: Any) -> Counts:
+    """Count what the PTX and the cubin of a compiled kernel hold. Needs no GPU."""
+    registers, stack = _resources(compiled.asm["cubin"])
+    return replace(count_ptx(compiled.asm["ptx"]), registers=registers, stack=stack)
+
+
+def count_ptx(text: str) -> Counts:
+    """`count` for PTX alone, as LLVM writes it: every register is written once, before it is read."""
+    text = re.sub(r"//.*", "", text)
+    instructions = list(_instructions(text))
+    memory: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter()}
+    for opcode, _ in instructions:
+        parts = opcode.split(".")
+        if parts[0] in memory and "global" in parts:
+            memory[parts[0]][_access_bytes(parts)] += 1
+    return Counts(
+        rounding=dict(sorted(_rounding(instructions).items())),
+        flushing=tuple(sorted({opcode for opcode, _ in instructions if ".ftz" in opcode})),
+        loads=dict(memory["ld"]),
+        stores=dict(memory["st"]),
+        branches=sum(opcode.split(".")[0] in ("bra", "brx", "call") for opcode, _ in instructions),
+        local=len(re.findall(r"\.local\b", text)),
+        registers=None,
+        stack=None,
+    )
+
+
+_FLOAT = re.compile(r"(?:bf|tf|f|e\dm)\d+(?:x\d)?")  # among the parts of an opcode
+_ROUNDS_NOTHING = {"mov", "ld", "st", "neg", "abs", "setp", "set", "selp", "slct", "min", "max", "copysign", "testp"}
+_NO_RESULT = {"st", "red", "bra", "brx", "ret", "exit", "bar", "barrier", "membar", "fence", "trap", "call"}
+_ALL = (1 << 64) - 1
+_Instruction = tuple[str, list[list[str]]]
+
+
+def _instructions(text: str) -> Iterator[_Instruction]:
+    """(opcode, operands); an operand is the list of its registers or literals, one but for {%a, %b}."""
+    for statement in re.split(r"[;\n]", text):
+        found = re.match(r"\s*(?:@!?%\w+\s+)?([a-z]\w*(?:[.:]+\w+)*)(?:\s+(.*))?$", statement)
+        if found:
+            operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s{}\[\]]+", found[2] or "")
+            yield found[1], [re.findall(r"[^,\s{}\[\]+]+", operand) for operand in operands]
+
+
+def _rounding(instructions: list[_Instruction]) -> Counter[str]:
+    """Results by rounding instruction, of those that reach memory or a branch.
+
+    A walk from the end that keeps, for each register, which of its bits are read later on.
+    """
+    literals = {o[0][0]: o[1][0] for opcode, o in instructions if opcode.startswith("mov.") and len(o) == 2}
+    found: Counter[str] = Counter()
+    read: Counter[str] = Counter()  # register -> bits
+
+    def use(operand: list[str], bits: int, width: int = 64) -> None:
+        for i, register in enumerate(operand):
+            read[register] |= (bits >> i * width) & ((1 << width) - 1)
+
+    for opcode, operands in reversed(instructions):
+        parts = opcode.split(".")
+        if parts[0] in _NO_RESULT:
+            for register in itertools.chain(*operands):
+                read[register] = _ALL
+            continue
+        if not operands:
+            continue
+        target, *sources = operands
+        packing = parts[0] == "mov"  # the one instruction that makes a wide register of several, or several of one
+        width = _bits(parts[-1]) // len(target) if packing else 64
+        bits = 0
+        for i, register in enumerate(target):
+            bits |= (read[register] & ((1 << width) - 1)) << (i * width if packing else 0)
+        if not bits:
+            continue
+        lanes, lane_bits = _lanes(parts)
+        if _rounds(parts):
+            name = _name(opcode, sources, literals)
+            found[name] += sum(bool(bits >> i * lane_bits & ((1 << lane_bits) - 1)) for i in range(lanes))
+        for source in sources:
+            if packing:
+                use(source, bits, _bits(parts[-1]) // len(source))
+            elif opcode == "or.b64" or (lanes > 1 and parts[0] != "cvt"):  # each bit, or lane, from its own place
+                use(source, bits)
+            elif opcode == "shl.b64" and sources[1][0].isdigit():
+                use(source, bits >> int(sources[1][0]))
+            else:
+                for register in source:
+                    read[register] = _ALL
+    return found
+
+
+def _rounds(parts: list[str]) -> bool:
+    if not any(_FLOAT.fullmatch(p) for p in parts[1:]) or parts[0] in _ROUNDS_NOTHING:
+        return False
+    return parts[0] != "cvt" or bool({"rn", "rna", "rz", "rm", "rp", "rs", "rni", "rzi", "rmi", "rpi"} & set(parts))
+
+
+def _name(opcode: str, sources: list[list[str]], literals: dict[str, str]) -> str:
+    """The instruction without packing, `sub` as `add`, and the bf16 operations of sm_80 by what they compute."""
+    name = re.sub(r"\b(\w+)x2\b", r"\1", opcode)
+    name = re.sub(r"^sub\.", "add.", name)
+    if name == "fma.rn.bf16":
+        copies = 0x10001 if "x2" in opcode else 1
+        a, b, c = (_literal(source[0], literals) for source in sources)
+        if c == 0x8000 * copies:
+            return "mul.rn.bf16"
+        if {a, b} & {0x3F80 * copies, 0xBF80 * copies}:
+            return "add.rn.bf16"
+    return name
+
+
+def _literal(operand: str, literals: dict[str, str]) -> int | None:
+    text = literals.get(operand, operand)
+    return int(text, 0) & 0xFFFFFFFF if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)", text) else None
+
+
+def _lanes(parts: list[str]) -> tuple[int, int]:
+    """(results, bits of each): cvt names the type of its results first, everything else names one type."""
+    for part in parts[1:]:
+        if found := re.fullmatch(r"(?:bf|f)(\d+)x2", part):
+            return 2, int(found[1])
+    return 1, 64
+
+
+def _bits(kind: str) -> int:
+    found = re.fullmatch(r"[a-z]+(\d+)", kind)
+    return int(found[1]) if found else 64
+
+
+def _access_bytes(parts: list[str]) -> int:
+    vector = next((int(p[1:]) for p in parts if re.fullmatch(r"v\d", p)), 1)
+    return vector * _bits(parts[-1]) // 8
+
+
+def _resources(cubin: bytes) -> tuple[int | None, int | None]:
+    """(registers, bytes of stack and local memory)"""
+    from triton import knobs
+
+    try:
+        tool = knobs.nvidia.cuobjdump.path
+    except RuntimeError:  # a Triton that ships without it
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    used = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return used["REG"], used["STACK"] + used["LOCAL"]
+
+
+# -- every operator's audits ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One audit on one capability: what was counted, and what was to be.
+
+    `mutant` names a wrong kernel, None the operator's own. `threads` are those of the launch, `output_bytes`
+    what all of them have to write.
+    """
+
+    operator: str
+    case: str
+    capability: int
+    mutant: str | None
+    threads: int
+    output_bytes: int
+    expected: dict[str, int]
+    counts: Counts
+
+    @property
+    def as_expected(self) -> bool:
+        return self.expected == self.counts.rounding
+
+
+def audited(
+    operators: Iterable[Operator], capabilities: Iterable[int] = CAPABILITIES, mutants: bool = False
+) -> Iterator[Audited]:
+    """Compile and count every audit of these operators; with `mutants`, also those only a compiler makes wrong."""
+    capabilities = tuple(capabilities)
+    for operator in operators:
+        for audit in operator.audits:
+            tensors = _tensors(operator, audit)
+            plans: dict[str | None, Plan] = {None: operator.plan(*tensors)}
+            if mutants:
+                plans |= {m.name: m.plan(operator, *tensors) for m in operator.mutants if m.compiled_only}
+            for name, plan in plans.items():
+                if "FUSED" in plan.constants:  # what CUDA builds of torch do from 2.11 on, whatever this CPU does
+                    plan = replace(plan, constants={**plan.constants, "FUSED": True})
+                for capability in capabilities:
+                    counts = count(compile_for(plan, tensors, capability))
+                    pairs = counts.stored_bytes // plan.dtype.itemsize // 2
+                    yield Audited(
+                        operator.name,
+                        audit.case,
+                        capability,
+                        name,
+                        threads=math.prod(plan.grid) * 32 * plan.num_warps,
+                        output_bytes=math.prod(plan.shape) * plan.dtype.itemsize,
+                        expected={instruction: n * pairs for instruction, n in sorted(audit.per_pair.items())},
+                        counts=counts,
+                    )
+
+
+def _tensors(operator: Operator, audit: Audit) -> tuple[Tensor, ...]:
+    case = next((c for c in operator.cases if c.name == audit.case), None)
+    if case is None:
+        raise ValueError(f"{operator.name} audits {audit.case!r}, which is none of its cases")
+    return case.tensors("cpu", tokens=_TOKENS)
+
+
+def _table(rows: Iterable[Audited]) -> Iterator[str]:
+    last = None
+    for row in rows:
+        if (row.operator, row.case, row.mutant) != last:
+            last = (row.operator, row.case, row.mutant)
+            yield f"\n{row.operator}, {row.case}{f', mutant: {row.mutant}' if row.mutant else ''}"
+        c = row.counts
+        rounding = ", ".join(f"{n} {instruction}" for instruction, n in c.rounding.items())
+        widths = ", ".join(
+            f"{n} {what} of {w}" for what, d in (("ld", c.loads), ("st", c.stores)) for w, n in d.items()
+        )
+        verdict = "as audited" if row.as_expected else f"AUDIT: {row.expected}"
+        extras = f"{c.registers} registers, {c.stack} bytes of stack"
+        if c.flushing:
+            extras += f", flushes: {', '.join(c.flushing)}"
+        yield f"  sm_{row.capability:<4}{rounding}; {widths} bytes; {extras}; {verdict}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bitfuse.ptx", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("operators", nargs="*", help=f"default: all of {', '.join(OPERATORS)}")
+    parser.add_argument("--capability", type=int, action="append", help=f"default: {CAPABILITIES}")
+    parser.add_argument("--mutants", action="store_true", help="also the mutants that only a compiler makes wrong")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+    given = parser.parse_args(arguments)
+    if unknown := [name for name in given.operators if name not in OPERATORS]:
+        parser.error(f"unknown operator {', '.join(unknown)}; accepted: {', '.join(OPERATORS)}")
+    if interpreting():
+        parser.error("TRITON_INTERPRET=1 is set, so nothing would be compiled as it runs; unset it")
+    operators = [OPERATORS[name] for name in given.operators or OPERATORS]
+    rows = audited(operators, given.capability or CAPABILITIES, given.mutants)
+    if given.json:
+        print(json.dumps([asdict(row) for row in rows]))
+    else:
+        for line in _table(rows):
+            print(line)
+
+
+if __name__ == "__main__":
+    import bitfuse.ops  # noqa: F401  (defines the operators)
+
+    main()
