@@ -84,12 +84,16 @@ def bench(
     import torch
 
     from bitfuse import bench as benchmark
+    from bitfuse.seeded import CannotRun
 
     if unknown := [part for part in only or [] if part not in benchmark.PARTS]:
         raise typer.Exit(_fail(f"--only {unknown[0]} is not a part; accepted: {', '.join(benchmark.PARTS)}"))
     if not torch.cuda.is_available():
         raise typer.Exit(_fail("bench needs a CUDA device: times in Triton's interpreter mean nothing"))
-    result = benchmark.run(Console(), only, tokens, layers)
+    try:
+        result = benchmark.run(Console(), only, tokens, layers)
+    except CannotRun as why:
+        raise typer.Exit(_fail(str(why))) from None
     _write(json_file, result)
     raise typer.Exit(0 if result["equal"] else 1)
 

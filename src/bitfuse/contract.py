@@ -65,8 +65,11 @@ class Plan:
         """Everything the bits may depend on: what selects the compiled kernel. Token counts are not in it."""
         pointers = tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
         names = self.kernel.parameters[len(tensors) + 1 :]
-        fixed = self.kernel.do_not_specialize
-        scalars = tuple(_specialisation(s) for s, name in zip(self.scalars, names, strict=False) if name not in fixed)
+        scalars = tuple(
+            _specialisation(value, self.kernel.fn.__annotations__.get(name))
+            for value, name in zip(self.scalars, names, strict=False)
+            if name not in self.kernel.do_not_specialize
+        )
         constants = tuple((name, str(value)) for name, value in self.constants.items())
         kernel = (self.kernel.fn.__qualname__, constants, self.num_warps)
         return (kernel, tensors[0].device, pointers, self.dtype, scalars)
@@ -89,11 +92,11 @@ class Plan:
         return lambda *tensors: runner(*[t.data_ptr() for t in tensors], *tail)
 
 
-def _specialisation(value: int) -> str:
+def _specialisation(value: int, annotation: str | None) -> str:
     """The class into which Triton's JIT puts an integer argument: one kernel is compiled per class."""
     if value == 1:
         return "1"
-    width = "i32" if -(2**31) <= value < 2**31 else "i64"
+    width = "i32" if annotation is None and -(2**31) <= value < 2**31 else "i64"
     return width + ("/16" if value % 16 == 0 else "")
 
 
@@ -186,11 +189,12 @@ class Operator:
         """Where a call with these tensors goes. A dictionary lookup, except the first time for a layout."""
         try:
             grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-            parts: list[Any] = [grad, _autocast(), _dispatch_modes(), _function_modes(), _tracing()]
+            interpreted = tensors[0].get_device() < 0 and interpreting()
+            parts: list[Any] = [grad, _autocast(), _dispatch_modes(), _function_modes(), _tracing(), interpreted]
             for t in tensors:
                 parts += (type(t), t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15, t.is_neg())
             key = tuple(parts)
-        except (AttributeError, RuntimeError, NotImplementedError):
+        except (AttributeError, IndexError, RuntimeError, NotImplementedError):
             # no memory to look at: fake, meta-like and functorch tensors, or not tensors at all
             return self._decide(tensors)[0]
         route = self._routes.get(key)

@@ -9,8 +9,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 
 import bitfuse
 from bitfuse import page
-from bitfuse.kernel import interpreting
+from bitfuse.kernel import interpreter, interpreting
 from bitfuse.machine import machine
 from bitfuse.seeded import REAL, CannotRun, Denoising, build, denoise, geometry_for, make_inputs
 
@@ -65,7 +64,7 @@ def run(
     try:
         _need_packages()
         where = _device(device)
-        with _interpreter_on(where):
+        with interpreter() if where.type == "cpu" else contextlib.nullcontext():
             return _run(Path(out), where, steps, layers, seed, console)
     except CannotRun as why:
         sentence = str(why)
@@ -159,21 +158,6 @@ def _device(asked: str | None) -> torch.device:
     if number >= torch.cuda.device_count():
         raise CannotRun(f"The device {asked} was asked for, and there are {torch.cuda.device_count()} CUDA devices.")
     return torch.device("cuda", number)
-
-
-@contextlib.contextmanager
-def _interpreter_on(device: torch.device) -> Iterator[None]:
-    """TRITON_INTERPRET=1 while the demo runs on the CPU; `bitfuse.kernel` reads it at every call."""
-    before = os.environ.get("TRITON_INTERPRET")
-    if device.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("TRITON_INTERPRET", None)
-        else:
-            os.environ["TRITON_INTERPRET"] = before
 
 
 # -- what came out ------------------------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ _STREAMS = ("video", "audio")
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The steps, for a terminal."""
-    table = Table(box=box.SIMPLE_HEAD, title="Latents after each step", title_justify="left", title_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD, title="Latents after each step", title_justify="left", title_style="bold", pad_edge=False
+    )
     for heading in ("step", "sigma", "video SHA-256", "audio SHA-256", "equal", "ms stock", "ms bitfuse"):
         words = "SHA" in heading or heading == "equal"
         table.add_column(heading, justify="left" if words else "right", no_wrap=True)
@@ -157,7 +159,7 @@ def _chart(rows: list[dict[str, Any]], ink: str) -> str:
         ("ms_bitfuse", "with bitfuse", "#2f9e6e", "s"),
     ):
         axes.plot(steps, [row[key] for row in rows[1:]], label=label, color=colour, marker=marker, ms=5, lw=1.8)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max(row[key] for row in rows[1:] for key in ("ms_stock", "ms_bitfuse")))
     axes.set_xlabel("step", color=ink)
     axes.set_ylabel("ms", color=ink)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -191,7 +191,7 @@ def lookalike(like: Tensor, values: Tensor) -> Tensor:
         if is_expanded:
             values = values.narrow(dim, 0, 1)
     found, span = [0] * like.ndim, 1
-    for dim in sorted(range(like.ndim), key=lambda d: (wanted[d], -d)):
+    for dim in sorted(range(like.ndim), key=lambda d: (wanted[d] != 1, wanted[d], -d)):
         if not expanded[dim]:
             if wanted[dim] % 16 == 0:
                 span += -span % 16

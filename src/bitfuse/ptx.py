@@ -254,16 +254,19 @@ def _resources(cubin: bytes) -> tuple[int | None, int | None]:
 class Audited:
     """One audit on one capability: what was counted, and what was to be.
 
-    `mutant` names a wrong kernel, None the operator's own. `threads` are those of the launch, `output_bytes`
-    what all of them have to write.
+    `mutant` names a wrong kernel, None the operator's own. `programs` and `threads` are those of the whole
+    launch, `output_bytes` is what they have to write. `loaded_bytes` is what one thread reads if it reads every
+    operand of its results once.
     """
 
     operator: str
     case: str
     capability: int
     mutant: str | None
+    programs: int
     threads: int
     output_bytes: int
+    loaded_bytes: int
     expected: dict[str, int]
     counts: Counts
 
@@ -288,15 +291,17 @@ def audited(
                     plan = replace(plan, constants={**plan.constants, "FUSED": True})
                 for capability in capabilities:
                     counts = count(compile_for(plan, tensors, capability))
-                    pairs = counts.stored_bytes // plan.dtype.itemsize // 2
+                    results = counts.stored_bytes // plan.dtype.itemsize
                     yield Audited(
                         operator.name,
                         audit.case,
                         capability,
                         name,
+                        programs=math.prod(plan.grid),
                         threads=math.prod(plan.grid) * 32 * plan.num_warps,
                         output_bytes=math.prod(plan.shape) * plan.dtype.itemsize,
-                        expected={instruction: n * pairs for instruction, n in sorted(audit.per_pair.items())},
+                        loaded_bytes=sum(results * t.numel() * t.itemsize for t in tensors) // math.prod(plan.shape),
+                        expected={instruction: n * (results // 2) for instruction, n in sorted(audit.per_pair.items())},
                         counts=counts,
                     )
 

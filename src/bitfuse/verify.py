@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from bitfuse import proof
 from bitfuse.contract import OPERATORS, Operator
@@ -149,9 +149,9 @@ def _print(console: Console, result: Result) -> None:
         )
     cases = list(dict.fromkeys(c.case for c in result.checks))
     names = list(dict.fromkeys(c.operator for c in result.checks))
-    table = Table("case", title="operator x case, kernel against PyTorch chain, every bit")
+    table = Table(Column("case", no_wrap=True), title="operator x case, kernel against PyTorch chain, every bit")
     for name in names:
-        table.add_column(name.replace("_rotary_", " rotary\n"), justify="center")
+        table.add_column(name.replace("_rotary_", "\nrotary\n"), justify="center")
     outcome = {(c.case, c.operator): c.outcome for c in result.checks}
     for case in cases:
         cells = (outcome.get((case, name)) for name in names)
@@ -160,9 +160,9 @@ def _print(console: Console, result: Result) -> None:
     for c in result.checks:
         if c.outcome != "equal":
             console.print(f"[{_COLOURS[c.outcome]}]{c.outcome}[/] {c.operator}, {c.case} {list(c.shape)}: {c.reason}")
-    for c in result.controls:
-        if not c.caught:
-            console.print(f"[bold red]missed[/] {c.operator}: the battery let a wrong kernel pass: {c.mutant}")
+    for wrong in result.controls:
+        if not wrong.caught:
+            console.print(f"[bold red]missed[/] {wrong.operator}: the battery let a wrong kernel pass: {wrong.mutant}")
     equal = sum(c.outcome == "equal" for c in result.checks)
     elements = sum(c.elements for c in result.checks if c.outcome == "equal")
     caught = sum(c.caught for c in result.controls)

@@ -1,0 +1,250 @@
+"""What Triton and LLVM make of each kernel, for GPUs that are not here: no rounding more or less than is spelled."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bitfuse import OPERATORS, ptx
+from bitfuse.kernel import interpreter
+
+AUDITS = [(operator.name, audit.case) for operator in OPERATORS.values() for audit in operator.audits]
+
+
+def run(cache, *arguments: str, **environment: str) -> list[dict]:
+    """`python -m bitfuse.ptx --json` in a process of its own: nothing interpreted, nothing cached before."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION")}
+    done = subprocess.run(
+        [sys.executable, "-m", "bitfuse.ptx", "--json", *arguments],
+        env={**inherited, "TRITON_CACHE_DIR": str(cache), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    return run(tmp_path_factory.mktemp("triton"), "--mutants")
+
+
+@pytest.fixture
+def own(rows, operator, case, capability) -> dict:
+    """The one row of the operator's own kernel."""
+    wanted = (operator, case, capability, None)
+    (row,) = (r for r in rows if (r["operator"], r["case"], r["capability"], r["mutant"]) == wanted)
+    return row
+
+
+every_audit = pytest.mark.parametrize(("operator", "case"), AUDITS)
+every_capability = pytest.mark.parametrize("capability", ptx.CAPABILITIES)
+
+
+def test_every_operator_is_audited():
+    assert {name for name, _ in AUDITS} == set(OPERATORS)
+
+
+@every_audit
+@every_capability
+def test_the_roundings_are_those_of_the_audit_and_no_others(own):
+    assert own["counts"]["rounding"] == own["expected"]
+    assert own["counts"]["branches"] == 0  # else a count of lines would not be a count of executions
+
+
+@every_audit
+@every_capability
+def test_the_launch_covers_the_output_and_no_program_is_idle(own):
+    """What makes "pairs per thread", read off the stores, the right factor for the audit."""
+    stored = sum(int(width) * n for width, n in own["counts"]["stores"].items())
+    assert stored > 0
+    covered, programs = own["threads"] * stored, own["programs"]
+    assert covered >= own["output_bytes"]
+    assert covered - covered // programs < own["output_bytes"]
+
+
+@every_audit
+@every_capability
+def test_nothing_is_flushed_approximated_or_left_to_ptxas(own):
+    assert own["counts"]["flushing"] == []
+    for instruction in own["counts"]["rounding"]:
+        assert ".rn" in instruction, f"{instruction}: approximate, or free for ptxas to contract"
+        assert "approx" not in instruction
+        assert "full" not in instruction
+
+
+@every_audit
+@every_capability
+def test_memory_is_accessed_16_bytes_at_a_time(own):
+    assert set(own["counts"]["loads"]) == {"16"}
+    assert set(own["counts"]["stores"]) == {"16"}
+
+
+@every_audit
+@every_capability
+def test_each_operand_is_loaded_once(own):
+    assert own["counts"]["loads"]["16"] * 16 == own["loaded_bytes"]
+
+
+@every_audit
+@every_capability
+def test_nothing_spills(own):
+    assert own["counts"]["local"] == 0
+    assert own["counts"]["stack"] == 0
+    assert own["counts"]["registers"] <= 128
+
+
+@pytest.mark.parametrize("fusion", ["0", "1"])
+def test_the_environment_does_not_change_a_rounding(fusion, rows, tmp_path):
+    """TRITON_DEFAULT_FP_FUSION flips kernels that don't say; ours do."""
+    found = run(tmp_path, "--capability", "90", TRITON_DEFAULT_FP_FUSION=fusion)
+    assert found == [r for r in rows if r["capability"] == 90 and r["mutant"] is None]
+    assert found
+
+
+def test_the_environment_does_change_a_kernel_that_does_not_say(tmp_path):
+    """The control of the test above."""
+    program = """
+import sys
+from dataclasses import replace
+import bitfuse
+from bitfuse import ptx
+operator = bitfuse.OPERATORS["interleaved_rotary_fp32"]
+tensors = operator.cases[0].tensors("cpu", tokens=16)
+plan = replace(operator.plan(*tensors), options={})
+print("fma.rn.f32" in ptx.count(ptx.compile_for(plan, tensors, 90)).rounding)
+"""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    for fusion, contracted in (("0", "False"), ("1", "True")):
+        environment = {**inherited, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": fusion}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == [contracted], done.stderr
+
+
+def test_mutants_that_only_a_compiler_makes_wrong_are_counted_wrong(rows):
+    """The negative control: left to itself, the compiler contracts, and the counts show it."""
+    harmless = {(o.name, m.name): [str(d) for d in m.harmless_for] for o in OPERATORS.values() for m in o.mutants}
+    dtypes = {(o.name, c.name): str(c.tensors("cpu", tokens=1)[0].dtype) for o in OPERATORS.values() for c in o.cases}
+    seen = 0
+    for row in rows:
+        name, mutant = row["operator"], row["mutant"]
+        if mutant is None or dtypes[name, row["case"]] in harmless[name, mutant]:
+            continue
+        seen += 1
+        assert row["counts"]["rounding"] != row["expected"], (name, row["case"], row["capability"], mutant)
+    assert seen >= 4 * len(ptx.CAPABILITIES)
+
+
+# -- the counting itself ----------------------------------------------------------------------------------------------
+
+
+def test_packed_results_count_when_they_are_used():
+    counts = ptx.count_ptx("""
+        mov.b64 %rd1, {%r1, %r2};
+        cvt.u64.u32 %rd2, %r3;
+        cvt.u64.u32 %rd3, %r4;
+        shl.b64 %rd4, %rd3, 32;
+        or.b64 %rd5, %rd2, %rd4;
+        mul.rn.f32x2 %rd6, %rd1, %rd5;      // both lanes: one for each sum below
+        sub.rn.f32x2 %rd7, %rd6, %rd5;      // the low lane alone
+        add.rn.f32x2 %rd8, %rd6, %rd5;      // the high lane alone
+        mov.b64 {%r5, _}, %rd7;
+        mov.b64 {_, %r6}, %rd8;
+        cvt.rn.bf16x2.f32 %r7, %r6, %r5;
+        mul.rn.f32 %r8, %r1, %r2;           // read by nobody
+        @%p1 st.global.b32 [ %rd9 + 0 ], { %r7 };
+        """)
+    assert counts.rounding == {"add.rn.f32": 2, "cvt.rn.bf16.f32": 2, "mul.rn.f32": 2}
+    assert counts.stores == {4: 1}
+
+
+def test_a_lane_that_only_a_dead_lane_reads_is_dead():
+    counts = ptx.count_ptx("""
+        mul.rn.f32x2 %rd3, %rd1, %rd2;
+        add.rn.f32x2 %rd4, %rd3, %rd2;
+        mov.b64 {%r1, _}, %rd4;
+        st.global.b32 [%rd9], %r1;
+        """)
+    assert counts.rounding == {"add.rn.f32": 1, "mul.rn.f32": 1}
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c", "name"),
+    [
+        ("%rs1", "%rs2", "%rs8", "mul.rn.bf16"),
+        ("%rs1", "0x3F80", "%rs2", "add.rn.bf16"),
+        ("%rs1", "%rs9", "%rs2", "add.rn.bf16"),
+        ("%rs1", "%rs2", "%rs3", "fma.rn.bf16"),
+        ("%rs1", "%rs2", "%rs7", "fma.rn.bf16"),
+    ],
+)
+def test_sm_80_spells_bf16_products_and_sums_as_fma(a, b, c, name):
+    counts = ptx.count_ptx(f"""
+        mov.b16 %rs7, 0x0000;
+        mov.b16 %rs8, 0x8000;
+        mov.b16 %rs9, 0xBF80;
+        fma.rn.bf16 %rs4, {a}, {b}, {c};
+        st.global.b16 [%rd1], %rs4;
+        """)
+    assert counts.rounding == {name: 1}
+
+
+@pytest.mark.parametrize(("addend", "name"), [("-2147450880", "mul.rn.bf16"), ("32768", "fma.rn.bf16")])
+def test_a_packed_constant_has_to_be_one_in_both_lanes(addend, name):
+    counts = ptx.count_ptx(f"""
+        mov.b32 %r9, {addend};
+        fma.rn.bf16x2 %r4, %r1, %r2, %r9;
+        st.global.b32 [%rd1], %r4;
+        """)
+    assert counts.rounding == {name: 2}
+
+
+def test_what_is_approximate_flushes_or_spills_shows():
+    counts = ptx.count_ptx("""
+        .local .align 8 .b8 __local_depot0[16];
+        ld.global.L1::evict_last.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+        ld.global.nc.v2.b64 { %rd7, %rd8 }, [ %rd1 + 0 ];
+        ld.global.b16 %rs1, [%rd1];
+        rsqrt.approx.ftz.f32 %r5, %r1;
+        div.full.f32 %r6, %r5, %r2;
+        mul.f32 %r7, %r6, %r3;
+        abs.ftz.f32 %r8, %r7;
+        add.s32 %r9, %r8, 1;
+        @%p1 bra $L1;
+        st.global.v2.b32 [ %rd1 + 0 ], { %r9, %r4 };
+        """)
+    assert counts.rounding == {"div.full.f32": 1, "mul.f32": 1, "rsqrt.approx.ftz.f32": 1}
+    assert counts.flushing == ("abs.ftz.f32", "rsqrt.approx.ftz.f32")
+    assert counts.loads == {16: 2, 2: 1}
+    assert counts.stores == {8: 1}
+    assert (counts.branches, counts.local) == (1, 1)
+
+
+def test_plans_of_the_interpreter_are_refused():
+    operator = next(iter(OPERATORS.values()))
+    tensors = operator.cases[0].tensors("cpu", tokens=1)
+    with interpreter(), pytest.raises(ValueError, match="TRITON_INTERPRET=1 is set"):
+        ptx.compile_for(operator.plan(*tensors), tensors, 90)
+
+
+def test_the_table_is_readable(tmp_path):
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bitfuse.ptx", "split_rotary_fp32", "--capability", "90"],
+        env={**inherited, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "split_rotary_fp32, video self-attention, 768x512x121\n  sm_90" in done.stdout
+    assert "fma.rn.f32" in done.stdout
+    assert "as audited" in done.stdout
+
+
+def test_an_unknown_operator_is_named(tmp_path):
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-m", "bitfuse.ptx", "rope"], env=inherited, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown operator rope; accepted: " in done.stderr
