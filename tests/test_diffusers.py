@@ -21,6 +21,7 @@ upstream = pytest.importorskip("diffusers.models.transformers.transformer_ltx2")
 
 SITES = ("attn1", "audio_attn1", "audio_to_video_attn", "video_to_audio_attn")
 LAYERS = 2
+ALL = LAYERS * len(SITES)
 TINY = {
     "num_attention_heads": 4,
     "attention_head_dim": 32,
@@ -45,7 +46,7 @@ V23 = {
     "perturbed_attn": True,
 }
 INTERLEAVED = {**TINY, "rope_type": "interleaved"}
-CONFIGS = {"2.0": V20, "2.3": V23, "interleaved": INTERLEAVED, "2.3 interleaved": {**V23, "rope_type": "interleaved"}}
+CONFIGS = {"2.0": V20, "2.3": V23, "interleaved": INTERLEAVED}
 
 # keyword arguments of a pass, and how many times each site of a block is called in it by layer
 PASSES = {
@@ -133,13 +134,13 @@ def assert_all_fell_back(handle, cause, calls_per_site=2):
         assert all(cause in reason for reason in site.reasons)
 
 
-def assert_left_alone(handle, cause, count=LAYERS * len(SITES)):
+def assert_left_alone(handle, cause, count=ALL):
     declined = [site for site in handle.report().sites if site.state == "left alone"]
     assert len(declined) == count
     assert all(cause in site.declined for site in declined)
 
 
-# -- the same bits ----------------------------------------------------------------------------------------------------
+# -- the same bits -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -182,7 +183,7 @@ def test_a_self_attention_mask_changes_nothing_for_us(device):
         assert_fused(handle)
 
 
-# -- nothing left behind --------------------------------------------------------------------------------------------------
+# -- nothing left behind -------------------------------------------------------------------------------------------
 
 
 def _attributes(model):
@@ -233,10 +234,16 @@ def test_accelerating_twice_gives_the_same_handle(device):
 def test_the_context_manager_restores_when_the_block_raises(device):
     model = make(device=device)
     before = _attributes(model)
-    with pytest.raises(KeyError), bitfuse.accelerated(model) as handle:
-        run(model)
-        assert_fused(handle)
-        raise KeyError
+    handle = bitfuse.accelerated(model)
+
+    def interrupted():
+        with handle:
+            run(model)
+            assert_fused(handle)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert _attributes(model) == before
 
 
@@ -291,7 +298,7 @@ def _saved_and_loaded(model):
     return torch.load(buffer, weights_only=False)
 
 
-# -- targets --------------------------------------------------------------------------------------------------------------
+# -- targets -------------------------------------------------------------------------------------------------------
 
 
 class Pipeline:
@@ -325,7 +332,7 @@ def test_another_target_is_a_type_error_that_names_it(target, name):
     assert name in str(e.value)
 
 
-# -- attention backends -------------------------------------------------------------------------------------------------------
+# -- attention backends --------------------------------------------------------------------------------------------
 
 
 def _backends(model):
@@ -367,7 +374,7 @@ def test_an_attention_backend_set_meanwhile_works_and_stays(device, monkeypatch)
     assert _backends(model) != backends
 
 
-# -- hooks and offloading -----------------------------------------------------------------------------------------------------
+# -- hooks and offloading ------------------------------------------------------------------------------------------
 
 
 def _watch_diffusers(model, seen):
@@ -465,7 +472,7 @@ def test_offloading_and_casting_keep_working(how, order, device):
     assert_fused(handle)
 
 
-# -- LoRA, training, compilation ------------------------------------------------------------------------------------------------
+# -- LoRA, training, compilation -----------------------------------------------------------------------------------
 
 
 def _add_lora(model, dropout=0.0, seed=3):
@@ -548,9 +555,14 @@ def test_lora_training_with_dropout_draws_the_same_numbers(config, device):
     assert_all_fell_back(handle, "a gradient is required")
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("config", ["2.0", "2.3"])
-@pytest.mark.parametrize("order", ["compiled first", "accelerated first"])
+@pytest.mark.parametrize(
+    ("config", "order", "backend"),
+    [
+        ("2.0", "compiled first", "eager"),
+        ("2.0", "accelerated first", "aot_eager"),
+        ("2.3", "accelerated first", "eager"),
+    ],
+)
 def test_torch_compile_of_the_model(config, order, backend, device):
     """While PyTorch traces, the chain itself is in the graph: no graph break, and the bits of the compiled stock."""
     torch.compiler.reset()
@@ -566,7 +578,8 @@ def test_torch_compile_of_the_model(config, order, backend, device):
     assert_same(expected, run(compiled))
     assert handle.report().seen == LAYERS * len(SITES)
     assert {site.fused for site in handle.sites} == {0}  # the kernel is not in a graph that PyTorch compiles
-    assert_same(run(model), run(compiled)) if backend == "eager" else None
+    if backend == "eager":
+        assert_same(run(model), run(compiled))
 
 
 def test_compile_repeated_blocks(device):
@@ -579,7 +592,7 @@ def test_compile_repeated_blocks(device):
     assert {site.fused for site in handle.sites} == {0}
 
 
-# -- what is not known is left alone -----------------------------------------------------------------------------------------------
+# -- what is not known is left alone -------------------------------------------------------------------------------
 
 
 def test_a_processor_of_another_class_is_left_alone(device):
@@ -605,7 +618,7 @@ def test_a_processor_of_another_class_is_left_alone(device):
 def _edited(original, calls):
     def apply_split_rotary_emb(x, freqs):
         calls.append(x.shape)
-        return -original(x, freqs)
+        return 2 * original(x, freqs)
 
     return apply_split_rotary_emb
 
@@ -614,14 +627,14 @@ def _wrapped(original, calls):
     @functools.wraps(original)  # which `inspect` looks through: the source it shows is the original's
     def wrapper(x, freqs):
         calls.append(x.shape)
-        return -original(x, freqs)
+        return 2 * original(x, freqs)
 
     return wrapper
 
 
 def _sourceless(original, calls):
     scope = {"original": original, "calls": calls}
-    code = "def apply_split_rotary_emb(x, freqs):\n    calls.append(x.shape)\n    return -original(x, freqs)\n"
+    code = "def apply_split_rotary_emb(x, freqs):\n    calls.append(x.shape)\n    return 2 * original(x, freqs)\n"
     exec(code, scope)
     return scope["apply_split_rotary_emb"]
 
@@ -684,7 +697,7 @@ def test_a_reference_that_is_not_the_hosts_is_left_alone(device, monkeypatch):
 
     adapter._differs_from_host.cache_clear()
     monkeypatch.setattr(SPLIT_FP32, "reference", bitfuse.OPERATORS["split_rotary_per_op"].reference)
-    model = make(torch.bfloat16 and V20, device=device)
+    model = make(device=device)
     expected = run(model)
     handle = bitfuse.accelerate(model)
     assert_same(expected, run(model))
@@ -732,7 +745,7 @@ def test_a_wrong_kernel_that_nothing_checks_gives_wrong_bits(device, monkeypatch
     assert_fused(handle)
 
 
-# -- the report -----------------------------------------------------------------------------------------------------------------
+# -- the report ----------------------------------------------------------------------------------------------------
 
 
 def test_the_report_says_what_happened(device):

@@ -27,8 +27,13 @@ def run(cache, *arguments: str, **environment: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
-    return run(tmp_path_factory.mktemp("triton"), "--mutants")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture(scope="module")
+def rows(cache) -> list[dict]:
+    return run(cache, "--mutants")
 
 
 @pytest.fixture
@@ -229,11 +234,11 @@ def test_plans_of_the_interpreter_are_refused():
         ptx.compile_for(operator.plan(*tensors), tensors, 90)
 
 
-def test_the_table_is_readable(tmp_path):
+def test_the_table_is_readable(cache):
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "bitfuse.ptx", "split_rotary_fp32", "--capability", "90"],
-        env={**inherited, "TRITON_CACHE_DIR": str(tmp_path)},
+        env={**inherited, "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
     )
@@ -243,7 +248,7 @@ def test_the_table_is_readable(tmp_path):
     assert "as audited" in done.stdout
 
 
-def test_an_unknown_operator_is_named(tmp_path):
+def test_an_unknown_operator_is_named():
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-m", "bitfuse.ptx", "rope"], env=inherited, capture_output=True, text=True)
     assert done.returncode == 2

@@ -39,7 +39,11 @@ if TYPE_CHECKING:
 
 
 def split_rotary_per_op(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Split rotary embedding, rounded to x's dtype after every op: ltx-core 1.0.0 `rope.apply_split_rotary_emb`."""
+    """Split rotary embedding, rounded to x's dtype after every op: `apply_split_rotary_emb` of SGLang and ltx-core.
+
+    The batch of a 3-D x is its own, as in SGLang and in ltx-core from 1.1.4, so tables of batch 1 serve any x;
+    ltx-core 1.0.0 takes the batch from the tables, and is equal where the two agree.
+    """
     heads = _to_heads(x, cos, x.shape[0])
     halves = heads.unflatten(-1, (2, -1))
     first, second = halves[..., :1, :], halves[..., 1:, :]

@@ -1,0 +1,188 @@
+"""What the package imports and when, which way its imports run, and what may not stand in it at all."""
+
+from __future__ import annotations
+
+import ast
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bitfuse
+from bitfuse.kernel import EXACT
+
+PACKAGE = Path(bitfuse.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+OPERATOR_FILES = sorted({Path(o.reference.__code__.co_filename) for o in bitfuse.OPERATORS.values()})
+
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+
+
+def _python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# -- a fresh process -----------------------------------------------------------------------------------------------
+
+LATER = ["triton", "diffusers", "transformers", "accelerate", "rich", "typer", "matplotlib", "jinja2", "numpy.testing"]
+
+
+def test_importing_bitfuse_imports_nothing_heavy():
+    code = f"""
+import json, sys, torch
+before = set(sys.modules)
+import bitfuse
+new = set(sys.modules) - before
+print(json.dumps([sorted(n for n in {LATER} if n in new), torch.cuda.is_initialized(), "bitfuse.ops" in new]))
+"""
+    assert json.loads(_python(code)) == [[], False, True]
+
+
+def test_importing_bitfuse_asks_cuda_nothing():
+    """A process that has only imported us must still be able to fork and then use CUDA."""
+    code = """
+import torch
+def refuse(*args): raise SystemExit("CUDA was asked")
+for name in ("_cuda_getDeviceCount", "_cuda_init", "_cuda_isInBadFork"):
+    if hasattr(torch._C, name):
+        setattr(torch._C, name, refuse)
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda.current_device = torch.cuda._lazy_init = refuse
+import bitfuse
+print("imported")
+"""
+    assert _python(code) == "imported\n"
+
+
+@pytest.mark.parametrize("missing", ["triton", "diffusers", "rich", "typer"])
+def test_importing_bitfuse_needs_only_torch(missing):
+    assert _python(f"import sys; sys.modules[{missing!r}] = None\nimport bitfuse; print('imported')") == "imported\n"
+
+
+def test_importing_bitfuse_costs_at_most_half_a_second():
+    code = "import time, torch; t = time.perf_counter(); import bitfuse; print(time.perf_counter() - t)"
+    assert statistics.median(float(_python(code)) for _ in range(3)) < 0.5
+
+
+# -- which way imports run -----------------------------------------------------------------------------------------
+
+
+def _imports(path):
+    """Every module of bitfuse that a file imports, at whatever depth, for types or for good."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "bitfuse"}
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "bitfuse"):
+            assert not node.level, f"{path.name}: relative imports hide the direction"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if _is_module(name) else node.module)
+    return found
+
+
+def _is_module(name):
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir()
+
+
+THIN = {f"bitfuse.{name}" for name in ("contract", "kernel", "numerics", "reduction", "proof", "values")}
+FRONT = {"__init__.py", "demo.py", "cli.py", "bench.py", "compare.py"}
+
+MAY_IMPORT = {
+    "kernel.py": {"bitfuse.interpreter"},
+    "interpreter.py": set(),
+    "values.py": set(),
+    "numerics.py": {"bitfuse.kernel"},
+    "reduction.py": {"bitfuse.kernel", "bitfuse.numerics"},
+    "proof.py": {"bitfuse.contract"},  # for its types only
+    "contract.py": {"bitfuse.proof", "bitfuse.kernel"},
+}
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_thin_modules_import_only_thinner_ones(name):
+    if (PACKAGE / name).exists():
+        assert _imports(PACKAGE / name) <= MAY_IMPORT[name]
+
+
+def test_proof_knows_the_contract_by_its_types_only():
+    tree = ast.parse((PACKAGE / "proof.py").read_text())
+    runtime = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "bitfuse.contract"]
+    inner = [n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)]
+    assert runtime == []
+    assert not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in inner)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda p: p.name)
+def test_no_operator_imports_an_operator(path):
+    if path.name == "__init__.py":  # which imports them all, and nothing else
+        assert all(name.startswith("bitfuse.ops.") for name in _imports(path))
+        return
+    shared = {f"bitfuse.ops.{p.stem}" for p in (PACKAGE / "ops").glob("*_common.py")}
+    assert _imports(path) <= THIN | shared
+
+
+def test_every_operator_file_is_imported_by_the_package():
+    assert {p.parent for p in OPERATOR_FILES} == {PACKAGE / "ops"}
+    assert {f"bitfuse.ops.{p.stem}" for p in OPERATOR_FILES} <= _imports(PACKAGE / "ops" / "__init__.py")
+
+
+@every_file
+def test_nothing_but_the_front_door_imports_hosts(path):
+    if path.parent.name == "hosts" or path.relative_to(PACKAGE).as_posix() in FRONT:
+        return
+    assert not any(name.startswith("bitfuse.hosts") for name in _imports(path))
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "hosts").glob("*.py")), ids=lambda p: p.name)
+def test_hosts_hold_no_numerics(path):
+    allowed = {"bitfuse.contract", "bitfuse.proof"}
+    assert {n for n in _imports(path) if not n.startswith(("bitfuse.ops.", "bitfuse.hosts"))} <= allowed
+
+
+# -- what may not stand in the package -----------------------------------------------------------------------------
+
+FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "subprocess", "socket", "ctypes", "cffi", "requests", "urllib"}
+FORBIDDEN_CALLS = {"eval", "exec", "__import__", "torch.load", "os.system", "os.popen", "yaml.load"}
+ALLOWED_MODULES = {"ptx.py": {"subprocess"}}  # runs Triton's own cuobjdump; nothing else imports it
+ALLOWED_CALLS = {"kernel.py": {"exec"}}  # mutants: an edited copy of our own source
+
+
+@every_file
+def test_no_code_from_data_no_processes_no_network(path):
+    tree = ast.parse(path.read_text())
+    modules, calls = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Call):
+            calls.add(ast.unparse(node.func))
+    assert modules & FORBIDDEN_MODULES <= ALLOWED_MODULES.get(path.name, set())
+    assert calls & FORBIDDEN_CALLS <= ALLOWED_CALLS.get(path.name, set())
+
+
+def test_the_scan_above_can_fail(tmp_path):
+    path = tmp_path / "bad.py"
+    path.write_text("import pickle.x\neval('1')\n")
+    with pytest.raises(AssertionError):
+        test_no_code_from_data_no_processes_no_network(path)
+
+
+@pytest.mark.parametrize("path", OPERATOR_FILES, ids=lambda p: p.name)
+def test_operator_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("operator", bitfuse.OPERATORS.values(), ids=lambda o: o.name)
+def test_every_plan_is_launched_with_fusion_of_multiply_and_add_off(operator):
+    assert EXACT == {"enable_fp_fusion": False}
+    plans = [operator.plan(*case.tensors("cpu", tokens=3)) for case in operator.cases]
+    assert plans
+    assert all(plan.options == EXACT for plan in plans)

@@ -1,0 +1,210 @@
+"""Each reference is its host's own function, bit for bit, on the version that is installed."""
+
+import importlib.metadata
+import importlib.util
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import oracle
+from bitfuse import OPERATORS, compare
+from bitfuse.numerics import addcmul_fuses
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def diffusers_function(name: str):
+    module = pytest.importorskip(
+        "diffusers.models.transformers.transformer_ltx2",
+        reason="the reference is checked against diffusers: pip install 'diffusers>=0.37'",
+    )
+    function = getattr(module, name)
+    return lambda x, cos, sin: function(x, (cos, sin))
+
+
+def ltx_core_function(name: str):
+    """From the file itself: the package imports what a test machine need not have."""
+    path = "ltx_core/model/transformer/rope.py"
+    hint = "the reference is checked against it: pip install --no-deps ltx-core==1.0.0"
+    pytest.importorskip("einops", reason="ltx-core's rope.py needs it: pip install einops")
+    try:
+        files = importlib.metadata.files("ltx-core") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"ltx-core is not installed; {hint}")
+    found = [file for file in files if str(file) == path]
+    if not found:
+        pytest.skip(f"the installed ltx-core {importlib.metadata.version('ltx-core')} has no {path}; {hint}")
+    spec = importlib.util.spec_from_file_location("ltx_core_rope", found[0].locate())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+HOSTS = {
+    "split_rotary_fp32": (diffusers_function, "apply_split_rotary_emb"),
+    "interleaved_rotary_fp32": (diffusers_function, "apply_interleaved_rotary_emb"),
+    "split_rotary_per_op": (ltx_core_function, "apply_split_rotary_emb"),
+    "interleaved_rotary_per_op": (ltx_core_function, "apply_interleaved_rotary_emb"),
+}
+
+
+@pytest.fixture(params=OPERATORS)
+def operator(request):
+    return OPERATORS[request.param]
+
+
+@pytest.fixture
+def host(operator):
+    """The host's own function, as f(x, cos, sin)."""
+    load, name = HOSTS[operator.name]
+    return load(name)
+
+
+def outcome(function, *tensors):
+    """Its result, or that it raised."""
+    try:
+        return function(*tensors)
+    except Exception as error:
+        return type(error)
+
+
+def assert_same(host, reference, *tensors):
+    """Both raise, or both give the same bits in the same strides."""
+    theirs, ours = outcome(host, *tensors), outcome(reference, *tensors)
+    if isinstance(theirs, type) or isinstance(ours, type):
+        assert isinstance(theirs, type), f"the host takes these, the reference raises {ours}"
+        assert isinstance(ours, type), f"the host raises {theirs}, the reference takes these"
+        return None
+    mismatch = compare(theirs, ours)
+    assert mismatch is None, mismatch
+    return ours
+
+
+def specified(operator, *tensors) -> bool:
+    """Whether this host says what the chain does with these shapes.
+
+    `split_rotary_per_op` takes x's batch from x, as SGLang does; ltx-core takes it from the tables. Where the two
+    differ ltx-core raises or melts samples into channels, and is not the host that the reference restates.
+    """
+    x, cos, _ = tensors
+    from_x = operator.name == "split_rotary_per_op" and x.ndim != 4 and cos.ndim == 4
+    return not from_x or (x.ndim == 3 and x.shape[0] == cos.shape[0])
+
+
+def test_every_operator_has_a_host():
+    assert set(HOSTS) == set(OPERATORS)
+
+
+def test_every_case(operator, host, device):
+    for case in operator.cases:
+        tensors = case.tensors(device, tokens=24)
+        if specified(operator, *tensors):
+            assert assert_same(host, operator.reference, *tensors) is not None, case.name
+
+
+@pytest.mark.parametrize("table_dtype", [BF16, FP16, FP32, torch.float64], ids=str)
+@pytest.mark.parametrize("x_dtype", [BF16, FP16, FP32, torch.float64], ids=str)
+def test_every_pair_of_dtypes(operator, host, x_dtype, table_dtype, device):
+    """Promotion too: where a chain refuses a pair of dtypes, both refuse it."""
+    for case in operator.cases[-6:]:
+        tensors = replace(case, x_dtype=x_dtype, table_dtype=table_dtype).tensors(device, tokens=5)
+        if specified(operator, *tensors):
+            assert_same(host, operator.reference, *tensors)
+
+
+@pytest.mark.parametrize("name", ["head size 40", "fp16", "fp32", "tokens last"])
+def test_every_battery(operator, host, name, device):
+    """Specials, ties, cancellation, any bits: whatever a kernel is held to, the reference is held to."""
+    (case,) = (case for case in operator.cases if case.name == name)
+    for family, tensors in operator.battery(*case.tensors(device, tokens=5)):
+        assert assert_same(host, operator.reference, *tensors) is not None, family
+
+
+BENT = {
+    "x of another width": lambda x, cos, sin: (x[..., :-2], cos, sin),
+    "x of odd width": lambda x, cos, sin: (x[..., :-1], cos, sin),
+    "x with fewer tokens": lambda x, cos, sin: (x[..., :-1, :], cos, sin),
+    "x without a batch": lambda x, cos, sin: (x[0], cos, sin),
+    "x with one dimension": lambda x, cos, sin: (x.reshape(-1), cos, sin),
+    "x of twice the batch": lambda x, cos, sin: (torch.cat([x, x]), cos, sin),
+    "x empty": lambda x, cos, sin: (x[:0], cos, sin),
+    "no tokens": lambda x, cos, sin: (x[..., :0, :], cos[..., :0, :], sin[..., :0, :]),
+    "a shorter sine": lambda x, cos, sin: (x, cos, sin[..., :-1]),
+    "a sine of one token": lambda x, cos, sin: (x, cos, sin[..., :1, :]),
+    "tables of one token": lambda x, cos, sin: (x, cos[..., :1, :], sin[..., :1, :]),
+    "tables of one lane": lambda x, cos, sin: (x, cos[..., :1], sin[..., :1]),
+    "tables without a batch": lambda x, cos, sin: (x, cos[0], sin[0]),
+    "tables of twice the batch": lambda x, cos, sin: (x, torch.cat([cos, cos]), torch.cat([sin, sin])),
+    "tables with a dimension more": lambda x, cos, sin: (x, cos[None], sin[None]),
+    "tables flat": lambda x, cos, sin: (x, cos.reshape(-1), sin.reshape(-1)),
+    "integers": lambda x, cos, sin: (x.long(), cos, sin),
+}
+
+
+@pytest.mark.parametrize("bend", BENT)
+def test_shapes_that_do_not_fit(operator, host, bend, device):
+    """Taken by both or refused by both; what both take is equal."""
+    for case in operator.cases[-6:]:
+        tensors = BENT[bend](*case.tensors(device, tokens=6))
+        if specified(operator, *tensors):
+            assert_same(host, operator.reference, *tensors)
+
+
+def test_a_wrong_reference_would_be_seen(operator, host, device):
+    """The control: the other chain of the same layout differs from this host."""
+    other = {"fp32": "per_op", "per_op": "fp32"}
+    layout, _, chain = operator.name.partition("_rotary_")
+    wrong = OPERATORS[f"{layout}_rotary_{other[chain]}"]
+    tensors = operator.cases[0].tensors(device, tokens=24)
+    tensors = (tensors[0], tensors[1].to(BF16), tensors[2].to(BF16))
+    assert compare(host(*tensors), operator.reference(*tensors)) is None
+    assert compare(host(*tensors).float(), wrong.reference(*tensors).float()) is not None
+
+
+# -- what addcmul does here -----------------------------------------------------------------------------------------
+
+
+def triples(n: int) -> list[np.ndarray]:
+    """a, b, c in fp32 whose fused and separate results often differ."""
+    g = np.random.default_rng(5)
+    a, b = (g.standard_normal(n).astype(np.float32) for _ in range(2))
+    return [a, b, (-(a * b) * (1 + g.integers(-3, 4, n) * np.float32(2.0**-23))).astype(np.float32)]
+
+
+def test_addcmul_in_fp32_is_what_the_probe_says():
+    """Against exact rational arithmetic; every length that ends in another part of a vector loop."""
+    fuses = addcmul_fuses(torch.device("cpu"), FP32)
+    exact = oracle.fma_fp32 if fuses else oracle.multiply_then_add_fp32
+    other = oracle.multiply_then_add_fp32 if fuses else oracle.fma_fp32
+    assert fuses is not None
+    for n in [1, 3, 7, 8, 16, 31, 500]:
+        operands = triples(n)
+        a, b, c = (torch.from_numpy(o) for o in operands)
+        found = c.clone().addcmul_(a, b)
+        assert compare(torch.from_numpy(oracle.each(exact, *operands)), found) is None
+    assert compare(torch.from_numpy(oracle.each(other, *operands)), found) is not None
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_addcmul_in_16_bits_is_what_the_probe_says(dtype):
+    """Computed in fp32, once rounded or twice, and then rounded to the dtype; overflowing products too."""
+    fuses = addcmul_fuses(torch.device("cpu"), dtype)
+    assert fuses is not None
+    g = np.random.default_rng(6)
+    a, b, c = (torch.from_numpy(o).to(dtype) for o in triples(1000))
+    if dtype == BF16:  # products up to 2^132, with addends that bring some of them back
+        wide = torch.from_numpy(2.0 ** g.integers(60, 66, 1000)).float()
+        a, b = (torch.cat([t, (t * wide).to(dtype)]) for t in (a, b))
+        c = torch.cat([c, torch.full_like(c, -(2.0**127))])
+    wide_operands = [t.double().numpy() for t in (a, b, c)]
+    with np.errstate(all="ignore"):
+        # a product of two 16-bit floats is exact in fp64, and to fp32 it is exact or overflows
+        product = (wide_operands[0] * wide_operands[1]).astype(np.float32)
+        separate = torch.from_numpy(product + wide_operands[2].astype(np.float32)).to(dtype)
+    fused = torch.from_numpy(oracle.each(oracle.fma_fp32, *(o.astype(np.float32) for o in wide_operands))).to(dtype)
+    found = c.clone().addcmul_(a, b)
+    assert compare(fused if fuses else separate, found) is None
+    if dtype == BF16:
+        assert compare(separate if fuses else fused, found) is not None
