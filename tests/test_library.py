@@ -33,7 +33,8 @@ INPUTS = {
     "tokens last": lambda o, d: inputs(o, d, name="tokens last"),
     "misaligned": lambda o, d: inputs(o, d, name="misaligned"),
     "four dimensions": lambda o, d: inputs(o, d, name="x [B, H, T, D]"),
-    "no tokens": lambda o, d: inputs(o, d, tokens=0),
+    # of three dimensions the split chains themselves refuse: they reshape to -1
+    "no tokens": lambda o, d: inputs(o, d, tokens=0, name="x [B, H, T, D]"),
     "fp32": lambda o, d: inputs(o, d, name="fp32"),
     "gradients of all": lambda o, d: tuple(_leaf(t) for t in inputs(o, d, name="fp32")),
     "a gradient of x": lambda o, d: tuple(_leaf(t, i == 0) for i, t in enumerate(inputs(o, d))),

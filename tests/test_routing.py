@@ -552,9 +552,7 @@ def test_a_call_raises_exactly_where_the_reference_raises(operator):
     """With kernels out of reach (no interpreter), so that only the predicate is asked."""
     fits, odd, misfits = set(), set(), set()
 
-    @settings(
-        max_examples=1500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=800, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(shapes=shape_triples())
     def check(shapes):
         tensors = _filled(shapes)
@@ -579,7 +577,7 @@ def test_what_fits_is_what_the_kernel_computes(operator, device):
     """Whatever shapes the predicate has nothing against, the bare kernel gives the reference's bits for them."""
     launched = set()
 
-    @settings(max_examples=800, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=600, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(shapes=shape_triples())
     def check(shapes):
         tensors = tuple(t.to(device) for t in _filled(shapes, torch.bfloat16))
@@ -800,7 +798,7 @@ def test_apply_ltx2_split_rotary_emb_launches_and_nothing_else(device, monkeypat
 REFUSED = {
     "tokens": (lambda x, c, s: (x[:, :4], c, s), "accepted"),
     "tables of three dimensions": (lambda x, c, s: (x, c[0], s[0]), "cos is"),
-    "sin's shape": (lambda x, c, s: (x, c, s[:, :1]), "sin is"),
+    "sin's shape": (lambda x, c, s: (x, c, s[:, :, :4]), "sin is"),
     "fp64": (lambda x, c, s: (x.double(), c.double(), s.double()), "torch.float64"),
     "two devices": (lambda x, c, s: (x, c.to("meta"), s), "cos is on meta"),
     "subclass": (lambda x, c, s: (x.as_subclass(Subclass), c, s), "x is a Subclass"),
