@@ -774,3 +774,23 @@ def test_the_report_says_what_happened(device):
     assert text[0] == f"0 of 8 sites fused in diffusers {diffusers.__version__}"
     assert len(text) == 1 + len(SITES)  # layers are folded
     assert all("partly fused (4 calls fused, 4 not): bitfuse is off" in line for line in text[1:])
+
+
+def test_a_host_function_patched_later_is_the_one_that_runs(device, monkeypatch):
+    model = make(device=device)
+    with bitfuse.accelerated(model) as handle:
+        monkeypatch.setattr(upstream, "apply_split_rotary_emb", lambda x, freqs: x * 2)
+        found = run(model)
+        assert {reason for site in handle.sites for reason in site.reasons} == {
+            f"apply_split_rotary_emb of diffusers {diffusers.__version__} was replaced meanwhile"
+        }
+    assert_same(run(model), found)
+
+
+def test_a_block_inside_an_acceleration_leaves_it_in_force(device):
+    model = make(device=device)
+    outer = bitfuse.accelerate(model)
+    with bitfuse.accelerated(model) as inner:
+        assert inner is outer
+    run(model)
+    assert_fused(outer)

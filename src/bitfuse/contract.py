@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bitfuse import proof
 from bitfuse.kernel import EXACT, Kernel, interpreting
@@ -41,6 +42,7 @@ _autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _tracing = torch._C._get_tracing_state
+_functorch_level = torch._C._functorch.maybe_current_level
 
 
 @dataclass(frozen=True)
@@ -180,23 +182,34 @@ class Operator:
         _register(self)
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        # A tracer sees the PyTorch chain itself, so nothing is hidden from the compiler and no graph breaks.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # the compiler gets the PyTorch chain itself, and no graph break
             return self.reference(*tensors)
         return self.route(*tensors).run(*tensors)
 
     def route(self, *tensors: Tensor) -> Route:
         """Where a call with these tensors goes. A dictionary lookup, except the first time for a layout."""
+        if (reason := next(around(), None)) is not None:  # asked before anything is asked of a tensor
+            return Route(self.reference, reason)
+        parts: list[Any] = [interpreting()] if tensors[0].device.type == "cpu" else []
+        grad = torch.is_grad_enabled()
         try:
-            grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-            interpreted = tensors[0].get_device() < 0 and interpreting()
-            parts: list[Any] = [grad, _autocast(), _dispatch_modes(), _function_modes(), _tracing(), interpreted]
             for t in tensors:
-                parts += (type(t), t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15, t.is_neg())
-            key = tuple(parts)
-        except (AttributeError, IndexError, RuntimeError, NotImplementedError):
-            # no memory to look at: fake, meta-like and functorch tensors, or not tensors at all
+                address = t.data_ptr()
+                if not address:  # empty, meta, or a wrapper: nothing that a layout could be remembered for
+                    return self._decide(tensors)[0]
+                parts += (
+                    type(t),
+                    t.shape,
+                    t.stride(),
+                    t.dtype,
+                    t.device,
+                    address & 15,
+                    t.is_neg(),
+                    grad and t.requires_grad,
+                )
+        except (RuntimeError, NotImplementedError):  # no memory to look at: fake tensors, other layouts
             return self._decide(tensors)[0]
+        key = tuple(parts)
         route = self._routes.get(key)
         if route is None:
             route, keep = self._decide(tensors)
@@ -286,11 +299,13 @@ def _register(operator: Operator) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The vector-Jacobian product of the reference itself."""
-        needed = ctx.needs_input_grad
+        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad
+        twice = torch.is_grad_enabled()  # only when this gradient will be differentiated in its turn
         with torch.enable_grad():
-            inputs = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=True)]
-            out = operator.reference(*inputs)
-        grads = iter(torch.autograd.grad(out, [t for t, n in zip(inputs, needed, strict=True) if n], grad))
+            if not twice:
+                inputs = [t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]
+            wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
+            grads = iter(torch.autograd.grad(operator.reference(*inputs), wanted, grad, create_graph=twice))
         return tuple(next(grads) if n else None for n in needed)
 
     op = torch.library.custom_op(f"bitfuse::{operator.name}", forward, mutates_args=(), schema=schema)
@@ -301,16 +316,32 @@ def _register(operator: Operator) -> None:
 # -- sentences that every operator's `why_not` shares -----------------------------------------------------------
 
 
+def around() -> Iterator[str]:
+    """Why no kernel may run just now, whatever the tensors are: who else is watching PyTorch's ops."""
+    if not _on:
+        yield "bitfuse is off (BITFUSE=0 or bitfuse.disable())"
+    if torch.compiler.is_compiling() or _tracing() is not None:
+        yield "PyTorch is tracing; the tracer gets the PyTorch chain itself"
+    if _dispatch_modes() or (_function_modes() and _watching_functions()):
+        yield "a torch dispatch or function mode is active and wants to see every PyTorch op"
+    if _functorch_level() is not None:
+        yield "a functorch transform (vmap, grad, jvp, functionalize) is under way"
+    if forward_ad._current_level >= 0:
+        yield "forward-mode differentiation is under way"
+    if _autocast():
+        yield "autocast is on, and may change what the PyTorch chain computes"
+
+
 def plain(tensors: dict[str, Tensor]) -> Iterator[str]:
     """Why these named arguments are not plain tensors with memory of their own, if so."""
     for name, t in tensors.items():
         if type(t) not in (Tensor, torch.nn.Parameter):
             yield f"{name} is a {type(t).__name__}, not a plain tensor"
-        elif torch._C._functorch.is_functorch_wrapped_tensor(t):
-            yield f"{name} is inside a functorch transform (vmap, grad, jvp)"
+        elif torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._is_functional_tensor(t):
+            yield f"{name} is inside a functorch transform, and has no memory of its own"
         elif t.layout != torch.strided:
             yield f"{name} is a {t.layout} tensor, not a strided one"
-        elif t.is_neg() or t.is_conj():
+        if t.is_neg() or t.is_conj():
             yield f"{name} is a lazy view (its negation or conjugation is still pending)"
 
 
@@ -327,16 +358,15 @@ def fitting(reference: Callable[..., Tensor], tensors: dict[str, Tensor], proble
 
 
 def runnable(tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Why no kernel may run for these arguments here and now."""
-    values = list(tensors.values())
-    if not _on:
-        yield "bitfuse is off (BITFUSE=0 or bitfuse.disable())"
+    """Why no kernel may run for these named arguments here and now."""
+    yield from around()
     if importlib.util.find_spec("triton") is None:
         yield "Triton is not installed"
+    first, *_ = tensors
+    device = tensors[first].device
     for name, t in tensors.items():
-        if t.device != values[0].device:
-            yield f"{name} is on {t.device} and {next(iter(tensors))} on {values[0].device}"
-    device = values[0].device
+        if t.device != device:
+            yield f"{name} is on {t.device} and {first} on {device}"
     if device.type == "cpu" and not interpreting():
         yield "the tensors are on the CPU, where kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
     elif device.type not in ("cpu", "cuda"):
@@ -345,14 +375,8 @@ def runnable(tensors: dict[str, Tensor]) -> Iterator[str]:
         yield "TRITON_INTERPRET=1 is set, and the interpreter is for CPU tensors"
     if torch.is_grad_enabled() and (wanting := [name for name, t in tensors.items() if t.requires_grad]):
         yield f"a gradient is required of {', '.join(wanting)}"
-    if _autocast():
-        yield "autocast is on, and may change what the PyTorch chain computes"
-    if _dispatch_modes() or (_function_modes() and _watching_functions()):
-        yield "a torch dispatch or function mode is active and wants to see every PyTorch op"
-    if _tracing() or torch.compiler.is_compiling():
-        yield "PyTorch is tracing; the tracer gets the PyTorch chain itself"
-    if all(t.numel() == 0 for t in values[:1]):
-        yield f"{next(iter(tensors))} is empty: there is nothing to compute"
+    if tensors[first].numel() == 0:
+        yield f"{first} is empty: there is nothing to compute"
 
 
 def _watching_functions() -> bool:

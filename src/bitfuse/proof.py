@@ -6,6 +6,7 @@ permission. A verdict belongs to one signature, so a mismatch condemns that comp
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def compare(expected: Tensor, found: Tensor) -> Mismatch | None:
     if not count:
         return None
     flat = int(differs.reshape(-1).to(torch.uint8).argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), expected.shape))
+    index = tuple(flat // math.prod(expected.shape[dim + 1 :]) % n for dim, n in enumerate(expected.shape))
     digits = 2 * expected.element_size()
     a, b = (f"0x{int(t[index].view(bits)) & (16**digits - 1):0{digits}x}" for t in (expected, found))
     where = f"[{', '.join(map(str, index))}]"

@@ -25,9 +25,9 @@ def specials(dtype: torch.dtype, device: torch.device | str) -> Tensor:
     info = torch.finfo(dtype)
     edge = info.smallest_normal
     magnitudes = [0.0, edge * info.eps, edge * (1 - info.eps), edge, 1.0, 1.0 + info.eps, info.max, float("inf")]
-    values = torch.tensor(magnitudes, dtype=torch.float64).to(dtype)
+    values = torch.tensor(magnitudes, dtype=torch.float64, device="cpu").to(dtype)
     infinity = int(values[-1:].view(_INT[dtype]))
-    nans = torch.tensor([infinity + 1, -1], dtype=_INT[dtype]).view(dtype)  # a signaling one; all bits set
+    nans = torch.tensor([infinity + 1, -1], dtype=_INT[dtype], device="cpu").view(dtype)  # signaling; all bits set
     return torch.cat([values, -values, nans]).to(device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
@@ -37,7 +38,7 @@ def accelerate(target: Any) -> Handle:
     for model in models:
         adapter.accelerate(model, handle)
         _active[model] = handle
-        handle.on_restore(functools.partial(_active.pop, model, None))
+    handle.on_restore(functools.partial(_forget, handle))
     taken = sum(site.declined is None for site in handle.sites)
     _log.info(
         "bitfuse: %d of %d rotary sites taken over in %s; handle.restore() or BITFUSE=0 switches it off",
@@ -48,9 +49,19 @@ def accelerate(target: Any) -> Handle:
     return handle
 
 
-def accelerated(target: Any) -> Handle:
-    """`with bitfuse.accelerated(pipe): ...`: accelerate, and restore at the end of the block."""
-    return accelerate(target)
+def _forget(handle: Handle) -> None:
+    # by the handle: one that held its model would keep 19 billion parameters alive through the registry
+    for model in [model for model, active in _active.items() if active is handle]:
+        del _active[model]
+
+
+def accelerated(target: Any) -> contextlib.AbstractContextManager[Handle]:
+    """`with bitfuse.accelerated(pipe) as handle: ...`: accelerate, and restore at the end of the block.
+
+    Inside an acceleration that is already in force it changes nothing, and leaves that one in force.
+    """
+    outer = next((_active[model] for model in _find(target) if model in _active), None)
+    return accelerate(target) if outer is None else contextlib.nullcontext(outer)
 
 
 def _find(target: Any) -> list[Any]:

@@ -8,6 +8,7 @@ in place, and the report says why.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -43,11 +44,17 @@ _READ = {
 class _RotaryProcessor:
     """What both processors do: upstream's attention, with the rotary embedding run through the site."""
 
-    __slots__ = ("site", "stock")
+    __slots__ = ("host_function", "site", "stock")
     site: Site
     stock: Any
+    host_function: Any  # the one that was read and checked; another, patched in since, is run instead of ours
+    values_first: bool
     _attention_backend: Any  # these two are upstream's, set by set_attention_backend and enable_parallelism
     _parallel_config: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy or a pickle of an accelerated model holds stock processors: it is a plain model."""
+        return copy.copy, (self.stock,)
 
     def _attend(
         self,
@@ -68,16 +75,17 @@ class _RotaryProcessor:
 
         to_gate_logits = getattr(attn, "to_gate_logits", None)  # not in 0.37
         gate_logits = None if to_gate_logits is None else to_gate_logits(hidden_states)
-        value = attn.to_v(context)
+        # The order of the projections is upstream's: gradients add up, and LoRA dropout draws, in that order.
+        value: Any = attn.to_v(context) if self.values_first else None
         if all_perturbed:
             out = value  # spatio-temporal guidance: the values stand in for the attention
         else:
-            query = attn.norm_q(attn.to_q(hidden_states))
-            key = attn.norm_k(attn.to_k(context))
+            query, key = attn.to_q(hidden_states), attn.to_k(context)
+            value = attn.to_v(context) if value is None else value
+            query, key = attn.norm_q(query), attn.norm_k(key)
             if query_rotary_emb is not None:
-                operator = _OPERATORS[attn.rope_type]
-                query = self.site.call(operator, query, *query_rotary_emb)
-                key = self.site.call(operator, key, *(query_rotary_emb if key_rotary_emb is None else key_rotary_emb))
+                query = self._turn(attn, query, query_rotary_emb)
+                key = self._turn(attn, key, query_rotary_emb if key_rotary_emb is None else key_rotary_emb)
             out = upstream.dispatch_attention_fn(
                 query.unflatten(2, (attn.heads, -1)),
                 key.unflatten(2, (attn.heads, -1)),
@@ -97,9 +105,19 @@ class _RotaryProcessor:
             out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2, 3)
         return attn.to_out[1](attn.to_out[0](out))
 
+    def _turn(self, attn: Any, x: Tensor, freqs: tuple[Tensor, Tensor]) -> Tensor:
+        function = getattr(upstream, _HOST_FUNCTIONS[attn.rope_type])
+        if function is not self.host_function:
+            return self.site.leave(
+                lambda: function(x, freqs), f"{_HOST_FUNCTIONS[attn.rope_type]} of {NAME} was replaced meanwhile"
+            )
+        return self.site.call(_OPERATORS[attn.rope_type], x, *freqs)
+
 
 class AudioVideoProcessor(_RotaryProcessor, upstream.LTX2AudioVideoAttnProcessor):
     """`LTX2AudioVideoAttnProcessor` with the rotary embedding fused."""
+
+    values_first = False
 
     def __call__(
         self,
@@ -121,6 +139,8 @@ if hasattr(upstream, "LTX2PerturbedAttnProcessor"):  # from 0.38
 
     class PerturbedProcessor(_RotaryProcessor, upstream.LTX2PerturbedAttnProcessor):
         """`LTX2PerturbedAttnProcessor` with the rotary embedding fused."""
+
+        values_first = True
 
         def __call__(
             self,
@@ -151,7 +171,8 @@ if hasattr(upstream, "LTX2PerturbedAttnProcessor"):  # from 0.38
 
 def transformers(target: Any) -> list[Any]:
     """The LTX-2 transformers in a pipeline, or the one given; empty when there is none."""
-    parts = [target, *getattr(target, "components", {}).values()]
+    components = getattr(target, "components", None)
+    parts = [target, *(components.values() if isinstance(components, dict) else ())]
     parts = [getattr(part, "_orig_mod", part) for part in parts]  # torch.compile's wrapper
     return [part for part in parts if isinstance(part, upstream.LTX2VideoTransformer3DModel)]
 
@@ -182,9 +203,9 @@ def _why_left_alone(attn: Any) -> Iterator[str]:
         if (found := source_hash(code)) not in _READ[name]:
             yield f"{name} of {NAME} is not a source that bitfuse knows ({found})"
             return
-    weight = attn.to_q.weight
-    device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
-    dtype = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
+    weights = [p for p in attn.parameters() if p.dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    dtype = weights[0].dtype if weights else torch.bfloat16
+    device = next((p.device for p in weights if p.is_cuda), torch.device("cpu"))
     if difference := _differs_from_host(attn.rope_type, attn.heads, attn.head_dim, dtype, device):
         yield f"{function} of {NAME} and bitfuse's reference part here: {difference}"
 
@@ -213,6 +234,7 @@ def _replace_processor(attn: Any, site: Site, handle: Handle) -> None:
     # parallel config) is set on the stock one too, and stays when it comes back.
     ours.__dict__ = stock.__dict__
     ours.site, ours.stock = site, stock
+    ours.host_function = getattr(upstream, _HOST_FUNCTIONS[attn.rope_type])
     attn.set_processor(ours)
 
     def undo() -> None:

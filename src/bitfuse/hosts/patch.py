@@ -10,16 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitfuse.contract import Operator
 
 
 def source_hash(fn: Callable) -> str | None:
-    """The first 16 hex digits of the SHA-256 of a function's source text, or None where there is no source."""
+    """The first 16 hex digits of the SHA-256 of a function's source text, or None where there is no source.
+
+    Of its code object's: `inspect` would look through a wrapper made with `functools.wraps` and see the original.
+    """
     try:
-        source = textwrap.dedent(inspect.getsource(fn))
-    except (OSError, TypeError):
+        source = textwrap.dedent(inspect.getsource(fn.__code__))
+    except (AttributeError, OSError, TypeError):
         return None
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
@@ -41,12 +45,19 @@ class Site:
 
     def call(self, operator: Operator, *tensors: Tensor) -> Tensor:
         """Run the operator and note which way the call went."""
+        if torch.compiler.is_compiling():  # the compiler gets the PyTorch chain, and no counting in its graph
+            return operator.reference(*tensors)
         route = operator.route(*tensors)
         if route.reason is None:
             self.fused += 1
         else:
             self.fallen[route.reason] += 1
         return route.run(*tensors)
+
+    def leave(self, chain: Callable[[], Tensor], reason: str) -> Tensor:
+        """Run the host's own chain, for this reason."""
+        self.fallen[reason] += 1
+        return chain()
 
     @property
     def reasons(self) -> list[str]:

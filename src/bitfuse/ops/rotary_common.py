@@ -48,9 +48,9 @@ def why_not(
 ) -> Iterator[str]:
     tensors = {"x": x, "cos": cos, "sin": sin}
     reasons = list(plain(tensors))
-    if not reasons:  # what follows asks about tensors with memory of their own
+    if not reasons:  # only of plain tensors is it known what the reference does with their shapes
         reasons += fitting(reference, tensors, misfit(x, cos, sin, in_fp32))
-        reasons += runnable(tensors)
+    reasons += runnable(tensors)
     if x.dtype not in _DTYPES:
         reasons.append(f"x is {x.dtype}; accepted: torch.bfloat16, torch.float16, torch.float32")
     if cos.dtype != sin.dtype:
@@ -59,7 +59,8 @@ def why_not(
         reasons.append(f"the tables are {cos.dtype}; accepted: torch.float32, torch.bfloat16, torch.float16")
     elif not in_fp32 and cos.dtype != x.dtype:
         reasons.append(f"the tables are {cos.dtype} and x {x.dtype}; this chain takes them alike")
-    if x.shape[0] > 65535 or x[:1].numel() >= 2**32 - 2**20:
+    samples = max(1, x.shape[0]) if x.ndim else 1
+    if samples > 65535 or x.numel() // samples >= 2**32 - 2**20:
         reasons.append(f"x {list(x.shape)} needs a larger grid than one launch has")
     yield from reasons
     if not reasons and addcmul_fuses(x.device, torch.float32 if in_fp32 else x.dtype) is None:
