@@ -42,7 +42,10 @@ def _no_routes():
     bitfuse.enable()
 
 
-def inputs(operator, device="cpu", tokens=5):
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels run here
+
+
+def inputs(operator, device=DEVICE, tokens=5):
     cases = {case.name: case for case in operator.cases}
     return cases.get("head size 6", operator.cases[0]).tensors(device, tokens=tokens)
 
@@ -132,7 +135,7 @@ TENSORS = {
     "fake": (_all(FAKE.from_tensor), "x is a FakeTensor"),
     "sparse": (_x(torch.Tensor.to_sparse), "sparse"),
     "sparse table": (_cos(torch.Tensor.to_sparse), "sparse"),
-    "mkldnn": (_x(torch.Tensor.to_mkldnn), "mkldnn"),
+    "mkldnn": (_x(lambda x: x.cpu().to_mkldnn()), "mkldnn"),
 }
 
 
@@ -168,7 +171,7 @@ def test_plain_tensors_and_parameters_are_fused(operator, device):
 @each
 def test_cpu_tensors_without_the_interpreter(operator, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert_falls_back(operator, inputs(operator), "TRITON_INTERPRET=1")
+    assert_falls_back(operator, inputs(operator, "cpu"), "TRITON_INTERPRET=1")
 
 
 @each

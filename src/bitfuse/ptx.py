@@ -12,6 +12,8 @@ LLVM respells arithmetic without changing its bits, so spellings of one rounding
 - A packed instruction counts once for each of its results that is used (`cvt.rn.bf16x2.f32`, `fma.rn.f32x2`):
   LLVM pads half-used pairs with lanes that nobody reads, and those round nothing.
 - `sub` counts as `add`: one rounding of a + (-b).
+- From Triton 3.7 and sm_100 on, `add.rn.f32.bf16` and `fma.rn.f32.bf16` count as `add.rn.f32` and `fma.rn.f32`:
+  they take an operand in bf16, which is exact in fp32, and round their fp32 result once.
 - sm_80 has neither `mul.rn.bf16` nor `add.rn.bf16`; there they are `fma.rn.bf16` with the addend -0.0 or the
   factor 1.0 or -1.0.
 
@@ -198,6 +200,7 @@ def _name(opcode: str, sources: list[list[str]], literals: dict[str, str]) -> st
     """The instruction without packing, `sub` as `add`, and the bf16 operations of sm_80 by what they compute."""
     name = re.sub(r"\b(\w+)x2\b", r"\1", opcode)
     name = re.sub(r"^sub\.", "add.", name)
+    name = re.sub(r"^((?:add|fma)\.rn\.f32)\.(?:bf16|f16)$", r"\1", name)
     if name == "fma.rn.bf16":
         copies = 0x10001 if "x2" in opcode else 1
         a, b, c = (_literal(source[0], literals) for source in sources)
