@@ -216,7 +216,7 @@ def test_a_kernel_that_cannot_be_built_is_a_reason(fresh_routes, device, monkeyp
     tensors = tensors_of("fp16", device)
     monkeypatch.setattr(Plan, "bind", raising(RuntimeError("no such instruction\non this device")))
     (reason,) = SPLIT.explain(*tensors)
-    assert reason == "the kernel can't be built or run here (RuntimeError: no such instruction)"
+    assert reason == "the kernel can't be built or run here (RuntimeError: no such instruction on this device)"
     assert compare(SPLIT.reference(*tensors), SPLIT(*tensors)) is None
 
 

@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitfuse
-from bitfuse import contract
+from bitfuse import contract, proof
 from bitfuse.kernel import Kernel
+from bitfuse.ops import rotary_common
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32, INTERLEAVED_PER_OP
 from bitfuse.ops.split_rotary import SPLIT_FP32, SPLIT_PER_OP
 
@@ -402,6 +403,23 @@ def test_torch_compile_gets_the_chain(operator, backend, device):
     assert not any("bitfuse" in target for _, target in graphs[0])
     assert_same(expected, out)
     assert_same(operator.reference(*tensors), out)
+
+
+@each
+def test_nothing_is_asked_of_the_device_during_a_capture(operator, device, fresh_routes, monkeypatch):
+    """A GPU test captures for real; this one shows, anywhere, that no probe and no battery starts, or is kept."""
+    tensors = inputs(operator, device)
+    capturing = [True]
+    monkeypatch.setattr(contract, "_capturing", lambda t: capturing[0])
+    for name in ("run_battery", "compare_live"):
+        monkeypatch.setattr(proof, name, lambda *args: pytest.fail("a battery started"))
+    monkeypatch.setattr(rotary_common, "addcmul_fuses", lambda *args: pytest.fail("a probe started"))
+    assert_falls_back(operator, tensors, "a CUDA graph is being captured")
+    monkeypatch.undo()
+    assert_fuses(operator, tensors)  # the capture's answer was not kept
+    monkeypatch.setattr(contract, "_capturing", lambda t: capturing[0])
+    assert operator.route(*tensors).fused  # and what was decided before a capture holds in it
+    assert bitfuse.explain(operator, *tensors) == []
 
 
 # -- the switch, and an installation without Triton ----------------------------------------------------------------

@@ -221,10 +221,8 @@ class Operator:
 
     def explain(self, *tensors: Tensor) -> list[str]:
         """All reasons why a call with these tensors would run the reference; empty when it would be fused."""
-        reasons = list(self.why_not(*tensors))
-        if not reasons and (reason := self.route(*tensors).reason):
-            reasons.append(reason)
-        return reasons
+        reason = self.route(*tensors).reason
+        return [] if reason is None else list(self.why_not(*tensors)) or [reason]
 
     def launch(self, *tensors: Tensor) -> Tensor:
         """The kernel, and nothing else: no predicate, no proof, no fallback."""
@@ -248,9 +246,7 @@ class Operator:
         """The route, and whether to remember it."""
         reason = next(self.why_not(*tensors), None)
         if reason is not None:
-            return Route(self.reference, reason), True
-        if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return Route(self.reference, "this layout is not decided yet and a CUDA graph is being captured"), False
+            return Route(self.reference, reason), not _capturing(tensors[0])
         plan = self.plan(*tensors)
         known = proof.known(plan.signature(tensors)) is not None
         verdict = self.verdict(*tensors)
@@ -377,6 +373,12 @@ def runnable(tensors: dict[str, Tensor]) -> Iterator[str]:
         yield f"a gradient is required of {', '.join(wanting)}"
     if tensors[first].numel() == 0:
         yield f"{first} is empty: there is nothing to compute"
+    if _capturing(tensors[first]):  # a probe or a battery would wait for the device, which breaks the capture
+        yield "this layout is not decided yet and a CUDA graph is being captured"
+
+
+def _capturing(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _watching_functions() -> bool:

@@ -141,8 +141,9 @@ def run_battery(
     except torch.AcceleratorError:  # an asynchronous error of the device is never hidden by a fallback
         raise
     except Exception as error:
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        return Verdict(False, f"the kernel can't be built or run here ({type(error).__name__}: {first_line[:200]})")
+        lines = str(error).strip().splitlines() or [""]  # Triton names the place first and the error last
+        what = " ".join(dict.fromkeys((lines[0], lines[-1])))
+        return Verdict(False, f"the kernel can't be built or run here ({type(error).__name__}: {what[:200]})")
     return Verdict(True, "equal", families, elements, time.perf_counter() - start)
 
 
