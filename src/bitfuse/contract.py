@@ -190,7 +190,7 @@ class Operator:
         """Where a call with these tensors goes. A dictionary lookup, except the first time for a layout."""
         if (reason := next(around(), None)) is not None:  # asked before anything is asked of a tensor
             return Route(self.reference, reason)
-        parts: list[Any] = [interpreting()] if tensors[0].device.type == "cpu" else []
+        parts: list[Any] = [] if tensors[0].is_cuda else [interpreting()]
         grad = torch.is_grad_enabled()
         try:
             for t in tensors:
