@@ -202,7 +202,7 @@ class Operator:
                     t.shape,
                     t.stride(),
                     t.dtype,
-                    t.device,
+                    t.get_device() if t.is_cuda else t.device,  # an index is half a microsecond cheaper
                     address & 15,
                     t.is_neg(),
                     grad and t.requires_grad,
