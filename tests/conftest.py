@@ -42,4 +42,4 @@ def fresh_routes():
 def _forget() -> None:
     proof.forget()
     for operator in OPERATORS.values():
-        operator._routes.clear()
+        operator.forget()

@@ -815,6 +815,20 @@ def test_apply_ltx2_split_rotary_emb_launches_and_nothing_else(device, monkeypat
     assert bitfuse.compare(SPLIT_PER_OP.reference(x, cos, -sin), found) is None
 
 
+def test_apply_ltx2_split_rotary_emb_prepares_a_layout_once(device, monkeypatch):
+    planned, plan = [], SPLIT_PER_OP.plan
+    monkeypatch.setattr(SPLIT_PER_OP, "plan", lambda *tensors: planned.append(tensors) or plan(*tensors))
+    x, cos, sin = _seed_inputs(device)
+    for _ in range(3):
+        found = bitfuse.apply_ltx2_split_rotary_emb(x, cos, sin)
+        assert bitfuse.compare(SPLIT_PER_OP.reference(x, cos, sin), found) is None
+    assert len(planned) == 1
+    with autocast("cpu"), pytest.raises(ValueError, match="autocast"):  # prepared, and refused all the same
+        bitfuse.apply_ltx2_split_rotary_emb(x, cos, sin)
+    bitfuse.apply_ltx2_split_rotary_emb(x[:, :4], cos[:, :, :4], sin[:, :, :4])
+    assert len(planned) == 2
+
+
 REFUSED = {
     "tokens": (lambda x, c, s: (x[:, :4], c, s), "accepted"),
     "tables of three dimensions": (lambda x, c, s: (x, c[0], s[0]), "cos is"),

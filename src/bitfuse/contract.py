@@ -174,7 +174,8 @@ class Operator:
     cases: tuple[Any, ...] = ()
     mutants: tuple[Mutant, ...] = ()
     audits: tuple[Audit, ...] = ()
-    _routes: dict[tuple, Route] = field(default_factory=dict, repr=False)
+    _routes: dict[tuple | None, Route] = field(default_factory=dict, repr=False)
+    _launches: dict[tuple | None, Callable[..., Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.name = self.reference.__name__
@@ -190,33 +191,12 @@ class Operator:
         """Where a call with these tensors goes. A dictionary lookup, except the first time for a layout."""
         if (reason := next(around(), None)) is not None:  # asked before anything is asked of a tensor
             return Route(self.reference, reason)
-        parts: list[Any] = [] if tensors[0].is_cuda else [interpreting()]
-        grad = torch.is_grad_enabled()
-        try:
-            for t in tensors:
-                address = t.data_ptr()
-                if not address:  # empty, meta, or a wrapper: nothing that a layout could be remembered for
-                    return self._decide(tensors)[0]
-                parts += (
-                    type(t),
-                    t.shape,
-                    t.stride(),
-                    t.dtype,
-                    t.get_device() if t.is_cuda else t.device,  # an index hashes faster than a device
-                    address & 15,
-                    t.is_neg(),
-                    grad and t.requires_grad,
-                )
-        except (RuntimeError, NotImplementedError):  # no memory to look at: fake tensors, other layouts
-            return self._decide(tensors)[0]
-        key = tuple(parts)
+        key = _layout(tensors)
         route = self._routes.get(key)
         if route is None:
             route, keep = self._decide(tensors)
             if keep:
-                if len(self._routes) >= _ROUTES_KEPT:
-                    self._routes.clear()
-                self._routes[key] = route
+                _remember(self._routes, key, route)
         return route
 
     def explain(self, *tensors: Tensor) -> list[str]:
@@ -225,12 +205,20 @@ class Operator:
         return [] if reason is None else list(self.why_not(*tensors)) or [reason]
 
     def launch(self, *tensors: Tensor) -> Tensor:
-        """The kernel, and nothing else: no predicate, no proof, no fallback."""
-        plan = self.plan(*tensors)
-        with _on_device(tensors[0]):
-            out = plan.empty(tensors[0].device)
-            plan.bind(tensors, out)(*tensors, out)
-        return out
+        """The kernel, with no proof and no fallback: ValueError with every reason where it can't run."""
+        key = _layout(tensors)
+        run = self._launches.get(key)
+        if run is None or next(around(), None) is not None:
+            if reasons := list(self.why_not(*tensors)):
+                raise ValueError(f"{self.name}: {'; '.join(reasons)}")
+            run = self._runner(self.plan(*tensors), tensors)
+            _remember(self._launches, key, run)
+        return run(*tensors)
+
+    def forget(self) -> None:
+        """Drop what was decided and prepared, layout by layout; the proofs stay."""
+        self._routes.clear()
+        self._launches.clear()
 
     def verdict(self, *tensors: Tensor) -> proof.Verdict:
         """The proof for the kernel that these tensors would launch: from this process's memory, or made now."""
@@ -274,6 +262,37 @@ class Operator:
             return out
 
         return run
+
+
+def _layout(tensors: tuple[Tensor, ...]) -> tuple | None:
+    """All that a launch is prepared for, to be looked up by; None where there is no memory to lay out."""
+    parts: list[Any] = [] if tensors[0].is_cuda else [interpreting()]
+    grad = torch.is_grad_enabled()
+    try:
+        for t in tensors:
+            address = t.data_ptr()
+            if not address:  # empty, meta, or a wrapper
+                return None
+            parts += (
+                type(t),
+                t.shape,
+                t.stride(),
+                t.dtype,
+                t.get_device() if t.is_cuda else t.device,  # an index hashes faster than a device
+                address & 15,
+                t.is_neg(),
+                grad and t.requires_grad,
+            )
+    except (RuntimeError, NotImplementedError):  # fake tensors, other layouts than strided
+        return None
+    return tuple(parts)
+
+
+def _remember(store: dict[tuple | None, Any], key: tuple | None, value: Any) -> None:
+    if key is not None:
+        if len(store) >= _ROUTES_KEPT:
+            store.clear()
+        store[key] = value
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -412,7 +431,7 @@ def _switch(on: bool) -> None:
     global _on
     _on = on
     for operator in OPERATORS.values():
-        operator._routes.clear()
+        operator.forget()
 
 
 def explain(operator: str | Operator, *tensors: Tensor) -> list[str]:

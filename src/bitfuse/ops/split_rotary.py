@@ -283,11 +283,7 @@ def apply_ltx2_split_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns a new tensor with the shape, dtype and strides that the PyTorch chain gives. Raises ValueError where
     the kernel can't take the arguments; `apply_split_rotary_emb` falls back instead.
     """
-    operator = _of(x, cos)
-    reasons = list(operator.why_not(x, cos, sin))
-    if reasons:
-        raise ValueError(f"apply_ltx2_split_rotary_emb: {'; '.join(reasons)}")
-    return operator.launch(x, cos, sin)
+    return _of(x, cos).launch(x, cos, sin)
 
 
 def apply_split_rotary_emb(x: Tensor, freqs: tuple[Tensor, Tensor]) -> Tensor:
