@@ -794,3 +794,16 @@ def test_a_block_inside_an_acceleration_leaves_it_in_force(device):
         assert inner is outer
     run(model)
     assert_fused(outer)
+
+
+def test_an_unknown_kind_of_rotary_embedding_is_left_alone(device):
+    model = make(device=device)
+    attn = model.transformer_blocks[0].attn1
+    attn.rope_type = "spiral"
+    stock = attn.processor
+    expected = run(model)
+    with bitfuse.accelerated(model) as handle:
+        assert attn.processor is stock
+        assert handle.sites[0].reasons == ["its rope_type is 'spiral'; known: split, interleaved"]
+        assert_same(expected, run(model))
+        assert handle.report().fused == handle.report().seen - 1

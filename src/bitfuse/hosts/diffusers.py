@@ -180,7 +180,8 @@ def transformers(target: Any) -> list[Any]:
 def accelerate(model: Any, handle: Handle) -> None:
     """Take over every rotary site of one transformer, noting each in the handle."""
     for name, attn in _rotary_attentions(model):
-        site = Site(name, _OPERATORS[attn.rope_type].name)
+        operator = _OPERATORS.get(attn.rope_type)
+        site = Site(name, operator.name if operator else f"{attn.rope_type} rotary")
         handle.sites.append(site)
         site.declined = next(_why_left_alone(attn), None)
         if site.declined is None:
@@ -190,13 +191,17 @@ def accelerate(model: Any, handle: Handle) -> None:
 def _rotary_attentions(model: Any) -> Iterator[tuple[str, Any]]:
     for index, block in enumerate(model.transformer_blocks):
         for name in _ROTARY_ATTENTIONS:
-            yield f"transformer_blocks.{index}.{name}", getattr(block, name)
+            if (attn := getattr(block, name, None)) is not None:
+                yield f"transformer_blocks.{index}.{name}", attn
 
 
 def _why_left_alone(attn: Any) -> Iterator[str]:
     stock = type(attn.processor)
     if stock not in _REPLACEMENTS:
         yield f"its processor is {stock.__module__}.{stock.__qualname__}, not one of diffusers' LTX-2 processors"
+        return
+    if attn.rope_type not in _OPERATORS:
+        yield f"its rope_type is {attn.rope_type!r}; known: {', '.join(_OPERATORS)}"
         return
     function = _HOST_FUNCTIONS[attn.rope_type]
     for name, code in ((stock.__name__, stock.__call__), (function, getattr(upstream, function))):
