@@ -35,17 +35,17 @@ def rotary(document: dict[str, Any]) -> str:
     lines += ["", "| a whole step of diffusers' LTX-2 transformer | stock | bitfuse | speed-up |"]
     lines += ["| --- | --- | --- | --- |"]
     for row in document["model"]:
-        ms = row["ms"]
+        stock, fused = (f"{t['median']:.0f} ms ({t['p10']:.0f} to {t['p90']:.0f})" for t in row["ms"].values())
         lines.append(
             f"| {row['tokens']} video tokens, {row['layers']} layers, output identical in every bit | "
-            f"{ms['stock']['median']:.0f} ms | {ms['bitfuse']['median']:.0f} ms | {row['speed_up']:.2f}x |"
+            f"{stock} | {fused} | {row['speed_up']:.2f}x |"
         )
     overhead = document["overhead"][0]
     us = overhead["us"]
     lines += [
         "",
         f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, Triton {machine['triton']}, "
-        f"diffusers {machine['diffusers']}, {machine['date'][:10]}; medians, cold L2, bits compared first in the same "
+        f"diffusers {machine['diffusers']}, {machine['date'][:10]}; medians (10th to 90th percentile), cold L2, bits compared first in the same "
         f"run ([JSON with spreads]({document['path']})). On the CPU a routed call takes "
         f"{us['routed call']['median']:.0f} us, a bare Triton launch with its allocation "
         f"{us['allocation and bare Triton launch']['median']:.0f} us, the PyTorch chain "
