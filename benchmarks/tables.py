@@ -45,7 +45,8 @@ def rotary(document: dict[str, Any]) -> str:
     lines += [
         "",
         f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, Triton {machine['triton']}, "
-        f"diffusers {machine['diffusers']}, {machine['date'][:10]}; medians (10th to 90th percentile), cold L2, bits compared first in the same "
+        f"diffusers {machine['diffusers']}, {machine['date'][:10]}; medians (10th to 90th "
+        f"percentile), cold L2, bits compared first in the same "
         f"run ([JSON with spreads]({document['path']})). On the CPU a routed call takes "
         f"{us['routed call']['median']:.0f} us, a bare Triton launch with its allocation "
         f"{us['allocation and bare Triton launch']['median']:.0f} us, the PyTorch chain "
