@@ -64,7 +64,8 @@ def test_importing_bitfuse_needs_only_torch(missing):
 
 
 def test_importing_bitfuse_costs_at_most_half_a_second():
-    code = "import time, torch; t = time.perf_counter(); import bitfuse; print(time.perf_counter() - t)"
+    # of the processor's time: the wall clock would measure what else the machine is doing
+    code = "import time, torch; t = time.process_time(); import bitfuse; print(time.process_time() - t)"
     assert statistics.median(float(_python(code)) for _ in range(3)) < 0.5
 
 
