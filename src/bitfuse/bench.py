@@ -22,7 +22,6 @@ from rich.table import Table
 from torch import Tensor
 
 from bitfuse import proof
-from bitfuse.contract import EXACT
 from bitfuse.machine import machine
 from bitfuse.ops.rotary_common import RotaryCase
 from bitfuse.ops.split_rotary import SPLIT_FP32, SPLIT_PER_OP
@@ -66,9 +65,8 @@ def operators(console: Console) -> list[dict[str, Any]]:
     """Split rotary embedding in both chains, at the real shapes: kernel, eager chain, copy of the same bytes."""
     rows = []
     with Progress(console=console, transient=True) as progress:
-        for operator, table_dtype in progress.track(
-            [(o, d) for o, d in ((SPLIT_PER_OP, torch.bfloat16), (SPLIT_FP32, torch.float32))], description="operators"
-        ):
+        chains = ((SPLIT_PER_OP, torch.bfloat16), (SPLIT_FP32, torch.float32))
+        for operator, table_dtype in progress.track(chains, description="operators"):
             for batch, t, heads, head_dim in _SHAPES:
                 case = RotaryCase("bench", t, heads, head_dim, batch=batch, table_dtype=table_dtype)
                 rows.append(_operator(operator, case))
@@ -152,7 +150,7 @@ def overhead(console: Console) -> dict[str, Any]:
 
     def bare() -> Tensor:
         fresh = torch.empty_like(tensors[0])
-        jit[plan.grid](*tensors, fresh, *plan.scalars, **plan.constants, num_warps=plan.num_warps, **EXACT)
+        jit[plan.grid](*tensors, fresh, *plan.scalars, **plan.constants, num_warps=plan.num_warps, **plan.options)
         return fresh
 
     expected = operator.reference(*tensors)

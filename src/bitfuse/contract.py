@@ -104,10 +104,14 @@ def _specialisation(value: int, annotation: str | None) -> str:
 
 @dataclass(slots=True)
 class Route:
-    """Where calls of one layout go. `reason` is None when they are fused, else the sentence why not."""
+    """Where calls of one layout go. `reason` is None when they are fused, else the sentence why not.
+
+    `mismatch` is set where the reason is that the kernel was seen to differ from the reference.
+    """
 
     run: Callable[..., Tensor]
     reason: str | None = None
+    mismatch: proof.Mismatch | None = None
 
     @property
     def fused(self) -> bool:
@@ -222,13 +226,13 @@ class Operator:
 
     def verdict(self, *tensors: Tensor) -> proof.Verdict:
         """The proof for the kernel that these tensors would launch: from this process's memory, or made now."""
-        plan = self.plan(*tensors)
-        signature = plan.signature(tensors)
-        verdict = proof.known(signature)
-        if verdict is None:
-            with _on_device(tensors[0]), torch.no_grad():
-                verdict = proof.prove(self, signature, tensors)
-        return verdict
+        return self._proved(self.plan(*tensors).signature(tensors), tensors)
+
+    def _proved(self, signature: tuple, tensors: tuple[Tensor, ...]) -> proof.Verdict:
+        if (verdict := proof.known(signature)) is not None:
+            return verdict
+        with _on_device(tensors[0]), torch.no_grad():
+            return proof.prove(self, signature, tensors)
 
     def _decide(self, tensors: tuple[Tensor, ...]) -> tuple[Route, bool]:
         """The route, and whether to remember it."""
@@ -236,14 +240,15 @@ class Operator:
         if reason is not None:
             return Route(self.reference, reason), not _capturing(tensors[0])
         plan = self.plan(*tensors)
-        known = proof.known(plan.signature(tensors)) is not None
-        verdict = self.verdict(*tensors)
+        signature = plan.signature(tensors)
+        known = proof.known(signature) is not None
+        verdict = self._proved(signature, tensors)
         if not verdict.equal:
-            return Route(self.reference, verdict.sentence), verdict.final
+            return Route(self.reference, verdict.sentence, verdict.mismatch), verdict.final
         route = Route(self._runner(plan, tensors))
         if not known and (mismatch := proof.compare_live(self, route.run, tensors)):
-            proof.condemn(plan.signature(tensors), mismatch)
-            return Route(self.reference, mismatch.sentence), True
+            proof.condemn(signature, mismatch)
+            return Route(self.reference, mismatch.sentence, mismatch), True
         return route, True
 
     def _runner(self, plan: Plan, tensors: tuple[Tensor, ...]) -> Callable[..., Tensor]:

@@ -120,7 +120,8 @@ def _run(
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n")
-    (out / "report.html").write_text(page.render(result.as_dict(), geometry, stock, fused), encoding="utf-8")
+    html = page.render(result.as_dict(), report.kinds(), geometry, stock, fused)
+    (out / "report.html").write_text(html, encoding="utf-8")
 
     console.print(page.table(rows))
     say(str(report))

@@ -54,8 +54,10 @@ def times_sentence(times: dict[str, Any]) -> str:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def render(document: dict[str, Any], geometry: Geometry, stock: Denoising, fused: Denoising) -> str:
-    """report.html for a demo's document and the latents of both runs."""
+def render(
+    document: dict[str, Any], kinds: list[dict[str, Any]], geometry: Geometry, stock: Denoising, fused: Denoising
+) -> str:
+    """report.html for a demo's document, its sites folded (`Report.kinds`), and the latents of both runs."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -69,24 +71,11 @@ def render(document: dict[str, Any], geometry: Geometry, stock: Denoising, fused
         document=document,
         streams=_STREAMS,
         pictures=_pictures(geometry, stock, fused),
-        kinds=fold_sites(document["sites"]["sites"]),
+        kinds=kinds,
         charts={
             mode: _chart(document["steps"], colour) for mode, colour in (("light", "#57606a"), ("dark", "#9aa4af"))
         },
     )
-
-
-def fold_sites(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sites that differ in their block's number only, as one row with their count."""
-    kinds: dict[tuple, dict[str, Any]] = {}
-    for site in sites:
-        name = ".".join("*" if part.isdigit() else part for part in site["name"].split("."))
-        key = (name, site["operator"], site["state"], tuple(site["reasons"]))
-        kind = kinds.setdefault(key, {**site, "name": name, "count": 0, "calls_fused": 0, "calls_fallen_back": 0})
-        kind["count"] += 1
-        kind["calls_fused"] += site["calls_fused"]
-        kind["calls_fallen_back"] += site["calls_fallen_back"]
-    return list(kinds.values())
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------

@@ -109,18 +109,30 @@ class Report:
             ],
         }
 
+    def kinds(self) -> list[dict[str, Any]]:
+        """`as_dict()["sites"]` with the sites that differ in their block's number only as one row, counted.
+
+        So 48 blocks show as one block does.
+        """
+        kinds: dict[tuple, dict[str, Any]] = {}
+        for site in self.as_dict()["sites"]:
+            name = ".".join("*" if part.isdigit() else part for part in site["name"].split("."))
+            key = (name, site["operator"], site["state"], tuple(site["reasons"]))
+            kind = kinds.setdefault(key, {**site, "name": name, "count": 0, "calls_fused": 0, "calls_fallen_back": 0})
+            kind["count"] += 1
+            kind["calls_fused"] += site["calls_fused"]
+            kind["calls_fallen_back"] += site["calls_fallen_back"]
+        return list(kinds.values())
+
     def __str__(self) -> str:
-        """One line per kind of site: block numbers are folded, so 48 blocks print as one block does."""
-        kinds: dict[tuple, list[Site]] = {}
-        for site in self.sites:
-            folded = ".".join("*" if part.isdigit() else part for part in site.name.split("."))
-            kinds.setdefault((folded, site.operator, site.state, tuple(site.reasons)), []).append(site)
+        kinds = self.kinds()
+        width = max((len(kind["name"]) for kind in kinds), default=0)
         lines = [f"{self.fused} of {self.seen} sites fused in {self.host}"]
-        width = max((len(name) for name, *_ in kinds), default=0)
-        for (name, operator, state, reasons), sites in kinds.items():
-            calls = f"{sum(s.fused for s in sites)} calls fused, {sum(sum(s.fallen.values()) for s in sites)} not"
-            why = f": {'; '.join(reasons)}" if reasons else ""
-            lines.append(f"  {name:<{width}}  {len(sites):>3} x {operator}  {state} ({calls}){why}")
+        for kind in kinds:
+            calls = f"{kind['calls_fused']} calls fused, {kind['calls_fallen_back']} not"
+            why = f": {'; '.join(kind['reasons'])}" if kind["reasons"] else ""
+            site = f"{kind['name']:<{width}}  {kind['count']:>3} x {kind['operator']}"
+            lines.append(f"  {site}  {kind['state']} ({calls}){why}")
         return "\n".join(lines)
 
 
