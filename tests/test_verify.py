@@ -1,0 +1,98 @@
+"""`bitfuse verify` is green where all is equal, and can turn red."""
+
+from __future__ import annotations
+
+import json
+import types
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import bitfuse
+from bitfuse import cli, verify
+from bitfuse.ops.split_rotary import SPLIT_FP32
+
+NAME = SPLIT_FP32.name
+
+
+@pytest.fixture(autouse=True)
+def _few_cases(fresh_routes, monkeypatch):
+    """The first case, which the mutants run on, and two odd ones: what is shown here does not need them all."""
+    odd = [case for case in SPLIT_FP32.cases if case.name in ("one token", "misaligned")]
+    monkeypatch.setattr(SPLIT_FP32, "cases", (SPLIT_FP32.cases[0], *odd))
+
+
+def _run():
+    return verify.run(Console(quiet=True), [NAME])
+
+
+def test_all_equal_and_all_wrong_kernels_caught():
+    result = _run()
+    assert [check.outcome for check in result.checks] == ["equal"] * 3
+    assert all(check.elements for check in result.checks)
+    assert len(result.controls) >= 6
+    assert all(control.caught for control in result.controls)
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("mutant", ["the sine's sign swapped", "-s as 0 - s"])
+def test_a_wrong_kernel_is_reported_where_it_differs(mutant, monkeypatch):
+    wrong = next(m for m in SPLIT_FP32.mutants if m.name == mutant)
+    stock = types.SimpleNamespace(plan=SPLIT_FP32.plan)
+    monkeypatch.setattr(SPLIT_FP32, "plan", lambda *tensors: wrong.plan(stock, *tensors))
+    monkeypatch.setattr(SPLIT_FP32, "mutants", ())
+    result = _run()
+    assert [check.outcome for check in result.checks] == ["differs"] * 3
+    assert all("differs at [" in check.reason for check in result.checks)
+    assert result.exit_code == 1
+
+
+def test_a_kernel_that_gets_the_strides_wrong_differs_too(monkeypatch):
+    """Not only bits: the reason of such a mismatch speaks of no element."""
+    stock = SPLIT_FP32.plan
+
+    def wider(*tensors):
+        plan = stock(*tensors)
+        return replace(plan, strides=tuple(s * 16 for s in plan.strides))
+
+    monkeypatch.setattr(SPLIT_FP32, "plan", wider)
+    monkeypatch.setattr(SPLIT_FP32, "mutants", ())
+    result = _run()
+    assert {check.outcome for check in result.checks} == {"differs"}
+    assert all("strides" in check.reason for check in result.checks)
+    assert result.exit_code == 1
+
+
+def test_a_battery_that_lets_a_wrong_kernel_pass_is_reported(monkeypatch):
+    battery = SPLIT_FP32.battery
+    monkeypatch.setattr(SPLIT_FP32, "battery", lambda *like: (f for f in battery(*like) if f[0] == "live"))
+    result = _run()
+    assert {check.outcome for check in result.checks} == {"equal"}
+    assert "subnormals flushed" in {control.mutant for control in result.controls if not control.caught}
+    assert result.exit_code == 1
+
+
+def test_nothing_fused_is_no_success():
+    bitfuse.disable()
+    try:
+        result = _run()
+    finally:
+        bitfuse.enable()
+    assert {check.outcome for check in result.checks} == {"declined"}
+    assert {check.reason for check in result.checks} == {"bitfuse is off (BITFUSE=0 or bitfuse.disable())"}
+    assert result.exit_code != 0
+
+
+def test_the_command_writes_json_and_refuses_unknown_operators(tmp_path):
+    file = tmp_path / "deep" / "verify.json"
+    done = CliRunner().invoke(cli.app, ["verify", "--op", NAME, "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    document = json.loads(file.read_text())
+    assert document["exit_code"] == 0
+    assert document["machine"]["torch"]
+    assert {check["outcome"] for check in document["checks"]} == {"equal"}
+    done = CliRunner().invoke(cli.app, ["verify", "--op", "rope"])
+    assert done.exit_code == 2
+    assert NAME in done.output
