@@ -1,13 +1,17 @@
 """Fill the README's tables from the JSON in benchmarks/results: nobody types a number.
 
-Run `make readme`; `tests/test_readme.py` fails while the README and the JSON part.
+A table stands between `<!-- NAME -->` and `<!-- end -->`, NAME being one of `TABLES`. Run `make readme`;
+`tests/test_readme.py` fails while the README and the JSON part.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ def rotary(document: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for row in document["operators"]:
-        if row["x"] not in SHOWN:
+        if row["x"] not in SHOWN or not row["operator"].startswith("split_rotary"):
             continue
         chain = "bf16 tables" if row["operator"] == "split_rotary_per_op" else "fp32 tables"
         us = row["us"]
@@ -35,7 +39,7 @@ def rotary(document: dict[str, Any]) -> str:
     lines += ["", "| a whole step of diffusers' LTX-2 transformer | stock | bitfuse | speed-up |"]
     lines += ["| --- | --- | --- | --- |"]
     for row in document["model"]:
-        stock, fused = (f"{t['median']:.0f} ms ({t['p10']:.0f} to {t['p90']:.0f})" for t in row["ms"].values())
+        stock, fused = (_spread(row["ms"][way]) for way in ("stock", "bitfuse"))
         lines.append(
             f"| {row['tokens']} video tokens, {row['layers']} layers, output identical in every bit | "
             f"{stock} | {fused} | {row['speed_up']:.2f}x |"
@@ -44,8 +48,7 @@ def rotary(document: dict[str, Any]) -> str:
     us = overhead["us"]
     lines += [
         "",
-        f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, Triton {machine['triton']}, "
-        f"diffusers {machine['diffusers']}, {machine['date'][:10]}; medians (10th to 90th "
+        f"{_machine(machine)}; medians (10th to 90th "
         f"percentile), cold L2, bits compared first in the same "
         f"run ([JSON with spreads]({document['path']})). On the CPU a routed call takes "
         f"{us['routed call']['median']:.0f} us, a bare Triton launch with its allocation "
@@ -55,17 +58,147 @@ def rotary(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def operators(documents: list[dict[str, Any]]) -> str:
+    """Every operator that was timed: a row each, a column for each shape of its first argument."""
+    shapes = ([1, 6144, 4096], [1, 6144, 2048], [1, 24576, 4096])
+    found: dict[str, dict[tuple[int, ...], dict[str, Any]]] = {}
+    for row in _rows(documents, "operators"):
+        # of several cases of one shape the first: one AdaLN row for all tokens, as in text to video
+        found.setdefault(row["operator"], {}).setdefault(_flat(row["x"]), row)
+    lines = [
+        "| operator | " + " | ".join(f"{tokens} x {width}" for _, tokens, width in shapes) + " |",
+        "| --- |" + " --- |" * len(shapes),
+    ]
+    for name, rows in found.items():
+        cells = [_operator_cell(rows.get(tuple(shape))) for shape in shapes]
+        if any(cells):
+            lines.append(f"| `{name}` | {' | '.join(cell or '-' for cell in cells)} |")
+    lines += [
+        "",
+        f"Time, speed against a plain copy that moves the same bytes, speed-up over the PyTorch chain; cold L2, "
+        f"medians, bits compared first in the same run. {_sources(documents)}",
+    ]
+    return "\n".join(lines)
+
+
+def _flat(shape: list[int]) -> tuple[int, ...]:
+    """[B, T, H, D] as [B, T, H * D]."""
+    batch, tokens, *width = shape
+    return batch, tokens, math.prod(width)
+
+
+def _operator_cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if "us" not in row:
+        return "not timed"
+    return f"{row['us']['fused']['median']:.0f} us, {row['of_copy']:.0%}, {row['speed_up']:.1f}x"
+
+
+def model(documents: list[dict[str, Any]], version: str = "2.0") -> str:
+    """A whole step of that version: a row for each number of video tokens."""
+    rows = [row for row in _rows(documents, "model") if (row["version"], row["image_to_video"]) == (version, False)]
+    if not rows or len({row["tokens"] for row in rows}) < len(rows):
+        raise ValueError(f"LTX-{version}: one row for each number of tokens, not {[row['tokens'] for row in rows]}")
+    lines = [
+        "| video tokens | stock | bitfuse | bitfuse, CUDA graph | compiled, CUDA graph | bitfuse over that "
+        "| peak memory | output |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    rows.sort(key=lambda row: row["tokens"])
+    for row in rows:
+        ms = row["ms"]
+        yardstick = f"{ms['compiled + graph']['median']:.0f} ms" if "compiled + graph" in ms else "not timed"
+        over = f"{row['against_compiled_graph']:.2f}x" if "against_compiled_graph" in row else "-"
+        speed_ups = [
+            f"{ms[way]['median']:.0f} ms, {row['speed_ups'][way]:.2f}x" if way in ms else "not timed"
+            for way in ("bitfuse", "graph")
+        ]
+        peak = row["peak_gb"]
+        memory = ", ".join(f"{peak[way] / peak['stock'] - 1:+.0%}" for way in ("bitfuse", "graph"))
+        lines.append(
+            f"| {row['tokens']} | {ms['stock']['median']:.0f} ms | {' | '.join(speed_ups)} | {yardstick} | {over} | "
+            f"{peak['stock']:.1f} GB, {memory} | {row['mismatch'] or 'identical in every bit'} |"
+        )
+    lines += ["", _under_the_model(rows, documents, version)]
+    return "\n".join(lines)
+
+
+def _under_the_model(rows: list[dict[str, Any]], documents: list[dict[str, Any]], version: str) -> str:
+    sentences = [
+        f"LTX-{version}, {rows[0]['layers']} layers; medians of at least "
+        f"{min(r['rounds'] for r in rows)} rounds, all ways by turns in one process. Speed-ups over stock; memory "
+        "beyond the weights: stock's, then bitfuse's without and with the graph."
+    ]
+    if floors := [f"{row['of_floor']['graph']:.2f}x at {row['tokens']}" for row in rows if "of_floor" in row]:
+        sentences.append(
+            "With the graph a step takes, of the time of its matmuls, its attention and the fused operators' bytes at "
+            f"a plain copy's speed, {', '.join(floors)} tokens."
+        )
+    for row in _rows(documents, "first_step"):
+        if row["version"] == version:
+            empty, warm, compiled = (
+                row["beyond_stock_s"][f"{kind} caches"] for kind in ("empty", "warm", "compiled, empty")
+            )
+            sentences.append(
+                f"The first step of a process takes {empty:.1f} s longer than stock's with an empty Triton cache, "
+                f"{warm:.1f} s with a warm one, {compiled:.1f} s when it is compiled."
+            )
+    return " ".join([*sentences, _sources(documents)])
+
+
+def _rows(documents: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
+    return [row for document in documents for row in document.get(part, ())]
+
+
+def _spread(t: dict[str, float]) -> str:
+    return f"{t['median']:.0f} ms ({t['p10']:.0f} to {t['p90']:.0f})"
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, Triton {machine['triton']}, "
+        f"diffusers {machine['diffusers']}, {machine['date'][:10]}"
+    )
+
+
+def _sources(documents: list[dict[str, Any]]) -> str:
+    machines = dict.fromkeys(_machine(document["machine"]) for document in documents)
+    links = ", ".join(f"[{Path(document['path']).name}]({document['path']})" for document in documents)
+    return f"{'; '.join(machines)} ({links})."
+
+
 def newest(name: str) -> dict[str, Any]:
     """The document of that name with the latest date in its file name (`<date>-<machine>-<name>.json`)."""
-    path = max(RESULTS.glob(f"*-{name}.json"))
+    return _load(max(RESULTS.glob(f"*-{name}.json")))
+
+
+def of_newest_day(name: str) -> list[dict[str, Any]]:
+    """All documents whose names end so, of the latest date among them: a measurement may take several commands."""
+    paths = sorted(RESULTS.glob(f"*-{name}.json"))
+    return [_load(path) for path in paths if path.name[:10] == paths[-1].name[:10]]
+
+
+def _load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) | {"path": path.relative_to(ROOT).as_posix()}
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "rotary table": lambda: rotary(newest("rotary")),
+    "operators table": lambda: operators(of_newest_day("operators")),
+    **{
+        f"model table {version}": functools.partial(lambda version: model(of_newest_day("model"), version), version)
+        for version in ("2.0", "2.3", "2.5")
+    },
+}
 
 
 def filled(readme: str) -> str:
     """The README's text with what stands between the markers made anew."""
+    names = "|".join(map(re.escape, TABLES))
     return re.sub(
-        r"(<!-- rotary table -->\n).*?(\n<!-- end -->)",
-        lambda m: m[1] + rotary(newest("rotary")) + m[2],
+        rf"(<!-- ({names}) -->\n).*?(\n<!-- end -->)",
+        lambda m: m[1] + TABLES[m[2]]() + m[3],
         readme,
         flags=re.DOTALL,
     )

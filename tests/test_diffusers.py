@@ -14,6 +14,7 @@ import torch
 
 import bitfuse
 from bitfuse import proof
+from bitfuse.contract import Tier
 from bitfuse.ops.split_rotary import SPLIT_FP32
 
 diffusers = pytest.importorskip("diffusers", minversion="0.37")
@@ -708,8 +709,8 @@ def test_a_reference_that_is_not_the_hosts_is_left_alone(device, monkeypatch):
 
 def _mutant_in_place(monkeypatch):
     mutant = next(m for m in SPLIT_FP32.mutants if m.name == "the sine's sign swapped")
-    original = types.SimpleNamespace(plan=SPLIT_FP32.plan)
-    monkeypatch.setattr(SPLIT_FP32, "plan", lambda *tensors: mutant.plan(original, *tensors))
+    original = types.SimpleNamespace(tiers=SPLIT_FP32.tiers)
+    monkeypatch.setattr(SPLIT_FP32, "tiers", (Tier("wrong", lambda *args: mutant.plan(original, *args)),))
 
 
 def test_a_wrong_kernel_falls_back_and_says_where_it_differs(device, monkeypatch, fresh_routes):

@@ -150,7 +150,10 @@ def test_hosts_hold_no_numerics(path):
 
 FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "subprocess", "socket", "ctypes", "cffi", "requests", "urllib"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "torch.load", "os.system", "os.popen", "yaml.load"}
-ALLOWED_MODULES = {"ptx.py": {"subprocess"}}  # runs Triton's own cuobjdump; nothing else imports it
+ALLOWED_MODULES = {
+    "ptx.py": {"subprocess"},  # runs Triton's own cuobjdump; nothing else imports it
+    "bench.py": {"subprocess"},  # a first step can be timed in a fresh process only: this Python, our own code
+}
 ALLOWED_CALLS = {"kernel.py": {"exec"}}  # mutants: an edited copy of our own source
 
 
@@ -184,6 +187,7 @@ def test_operator_files_stay_short(path):
 @pytest.mark.parametrize("operator", bitfuse.OPERATORS.values(), ids=lambda o: o.name)
 def test_every_plan_is_launched_with_fusion_of_multiply_and_add_off(operator):
     assert EXACT == {"enable_fp_fusion": False}
-    plans = [operator.plan(*case.tensors("cpu", tokens=3)) for case in operator.cases]
+    plans = [tier.plan(*case.arguments("cpu", tokens=3)) for case in operator.cases for tier in operator.tiers]
+    plans = [plan for plan in plans if not isinstance(plan, str)]
     assert plans
     assert all(plan.options == EXACT for plan in plans)

@@ -5,10 +5,10 @@ Nothing here names an operator: cases, mutants and batteries come from `bitfuse.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,37 +17,64 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitfuse import OPERATORS, Operator, compare, proof, values
-from bitfuse.ops import rotary_common
+from bitfuse.contract import Plan, Tier
+from bitfuse.ops.rotary_common import RotaryCase
+from common import ROTARY, on_tensors, small_cases, tensors_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = {operator.name: [d for d in (BF16, FP16, FP32) if small_cases(operator, d)] for operator in OPERATORS.values()}
 
-every_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)
+
+def label(value: Any) -> str:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value.name
+
+
+every_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=label)
 every_case = pytest.mark.parametrize(
-    ("operator", "case"),
-    [
-        pytest.param(operator, case, id=f"{operator.name}-{case.name}")
-        for operator in OPERATORS.values()
-        for case in operator.cases
-    ],
+    ("operator", "case"), [(o, case) for o in OPERATORS.values() for case in o.cases], ids=label
+)
+every_tier = pytest.mark.parametrize(
+    ("operator", "tier"), [(o, tier) for o in OPERATORS.values() for tier in o.tiers], ids=label
 )
 
 
-def made(case, device: torch.device) -> tuple[Tensor, ...]:
-    """The case's tensors: as they are on a GPU, few tokens for the interpreter."""
-    return case.tensors(device, tokens=None if device.type == "cuda" else 24)
+def made(case, device: torch.device) -> tuple[Any, ...]:
+    """The case's arguments: as they are on a GPU, few tokens for the interpreter."""
+    return case.arguments(device, tokens=None if device.type == "cuda" else 24)
 
 
-def run(plan, tensors: Sequence[Tensor]) -> Tensor:
-    """One launch, into an output of NaNs: an element that no program writes can't pass for a right one."""
-    out = proof.poisoned(plan.empty(tensors[0].device))
-    plan.bind(tensors, out)(*tensors, out)
-    return out
+def run(plan: Plan, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """One launch, into outputs of NaNs: an element that no program writes can't pass for a right one."""
+    outs = tuple(map(proof.poisoned, plan.empty(args[0].device)))
+    plan.bind(args, outs)(*args, *outs)
+    return outs
 
 
-def of_each_dtype(operator: Operator) -> dict[torch.dtype, object]:
-    """A small case for each dtype of x, with the tables that the host feeds it."""
-    named = {case.name: case for case in operator.cases}
-    return {BF16: named["head size 40"], FP16: named["fp16"], FP32: named["fp32"]}
+def form(t: Tensor) -> tuple:
+    return t.dtype, t.shape, t.stride()
+
+
+def specification(operator: Operator, tier: Tier, device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+    chain = operator.specification(operator.tiers.index(tier), device)
+    return lambda *args: proof.as_tuple(chain(*args))
+
+
+def small(
+    operator: Operator,
+    tier: Tier,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int | None = None,
+    name: str | None = None,
+) -> tuple[Any, ...]:
+    """The arguments of the named case, or of the first small one, with a first argument of that dtype.
+
+    Of those that the tier can do.
+    """
+    cases = small_cases(operator, dtype) if name is None else [case for case in operator.cases if case.name == name]
+    made = (case.arguments(device, tokens=tokens) for case in cases)
+    found = (args for args in made if args[0].dtype == dtype and isinstance(tier.plan(*args), Plan))
+    return next(found, None) or pytest.skip(f"no such case in {dtype} by {tier.name}")
 
 
 # -- right ----------------------------------------------------------------------------------------------------------
@@ -55,54 +82,62 @@ def of_each_dtype(operator: Operator) -> dict[torch.dtype, object]:
 
 @every_case
 def test_every_case_is_fused_and_equal(operator, case, device):
-    tensors = made(case, device)
-    route = operator.route(*tensors)
+    args = made(case, device)
+    route = operator.route(*args)
     assert route.reason is None
-    assert compare(operator.reference(*tensors), operator(*tensors)) is None
+    assert compare(operator.reference(*args), operator(*args)) is None
 
 
-@every_operator
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
-def test_the_battery_passes_and_really_feeds_the_kernel(operator, dtype, device):
+@pytest.mark.parametrize(
+    ("operator", "tier", "dtype"),
+    [(o, tier, dtype) for o in OPERATORS.values() for tier in o.tiers for dtype in DTYPES[o.name]],
+    ids=label,
+)
+def test_the_battery_passes_and_really_feeds_the_kernel(operator, tier, dtype, device):
     """Every family, by name and size: a battery that yields nothing would prove anything."""
-    tensors = of_each_dtype(operator)[dtype].tensors(device)
-    families = {family: inputs[0] for family, inputs in operator.battery(*tensors)}
-    assert {"live", "wide", "uniform bits", "specials", "ties", "cancellation"} <= set(families)
-    assert all(x.numel() >= 1 << 16 for x in families.values())
-    assert families["specials"].isnan().any()
-    assert families["specials"].isinf().any()
-    verdict = proof.run_battery(operator.reference, operator.plan, operator.battery(*tensors))
+    args = small(operator, tier, dtype, device)
+    families = {family: inputs[0] for family, inputs in operator.battery(*args)}
+    rotary = operator in ROTARY
+    wanted = {"live", "specials"} | ({"wide", "uniform bits", "ties", "cancellation"} if rotary else set())
+    assert wanted <= set(families)
+    assert len(families) >= 4
+    assert all(x.numel() >= 1 << (16 if rotary else 14) for x in families.values())
+    special = [x for family, x in families.items() if "special" in family]
+    assert any(x.isnan().any() for x in special)
+    assert any(x.isinf().any() for x in special)
+    chain = operator.specification(operator.tiers.index(tier), device)
+    verdict = proof.run_battery(chain, tier.plan, operator.battery(*args))
     assert verdict.equal, verdict.sentence
     assert verdict.families == len(families)
 
 
-@every_operator
-@pytest.mark.parametrize("tile", [256, 1 << 13])
-def test_the_tile_does_not_change_a_bit(operator, tile, device, monkeypatch):
-    small = {str([(t.dtype, t.shape, t.stride()) for t in c.tensors(device, tokens=3)]): c for c in operator.cases}
-    before = {case.name: operator.plan(*case.tensors(device, tokens=3)).constants for case in small.values()}
-    monkeypatch.setattr(rotary_common, "_TILE", tile)
-    monkeypatch.setattr(rotary_common, "_INTERPRETED_TILE", tile)
-    changed = 0
-    for case in small.values():
-        tensors = case.tensors(device, tokens=3)
-        plan = operator.plan(*tensors)
-        changed += plan.constants != before[case.name]
-        mismatch = compare(operator.reference(*tensors), run(plan, tensors))
-        assert mismatch is None, (case.name, mismatch)
-    assert changed
+@every_tier
+def test_the_tile_does_not_change_a_bit(operator, tier, device):
+    if operator.retiled is None:
+        pytest.skip("cut in one way only")
+    every = [case.arguments(device, tokens=3) for case in operator.cases]
+    compared = 0
+    for args in {str(on_tensors(form, args)): args for args in every}.values():
+        plan = tier.plan(*args)
+        for other in operator.retiled(plan) if isinstance(plan, Plan) else ():
+            compared += other != plan
+            mismatch = compare(specification(operator, tier, device)(*args), run(other, args))
+            assert mismatch is None, (other.constants, mismatch)
+    assert compared
 
 
 @pytest.mark.gpu
-@every_operator
+@every_tier
 @pytest.mark.parametrize("num_warps", [1, 2, 4, 8])
-def test_the_number_of_warps_does_not_change_a_bit(operator, num_warps, device):
+def test_the_number_of_warps_does_not_change_a_bit(operator, tier, num_warps, device):
     """Not in the interpreter, which has no warps."""
     for case in operator.cases:
-        tensors = case.tensors(device, tokens=300)
-        plan = replace(operator.plan(*tensors), num_warps=num_warps)
-        mismatch = compare(operator.reference(*tensors), run(plan, tensors))
-        assert mismatch is None, (case.name, mismatch)
+        args = case.arguments(device, tokens=300)
+        plan = tier.plan(*args)
+        if isinstance(plan, Plan):
+            found = run(replace(plan, num_warps=num_warps), args)
+            mismatch = compare(specification(operator, tier, device)(*args), found)
+            assert mismatch is None, (case.name, mismatch)
 
 
 # -- wrong ----------------------------------------------------------------------------------------------------------
@@ -110,17 +145,15 @@ def test_the_number_of_warps_does_not_change_a_bit(operator, num_warps, device):
 
 @pytest.mark.parametrize(
     ("operator", "mutant", "dtype"),
-    [
-        pytest.param(operator, mutant, dtype, id=f"{operator.name}-{mutant.name}-{str(dtype).removeprefix('torch.')}")
-        for operator in OPERATORS.values()
-        for mutant, dtype in itertools.product(operator.mutants, (BF16, FP16, FP32))
-    ],
+    [(o, mutant, dtype) for o in OPERATORS.values() for mutant in o.mutants for dtype in DTYPES[o.name]],
+    ids=label,
 )
 def test_the_battery_tells_every_mutant(operator, mutant, dtype, device):
     if mutant.compiled_only and device.type == "cpu":
         pytest.skip("only a compiler makes this one wrong; tests/test_ptx.py counts its instructions")
-    tensors = of_each_dtype(operator)[dtype].tensors(device, tokens=5)
-    verdict = proof.run_battery(operator.reference, partial(mutant.plan, operator), operator.battery(*tensors))
+    args = small(operator, operator.tiers[mutant.tier], dtype, device, tokens=5, name=mutant.case)
+    chain = operator.specification(mutant.tier, device)
+    verdict = proof.run_battery(chain, partial(mutant.plan, operator), operator.battery(*args))
     if dtype in mutant.harmless_for:
         assert verdict.equal, verdict.sentence
     else:
@@ -165,10 +198,10 @@ def drawn_values(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @st.composite
-def calls(draw, operator: Operator):
-    """A case with drawn sizes, dtypes and forms, the layout of each tensor, and a seed for the values."""
+def rotary_cases(draw, operator: Operator) -> RotaryCase:
+    """Drawn sizes, dtypes and forms."""
     x_dtype = draw(st.sampled_from([BF16, BF16, FP16, FP32]))
-    case = replace(
+    return replace(
         operator.cases[0],
         batch=draw(st.sampled_from([1, 1, 2, 3])),
         tokens=draw(st.sampled_from([0, 1, 2, 5, 16, 19])),
@@ -180,55 +213,65 @@ def calls(draw, operator: Operator):
         table_form=draw(st.sampled_from(sorted({case.table_form for case in operator.cases}))),
         table_batch=draw(st.sampled_from([None, None, 1])),
     )
-    ndims = [t.ndim for t in case.tensors("cpu", tokens=1)]
+
+
+@st.composite
+def calls(draw, operator: Operator):
+    """A case, its number of tokens, the layout of each of its tensors, and a seed for the values."""
+    case = draw(rotary_cases(operator) if operator in ROTARY else st.sampled_from(small_cases(operator)))
+    tokens = draw(st.sampled_from([None, None, 1, 2, 16]))
+    ndims = [t.ndim for t in tensors_of(case.arguments("cpu", tokens=1))]
     relaid = draw(st.lists(st.booleans(), min_size=len(ndims), max_size=len(ndims)))
     drawn = [draw(layouts(ndim)) if change else None for ndim, change in zip(ndims, relaid, strict=True)]
-    return case, drawn, draw(st.integers(0, 2**32 - 1))
+    return case, tokens, drawn, draw(st.integers(0, 2**32 - 1))
 
 
-def outcome(function, *tensors: Tensor) -> Tensor | type[Exception]:
+def outcome(function, *args: Any) -> Any:
+    """Its result, or the type of what it raises."""
     try:
-        return function(*tensors)
+        return function(*args)
     except (RuntimeError, ValueError) as error:
         return type(error)
 
 
 def check_call(operator: Operator, call, device: torch.device) -> bool:
     """Whether the drawn call was fused; every property of it is asserted."""
-    case, drawn, seed = call
-    generator = torch.Generator(device).manual_seed(seed)
-    tensors = []
-    for t, layout in zip(case.tensors(device), drawn, strict=True):
-        v = drawn_values(t, generator)
-        tensors.append(t.copy_(v) if layout is None else laid_out(v, **layout))
-    before = [bits(t).clone() for t in tensors]
+    case, tokens, drawn, seed = call
+    generator, remaining = torch.Generator(device).manual_seed(seed), iter(drawn)
 
-    expected = outcome(operator.reference, *tensors)
+    def redrawn(t: Tensor) -> Tensor:
+        layout, v = next(remaining), drawn_values(t, generator)
+        return t.copy_(v) if layout is None else laid_out(v, **layout)
+
+    args = on_tensors(redrawn, case.arguments(device, tokens=tokens))
+    before = [bits(t).clone() for t in tensors_of(args)]
+
+    expected = outcome(operator.reference, *args)
     if isinstance(expected, type):  # shapes that the chain itself refuses, as an empty x in [B, T, H*D]
-        assert isinstance(outcome(operator, *tensors), type)
+        assert isinstance(outcome(operator, *args), type)
         return False
-    reasons = operator.explain(*tensors)
-    mismatch = compare(expected, operator(*tensors))  # dtype, shape and strides too
+    reasons = operator.explain(*args)
+    mismatch = compare(expected, operator(*args))  # dtype, shape and strides too
     assert mismatch is None, mismatch
-    assert all(torch.equal(was, bits(t)) for was, t in zip(before, tensors, strict=True))
-    assert operator.route(*tensors).fused == (not reasons)
-    if tensors[0].numel() == 0:
+    assert all(torch.equal(was, bits(t)) for was, t in zip(before, tensors_of(args), strict=True))
+    assert operator.route(*args).fused == (not reasons)
+    if args[0].numel() == 0:
         assert any("empty" in reason for reason in reasons)
-    elif takes(operator, *(t.dtype for t in tensors)):
+    elif operator in ROTARY and takes(operator, *(t.dtype for t in args)):
         # All that may stand against it: a layout that `lookalike` can't make for the battery, and shapes that the
         # chain takes by accident, x's batch melting into its channels.
         assert all("stays unproved" in r or "in its own way" in r for r in reasons), reasons
-    else:
+    elif operator in ROTARY:
         assert reasons
     return not reasons
 
 
 def bits(t: Tensor) -> Tensor:
-    return t.contiguous().view(torch.int32 if t.dtype == FP32 else torch.int16)
+    return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
 def takes(operator: Operator, *dtypes: torch.dtype) -> bool:
-    """Whether the operator has a case with dtypes like these: tables of x's dtype, or of any."""
+    """Whether a rotary operator has a case with dtypes like these: tables of x's dtype, or of any."""
     mixed = any(case.x_dtype != case.table_dtype for case in operator.cases)
     return mixed or len(set(dtypes)) == 1
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitfuse import OPERATORS, compare, proof
-from bitfuse.contract import Mutant, Plan
+from bitfuse.contract import Mutant, Plan, Tier
 
 NAN = float("nan")
 SPLIT = OPERATORS["split_rotary_per_op"]
@@ -18,7 +18,7 @@ CASES = {case.name: case for case in SPLIT.cases}
 
 
 def tensors_of(name: str, device) -> tuple[torch.Tensor, ...]:
-    return CASES[name].tensors(device, tokens=5)
+    return CASES[name].arguments(device, tokens=5)
 
 
 # -- compare ------------------------------------------------------------------------------------------------------
@@ -155,8 +155,12 @@ SWAPPED = next(m for m in SPLIT.mutants if m.name == "the sine's sign swapped")
 
 def plan_of(mutant: Mutant):
     """A `plan` that launches the mutant of the operator's own kernel."""
-    right = SimpleNamespace(plan=SPLIT.plan)  # as it is now: a test replaces it
+    right = SimpleNamespace(tiers=SPLIT.tiers)  # as they are now: a test replaces them
     return lambda *tensors: mutant.plan(right, *tensors)
+
+
+def replace_plan(monkeypatch, plan):
+    monkeypatch.setattr(SPLIT, "tiers", (Tier("replaced", plan),))
 
 
 def test_a_proof_is_made_once_per_signature(fresh_routes, device, monkeypatch):
@@ -166,7 +170,7 @@ def test_a_proof_is_made_once_per_signature(fresh_routes, device, monkeypatch):
     tensors = tensors_of("fp16", device)
     assert SPLIT.explain(*tensors) == []
     SPLIT(*tensors)
-    SPLIT(*CASES["fp16"].tensors(device, tokens=9))  # another count of tokens: another route, the same kernel
+    SPLIT(*CASES["fp16"].arguments(device, tokens=9))  # another count of tokens: another route, the same kernel
     assert len(runs) == 1
     assert SPLIT.explain(*tensors_of("fp32", device)) == []
     assert len(runs) == 2
@@ -177,8 +181,8 @@ def test_a_proof_is_made_once_per_signature(fresh_routes, device, monkeypatch):
 
 
 def test_a_mismatch_condemns_one_signature_and_no_other(fresh_routes, device, monkeypatch):
-    right, wrong_plan = SPLIT.plan, plan_of(SWAPPED)
-    monkeypatch.setattr(SPLIT, "plan", lambda *t: (wrong_plan if t[0].dtype == torch.float16 else right)(*t))
+    right, wrong_plan = SPLIT.tiers[0].plan, plan_of(SWAPPED)
+    replace_plan(monkeypatch, lambda *t: (wrong_plan if t[0].dtype == torch.float16 else right)(*t))
     wrong = tensors_of("fp16", device)
     (reason,) = SPLIT.explain(*wrong)
     assert reason.startswith("differs at [")
@@ -192,7 +196,7 @@ def test_a_mismatch_condemns_one_signature_and_no_other(fresh_routes, device, mo
 
 def test_a_live_call_that_differs_condemns_too(fresh_routes, device, monkeypatch):
     """The battery passes, the user's own tensors don't: here because the battery's sines are all zero."""
-    monkeypatch.setattr(SPLIT, "plan", plan_of(SWAPPED))
+    replace_plan(monkeypatch, plan_of(SWAPPED))
     monkeypatch.setattr(
         SPLIT, "battery", lambda *t: [("sines of zero", (t[0].clone(), t[1].clone(), torch.zeros_like(t[2])))]
     )
@@ -206,7 +210,7 @@ def test_a_live_call_that_differs_condemns_too(fresh_routes, device, monkeypatch
 
 
 def raising(error: BaseException):
-    def bind(self, tensors, out):
+    def bind(self, args, outs):
         raise error
 
     return bind
@@ -223,7 +227,7 @@ def test_a_kernel_that_cannot_be_built_is_a_reason(fresh_routes, device, monkeyp
 def test_a_kernel_that_raises_is_a_reason(fresh_routes, device, monkeypatch):
     """A mistake in the kernel's own source, found when it is first compiled or interpreted."""
     broken = Mutant("a name that does not exist", (("p1 = ", "p1 = no_such_name * "),))
-    monkeypatch.setattr(SPLIT, "plan", plan_of(broken))
+    replace_plan(monkeypatch, plan_of(broken))
     tensors = tensors_of("fp16", device)
     (reason,) = SPLIT.explain(*tensors)
     assert reason.startswith("the kernel can't be built or run here (")
@@ -261,7 +265,7 @@ def test_a_battery_of_another_layout_proves_nothing(fresh_routes, device, monkey
 
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)
 def test_a_battery_leaves_random_state_alone(operator, fresh_routes, device):
-    tensors = operator.cases[0].tensors(device, tokens=2)
+    tensors = operator.cases[0].arguments(device, tokens=2)
 
     def states():
         cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else []

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import bitfuse
 from bitfuse import cli, verify
+from bitfuse.contract import Tier
 from bitfuse.ops.split_rotary import SPLIT_FP32
 
 NAME = SPLIT_FP32.name
@@ -40,8 +41,8 @@ def test_all_equal_and_all_wrong_kernels_caught():
 @pytest.mark.parametrize("mutant", ["the sine's sign swapped", "-s as 0 - s"])
 def test_a_wrong_kernel_is_reported_where_it_differs(mutant, monkeypatch):
     wrong = next(m for m in SPLIT_FP32.mutants if m.name == mutant)
-    stock = types.SimpleNamespace(plan=SPLIT_FP32.plan)
-    monkeypatch.setattr(SPLIT_FP32, "plan", lambda *tensors: wrong.plan(stock, *tensors))
+    stock = types.SimpleNamespace(tiers=SPLIT_FP32.tiers)
+    monkeypatch.setattr(SPLIT_FP32, "tiers", (Tier("wrong", lambda *args: wrong.plan(stock, *args)),))
     monkeypatch.setattr(SPLIT_FP32, "mutants", ())
     result = _run()
     assert [check.outcome for check in result.checks] == ["differs"] * 3
@@ -51,13 +52,14 @@ def test_a_wrong_kernel_is_reported_where_it_differs(mutant, monkeypatch):
 
 def test_a_kernel_that_gets_the_strides_wrong_differs_too(monkeypatch):
     """Not only bits: the reason of such a mismatch speaks of no element."""
-    stock = SPLIT_FP32.plan
+    stock = SPLIT_FP32.tiers[0]
 
-    def wider(*tensors):
-        plan = stock(*tensors)
-        return replace(plan, strides=tuple(s * 16 for s in plan.strides))
+    def wider(*args):
+        plan = stock.plan(*args)
+        (out,) = plan.outputs
+        return replace(plan, outputs=(out._replace(strides=tuple(s * 16 for s in out.strides)),))
 
-    monkeypatch.setattr(SPLIT_FP32, "plan", wider)
+    monkeypatch.setattr(SPLIT_FP32, "tiers", (Tier("wider", wider),))
     monkeypatch.setattr(SPLIT_FP32, "mutants", ())
     result = _run()
     assert {check.outcome for check in result.checks} == {"differs"}

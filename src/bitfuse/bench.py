@@ -3,16 +3,24 @@
 All that is compared is interleaved (one of each per round), so that a drift of the clocks hits them alike.
 Kernels are timed with CUDA events and a cold L2: 256 MB are overwritten before each launch, which also keeps
 the GPU busy while the CPU enqueues, so that launch latency stays out. The yardstick is a plain copy that moves
-the same number of bytes, each input and output counted once.
+the same number of bytes, each input and output counted once. Steps are timed by the wall clock, the device waited
+for on both sides.
 """
 
 from __future__ import annotations
 
 import contextlib
-import statistics
+import gc
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,57 +28,96 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitfuse import proof
+from bitfuse.contract import OPERATORS, Operator
 from bitfuse.machine import machine
+from bitfuse.measure import (
+    captured,
+    copy_gb_per_s,
+    floor_ms,
+    fused_calls,
+    interleaved,
+    kernel_ms,
+    moved,
+    plain_copy,
+    reserved,
+    spread,
+    typical,
+    with_peak,
+)
 from bitfuse.ops.rotary_common import RotaryCase
-from bitfuse.ops.split_rotary import SPLIT_FP32, SPLIT_PER_OP
+from bitfuse.ops.split_rotary import SPLIT_PER_OP
 
-PARTS = ("operators", "overhead", "model")
-
-_ROUNDS = 61
-_COLD = 256 << 20  # bytes overwritten before each timed launch: five times the L2 of an H100
-_SHAPES = [
-    (1, 6144, 32, 128),
-    (2, 6144, 32, 128),
-    (1, 6144, 32, 64),
-    (1, 24576, 32, 128),
-    (1, 24576, 32, 64),
-    (1, 32640, 32, 128),
-    (1, 1536, 32, 128),
-    (1, 126, 32, 64),
-]
+PARTS = ("operators", "overhead", "model", "first-step")
 
 
 def run(
-    console: Console, parts: Iterable[str] | None = None, tokens: list[int] | None = None, layers: int | None = None
+    console: Console,
+    parts: Iterable[str] | None = None,
+    tokens: list[int] | None = None,
+    layers: int | None = None,
+    *,
+    version: str = "2.0",
+    image_to_video: bool = False,
+    rounds: int | None = None,
+    only_operators: Iterable[str] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda document: None,
 ) -> dict[str, Any]:
-    """Run the named parts (all by default); returns a JSON document, `equal` False if any bit differed."""
+    """Run the named parts (all by default); returns a JSON document, `equal` False if any bit differed.
+
+    `save` is called with the document whenever a row is added: what was measured outlives what comes after it.
+    """
     document: dict[str, Any] = {"machine": machine(), "equal": True}
+
+    def add(part: str, rows: Iterable[dict[str, Any]]) -> None:
+        found = document.setdefault(part.replace("-", "_"), [])
+        for row in rows:
+            found.append(row)
+            document["equal"] &= row["mismatch"] is None
+            save(document)
+
     for part in parts or PARTS:
         if part == "operators":
-            document[part] = operators(console)
+            add(part, operators(console, only_operators))
         elif part == "overhead":
-            document[part] = [overhead(console)]
-        else:
-            document[part] = []
+            add(part, [overhead(console)])
+        elif part == "model":
             for n in tokens or (6144,):
-                document[part].append(model(console, n, layers))
-                torch.cuda.empty_cache()  # or the next model's share of the memory looks smaller than it is
-        document["equal"] &= all(row["mismatch"] is None for row in document[part])
+                add(part, [model(console, n, layers, rounds or _STEPS, version, image_to_video)])
+                _forget()  # or the next model's share of the memory looks smaller than it is
+        else:
+            add(part, [first_step(console, version, (tokens or [6144])[0], layers or 4)])
     return document
 
 
-def operators(console: Console) -> list[dict[str, Any]]:
-    """Split rotary embedding in both chains, at the real shapes: kernel, eager chain, copy of the same bytes."""
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _forget() -> None:
+    torch._dynamo.reset()  # and the next shape is compiled as if it were the first
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+# -- operators -----------------------------------------------------------------------------------------------------
+
+# An operator's real cases are timed whose first argument has one of these shapes, its last dimensions taken as one.
+SIZES = ((1, 6144, 4096), (1, 6144, 2048), (1, 24576, 4096), (1, 126, 2048))
+
+
+def operators(console: Console, names: Iterable[str] | None = None) -> Iterator[dict[str, Any]]:
+    """A row for each of the operators' real cases of the sizes above: kernel, eager chain, copy of the same bytes."""
+    chosen = [(OPERATORS[name], case) for name in names or OPERATORS for case in timed_cases(OPERATORS[name])]
     rows = []
     with Progress(console=console, transient=True) as progress:
-        chains = ((SPLIT_PER_OP, torch.bfloat16), (SPLIT_FP32, torch.float32))
-        for operator, table_dtype in progress.track(chains, description="operators"):
-            for batch, t, heads, head_dim in _SHAPES:
-                case = RotaryCase("bench", t, heads, head_dim, batch=batch, table_dtype=table_dtype)
-                rows.append(_operator(operator, case))
-    headings = ("operator", "x", "fused us", "copy us", "of copy", "eager us", "speed-up", "bits")
+        for operator, case in progress.track(chosen, description="operators"):
+            rows.append(_operator(operator, case, _device()))
+            torch.cuda.empty_cache()
+            yield rows[-1]
+    headings = ("operator", "case", "x", "fused us", "copy us", "of copy", "eager us", "speed-up", "bits")
     table = Table(*headings, title="cold L2, median")
     for row in rows:
         times = row.get("us")
@@ -85,68 +132,66 @@ def operators(console: Console) -> list[dict[str, Any]]:
             if times
             else ["not timed"] * 5
         )
-        table.add_row(row["operator"], str(row["x"]), *figures, row["mismatch"] or "equal")
+        table.add_row(row["operator"], row["case"], str(row["x"]), *figures, row["mismatch"] or "equal")
     console.print(table)
-    return rows
 
 
-def _operator(operator: Any, case: RotaryCase) -> dict[str, Any]:
-    tensors = case.tensors("cuda")
-    route = operator.route(*tensors)
-    row: dict[str, Any] = {"operator": operator.name, "x": list(tensors[0].shape), "mismatch": route.reason}
-    if mismatch := proof.compare(operator.reference(*tensors), route.run(*tensors)):
+def timed_cases(operator: Operator) -> list[Any]:
+    return [case for case in operator.cases if case.real and _size(case) in SIZES]
+
+
+def _size(case: Any) -> tuple[int, int, int]:
+    with FakeTensorMode():  # shapes without values
+        batch, tokens, *width = case.arguments("cpu")[0].shape
+    return batch, tokens, math.prod(width)
+
+
+@torch.no_grad()
+def _operator(operator: Operator, case: Any, device: torch.device) -> dict[str, Any]:
+    args = case.arguments(device)
+    route = operator.route(*args)
+    row: dict[str, Any] = {
+        "operator": operator.name,
+        "case": case.name,
+        "x": list(args[0].shape),
+        "tier": route.tier,
+        "mismatch": route.reason,
+    }
+    result = route.run(*args)
+    if mismatch := proof.compare(operator.reference(*args), result):
         row["mismatch"] = mismatch.sentence
     if row["mismatch"]:
         return row  # no speed on a red gate
-    moved = 2 * tensors[0].nbytes + tensors[1].nbytes + tensors[2].nbytes
-    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    times = _interleaved(
+    n = moved(args, result)
+    del result
+    times = interleaved(
         {
-            "fused": lambda: route.run(*tensors),
-            "copy": lambda: target.copy_(source),
-            "eager": lambda: operator.reference(*tensors),
-        }
+            "fused": lambda: route.run(*args),
+            "copy": plain_copy(n, device),
+            "eager": lambda: operator.reference(*args),
+        },
+        device,
     )
     median = {name: t["median"] for name, t in times.items()}
     return row | {
-        "bytes": moved,
+        "bytes": n,
         "us": times,
         "of_copy": median["copy"] / median["fused"],
         "speed_up": median["eager"] / median["fused"],
-        "gb_per_s": moved / median["fused"] / 1e3,
+        "gb_per_s": n / median["fused"] / 1e3,
     }
 
 
-def _interleaved(calls: dict[str, Callable[[], Any]], rounds: int = _ROUNDS) -> dict[str, dict[str, float]]:
-    """Microseconds of each call: median and the 10th and 90th percentile over the rounds."""
-    cold = torch.empty(_COLD, dtype=torch.uint8, device="cuda")
-    events: dict[str, list] = {name: [] for name in calls}
-    for index in range(rounds + 3):  # three rounds warm up
-        for name, call in calls.items():
-            cold.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            if index >= 3:
-                events[name].append((start, end))
-        torch.cuda.synchronize()
-    return {name: spread([s.elapsed_time(e) * 1e3 for s, e in pairs]) for name, pairs in events.items()}
-
-
-def spread(samples: list[float]) -> dict[str, float]:
-    tenths = statistics.quantiles(samples, n=10, method="inclusive")
-    return {"median": round(statistics.median(samples), 3), "p10": round(tenths[0], 3), "p90": round(tenths[-1], 3)}
+# -- the CPU's share of one call -----------------------------------------------------------------------------------
 
 
 def overhead(console: Console) -> dict[str, Any]:
     """Microseconds of Python for one call: routed, and launched bare through Triton's JIT (`kernel[grid](...)`)."""
     operator = SPLIT_PER_OP
-    tensors = RotaryCase("bench", 126, 32, 64).tensors("cuda")
+    tensors = RotaryCase("bench", 126, 32, 64).arguments(_device())
     plan = operator.plan(*tensors)
-    out = plan.empty(tensors[0].device)
-    compiled, jit = plan.bind(tensors, out), plan.kernel.compiled
+    outs = plan.empty(tensors[0].device)
+    compiled, jit = plan.bind(tensors, outs), plan.kernel.compiled
 
     def bare() -> Tensor:
         fresh = torch.empty_like(tensors[0])
@@ -160,7 +205,7 @@ def overhead(console: Console) -> dict[str, Any]:
         "allocation and bare Triton launch": bare,
         "finding the route": lambda: operator.route(*tensors),
         "allocation": lambda: torch.empty_like(tensors[0]),
-        "compiled kernel's own launch": lambda: compiled(*tensors, out),
+        "compiled kernel's own launch": lambda: compiled(*tensors, *outs),
         "eager chain": lambda: operator.reference(*tensors),
     }
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -188,80 +233,360 @@ def overhead(console: Console) -> dict[str, Any]:
     }
 
 
+# -- a whole step --------------------------------------------------------------------------------------------------
+
 # Latent frames, height and width by video tokens: 768x512x25, 768x512x121, 1536x1024x121, 1920x1088x121.
 LATENTS = {1536: (4, 16, 24), 6144: (16, 16, 24), 24576: (16, 32, 48), 32640: (16, 34, 60)}
 
+_STEPS, _FEWEST_STEPS, _ENOUGH = 8, 3, 18.0  # rounds; at least so many; seconds after which no more are begun
+_COMPILE: dict[str, Any] = {"fullgraph": True}  # as diffusers documents it, in the default mode
 
-def model(console: Console, tokens: int = 6144, layers: int | None = None, rounds: int = 8) -> dict[str, Any]:
-    """One step of diffusers' LTX-2.0 transformer, stock and accelerated by turns, on seeded weights.
+Step = Callable[[], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class _Trial:
+    """One way to run the step. `peak`: bytes at its peak; `difference`: from stock, `reason`: why it gets no time."""
+
+    step: Step
+    exact: bool = True
+    peak: int | None = None
+    difference: str | None = None
+    reason: str | None = None
+    ms: list[float] = field(default_factory=list)
+
+    def judge(self, expected: Any, found: Any) -> None:
+        if mismatch := proof.compare(expected, found):
+            self.difference = self.difference or mismatch.sentence
+            self.reason = self.reason or (self.difference if self.exact else None)
+
+
+def model(
+    console: Console,
+    tokens: int = 6144,
+    layers: int | None = None,
+    rounds: int = _STEPS,
+    version: str = "2.0",
+    image_to_video: bool = False,
+) -> dict[str, Any]:
+    """One step of diffusers' LTX-2 transformer on seeded weights, each way to run it by turns, in one process.
+
+    The ways: stock, bitfuse, bitfuse with its CUDA graph, `compile_repeated_blocks`, and that in one CUDA graph. The
+    outputs of both bitfuse ways are compared with stock's before they are timed and after every timed step; one that
+    differs, or fused nothing, gets no time.
 
     tokens    video tokens, one of `LATENTS`
     layers    transformer layers; by default as many of the 48 as fit
+    rounds    timed steps of each way; fewer, but at least 3, where steps take long
     """
-    import bitfuse
+    from bitfuse import seeded
+
+    device = _device()
+    geometry = _geometry(device, tokens, layers, version, image_to_video)
+    stock = seeded.build(geometry, device, seed=0)
+    inputs = seeded.make_inputs(stock, geometry, device, seed=0)
+    models = {"stock": stock} | {way: seeded.twin(stock) for way in ("bitfuse", "graph", "compiled")}
+    trials = {way: _Trial(seeded.one_step(one, inputs), way != "compiled") for way, one in models.items()}
+    row: dict[str, Any] = {
+        "tokens": tokens,
+        "version": version,
+        "image_to_video": image_to_video,
+        "layers": geometry.layers,
+        "geometry": geometry.sentence,
+    }
+    with contextlib.ExitStack() as plain, contextlib.ExitStack() as graph:
+        trials["stock"].step()  # cuBLAS takes its workspaces
+        expected, trials["stock"].peak = with_peak(trials["stock"].step)
+        facts, calls = _plain(trials["bitfuse"], models["bitfuse"], expected, plain)
+        replayed = _graph(trials["graph"], models["graph"], expected, graph)  # counts on during the rounds
+        row |= facts | {"compile_s": _compiled(trials, models["compiled"], expected)}
+        _time(trials, expected, rounds)
+        row |= _figures(trials)
+        row["graph"] = {name: getattr(replayed, name, 0) for name in ("replays", "captures")}
+        row["graph"]["reasons"] = dict(getattr(replayed, "reasons", {}))
+        # The profiler last, and with no graph left: launches may be slower once it has been at work.
+        graph.close()
+        del trials["compiled + graph"].step
+        row["kernels_ms"] = {way: kernel_ms(trials[way].step)[1] for way in ("stock", "bitfuse")}
+    if calls and not row["mismatch"]:
+        row["floor"] = _floor(row["kernels_ms"], calls, device)
+        row["of_floor"] = {way: row["ms"][way]["median"] / row["floor"]["ms"] for way in ("bitfuse", "graph")}
+    _print(console, row)
+    return row
+
+
+def _geometry(device: torch.device, tokens: int, layers: int | None, version: str, image_to_video: bool) -> Any:
     from bitfuse import seeded
 
     if tokens not in LATENTS:
         raise ValueError(f"tokens is {tokens}; accepted: {', '.join(map(str, LATENTS))}")
-    device = torch.device("cuda", torch.cuda.current_device())
-    geometry, _ = seeded.geometry_for(device, layers)
     frames, height, width = LATENTS[tokens]
-    geometry = replace(geometry, frames=frames, height=height, width=width)
-    transformer = seeded.build(geometry, device, seed=0)
-    inputs = seeded.make_inputs(transformer, geometry, device, seed=0)
-    step = seeded.one_step(transformer, inputs)
+    geometry, _ = seeded.geometry_for(device, layers, version)
+    return replace(geometry, frames=frames, height=height, width=width, image_to_video=image_to_video)
 
-    expected, peak_stock = _with_peak(step)
+
+def _plain(
+    trial: _Trial, model: Any, expected: Any, undo: contextlib.ExitStack
+) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+    """Facts for the row, and the fused calls of one step with their bytes."""
+    import bitfuse
+
+    resting = torch.cuda.memory_allocated()  # what bitfuse keeps from step to step counts as its own
     start = time.perf_counter()
-    handle = bitfuse.accelerate(transformer)
-    found, _ = _with_peak(step)
-    first = time.perf_counter() - start
-    found, peak_fused = _with_peak(step)
-    mismatches = [proof.compare(a, b) for a, b in zip(expected, found, strict=True)]
-    row: dict[str, Any] = {
-        "tokens": tokens,
-        "layers": geometry.layers,
-        "geometry": geometry.sentence,
-        "sites_fused": handle.report().fused,
-        "sites_seen": handle.report().seen,
-        "mismatch": next((m.sentence for m in mismatches if m), None),
-    }
-    handle.restore()
-    if row["mismatch"] or not row["sites_fused"]:
-        console.print(f"{tokens} tokens: not timed: {row['mismatch'] or 'nothing was fused'}")
-        return row
-
-    milliseconds: dict[str, list[float]] = {"stock": [], "bitfuse": []}
-    for _ in range(rounds):
-        for name, samples in milliseconds.items():
-            with bitfuse.accelerated(transformer) if name == "bitfuse" else contextlib.nullcontext():
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                out = step()
-                torch.cuda.synchronize()
-                samples.append((time.perf_counter() - start) * 1e3)
-            if mismatch := next(filter(None, map(proof.compare, expected, out)), None):
-                return row | {"mismatch": mismatch.sentence}
-    times = {name: spread(samples) for name, samples in milliseconds.items()}
-    speed_up = times["stock"]["median"] / times["bitfuse"]["median"]
-    console.print(
-        f"{geometry.sentence}: stock {times['stock']['median']:.1f} ms a step, bitfuse "
-        f"{times['bitfuse']['median']:.1f} ms, {speed_up:.3f}x, both streams equal in every bit; "
-        f"{row['sites_fused']} of {row['sites_seen']} sites fused"
-    )
-    return row | {
-        "ms": times,
-        "speed_up": speed_up,
-        "first_accelerated_step_ms": first * 1e3,
-        "peak_gb": {"stock": peak_stock / 1e9, "bitfuse": peak_fused / 1e9},
-    }
-
-
-def _with_peak(step: Callable[[], Any]) -> tuple[Any, int]:
-    """The step's outputs, and the memory that it took at its peak beyond what was there before."""
+    handle = undo.enter_context(bitfuse.accelerate(model))
+    out = trial.step()
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    first = time.perf_counter() - start
+    trial.judge(expected, out)
+    del out
+    with fused_calls() as calls:
+        out, trial.peak = with_peak(trial.step, resting)
+    trial.judge(expected, out)
+    _check_fused(trial, handle)
+    report = handle.report()
+    facts = {
+        "sites_fused": report.fused,
+        "sites_seen": report.seen,
+        "sites": report.kinds(),
+        "first_accelerated_step_ms": first * 1e3,
+    }
+    return facts, calls
+
+
+def _graph(trial: _Trial, model: Any, expected: Any, undo: contextlib.ExitStack) -> Any:
+    """The model's forward: a `GraphedForward`, its graph captured. The graph's pool of memory counts to the peak."""
+    import bitfuse
+
+    before = reserved()
+    handle = undo.enter_context(bitfuse.accelerate(model, cuda_graph=True))
+    for _ in range(2):  # an eager step, and the one that captures
+        trial.judge(expected, trial.step())
+    held = reserved() - before
+    out, peak = with_peak(trial.step)
+    trial.judge(expected, out)
+    trial.peak = held + peak
+    _check_fused(trial, handle)
+    if not getattr(model.forward, "replays", 0):
+        reasons = "; ".join(getattr(model.forward, "reasons", ())) or "the model's forward has none"
+        trial.reason = trial.reason or f"no graph was replayed: {reasons}"
+    return model.forward
+
+
+def _check_fused(trial: _Trial, handle: Any) -> None:
+    report = handle.report()
+    if not report.fused:
+        reasons = dict.fromkeys(reason for site in report.sites for reason in site.reasons)
+        trial.reason = trial.reason or f"nothing was fused: {'; '.join(reasons) or 'no site was called'}"
+
+
+def _compiled(trials: dict[str, _Trial], model: Any, expected: Any) -> float | None:
+    """Seconds of the first compiled step. It and its graph need not equal stock, nor run: they are the yardstick."""
+    plain = trials["compiled"]
+    graph = trials["compiled + graph"] = _Trial(plain.step, exact=False)
+    seconds = None
+    try:
+        start = time.perf_counter()
+        model.compile_repeated_blocks(**_COMPILE)
+        out = plain.step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        plain.judge(expected, out)
+        graph.step = captured(plain.step)
+        graph.judge(expected, graph.step())
+    except RuntimeError as error:  # of the compiler, of the capture, or no memory left for another pool
+        reason = f"it does not run here ({type(error).__name__}: {str(error).strip()[:200]})"
+        graph.reason = reason
+        plain.reason = reason if seconds is None else None
+    return seconds
+
+
+def _time(trials: dict[str, _Trial], expected: Any, rounds: int) -> None:
+    """Fill in the milliseconds, round by round; the garbage collector runs between rounds, not in a step."""
+    collecting, start = gc.isenabled(), time.perf_counter()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        for index in range(rounds):
+            if index >= _FEWEST_STEPS and time.perf_counter() - start > _ENOUGH:
+                break
+            for trial in trials.values():
+                if not trial.reason:
+                    torch.cuda.synchronize()
+                    began = time.perf_counter()
+                    out = trial.step()
+                    torch.cuda.synchronize()
+                    trial.ms.append((time.perf_counter() - began) * 1e3)
+                    trial.judge(expected, out)
+                    del out
+            gc.collect()
+    finally:
+        gc.unfreeze()
+        if collecting:
+            gc.enable()
+
+
+def _figures(trials: dict[str, _Trial]) -> dict[str, Any]:
+    """The row's times, ratios and peaks, from the ways that have none against them."""
+    timed = {way: spread(trial.ms) for way, trial in trials.items() if not trial.reason}
+    median = {way: t["median"] for way, t in timed.items()}
+    reasons = {way: trial.reason for way, trial in trials.items() if trial.reason}
+    row: dict[str, Any] = {
+        "mismatch": reasons.get("stock") or reasons.get("bitfuse") or reasons.get("graph"),
+        "not_timed": reasons,
+        "differs_from_stock": {way: trial.difference for way, trial in trials.items() if way != "stock"},
+        "rounds": len(trials["stock"].ms),
+        "ms": timed,
+        "speed_ups": {way: median["stock"] / ms for way, ms in median.items() if way != "stock" and "stock" in median},
+        "peak_gb": {way: trial.peak / 1e9 for way, trial in trials.items() if trial.peak is not None},
+    }
+    if "bitfuse" in row["speed_ups"]:
+        row["speed_up"] = row["speed_ups"]["bitfuse"]
+    if "graph" in median and "compiled + graph" in median:
+        row["against_compiled_graph"] = median["compiled + graph"] / median["graph"]
+    return row
+
+
+def _floor(
+    kernels_ms: dict[str, dict[str, float]], calls: list[tuple[str, int]], device: torch.device
+) -> dict[str, Any]:
+    """What a step would take of matmul, attention, and the fused operators' bytes at a plain copy's speed alone.
+
+    Of stock's and of bitfuse's matmuls and attentions the shorter: bitfuse may leave some out (keys and values of the
+    text), and may run some side by side with other kernels, where each takes longer.
+    """
+    kernels = {name: min(ms[name] for ms in kernels_ms.values()) for name in ("matmul", "attention")}
+    sizes = [size for _, size in calls]
+    total, size = sum(sizes), typical(sizes)
+    speed = copy_gb_per_s(size, device)
+    per_operator: dict[str, dict[str, int]] = {}
+    for name, n in calls:
+        found = per_operator.setdefault(name, {"calls": 0, "bytes": 0})
+        found["calls"] += 1
+        found["bytes"] += n
+    return {
+        "ms": floor_ms(kernels, total, speed),
+        "matmul_and_attention_ms": kernels["matmul"] + kernels["attention"],
+        "bytes": total,
+        "copy_gb_per_s": speed,
+        "copy_bytes": size,
+        "operators": per_operator,
+    }
+
+
+def _print(console: Console, row: dict[str, Any]) -> None:
+    kind = ", image to video" if row["image_to_video"] else ""
+    table = Table("step", "ms, median", "p10", "p90", "speed-up", "peak GB", "bits")
+    for way, differs in {"stock": None, **row["differs_from_stock"]}.items():
+        t = row["ms"].get(way)
+        times = [f"{t[key]:.1f}" for key in ("median", "p10", "p90")] if t else ["not timed", "", ""]
+        ratio = f"{row['speed_ups'][way]:.3f}x" if way in row["speed_ups"] else ""
+        peak = f"{row['peak_gb'][way]:.2f}" if way in row["peak_gb"] else ""
+        table.add_row(way, *times, ratio, peak, row["not_timed"].get(way) or differs or "equal")
+    table.title = f"LTX-{row['version']}{kind}, {row['geometry']}; {row['rounds']} rounds"
+    console.print(table)
+    lines = [f"{row['sites_fused']} of {row['sites_seen']} sites fused"]
+    for way, ms in row["kernels_ms"].items():
+        classes = ", ".join(f"{name} {ms[name]:.1f}" for name in ("matmul", "attention", "other"))
+        lines.append(f"kernels of {way}, ms: {classes}; {ms['launches']} launches")
+    if "floor" not in row and not row["mismatch"]:
+        lines.append("no floor: no fused call went through Operator.route, where their bytes are counted")
+    elif "floor" in row:
+        floor = row["floor"]
+        lines.append(
+            f"matmul, attention and {floor['bytes'] / 1e9:.1f} GB at a copy's {floor['copy_gb_per_s']:.0f} GB/s would "
+            f"take {floor['ms']:.1f} ms; a step takes {row['of_floor']['bitfuse']:.3f}x of it, "
+            f"{row['of_floor']['graph']:.3f}x with the graph"
+        )
+    if "against_compiled_graph" in row:
+        lines.append(f"bitfuse with its graph is {row['against_compiled_graph']:.3f}x as fast as compiled + graph")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+# -- the first step of a process -----------------------------------------------------------------------------------
+
+_FIRST_STEPS = ("stock", "empty caches", "warm caches", "stock, again", "compiled, empty caches")
+
+
+def first_step(console: Console, version: str = "2.0", tokens: int = 6144, layers: int = 4) -> dict[str, Any]:
+    """From before `accelerate` to the end of the first step, each in a fresh process, beyond what stock takes.
+
+    Compiling and proving don't depend on the number of layers, which all use the same kernels: a few are enough.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as theirs:
+        for name in _FIRST_STEPS:
+            way = name.split(",")[0] if name.startswith(("stock", "compiled")) else "bitfuse"
+            found[name] = _in_fresh_process(way, version, tokens, layers, theirs if way == "compiled" else ours)
+    # the shorter of the two stock steps: the first may have had to read libraries from the disk
+    stock = min(found["stock"]["seconds"], found["stock, again"]["seconds"])
+    beyond = {name: f["seconds"] - stock for name, f in found.items() if not name.startswith("stock")}
+    digests = {name: f["sha256"] for name, f in found.items()}
+    unequal = [name for name in _FIRST_STEPS[1:4] if digests[name] != digests["stock"]]
+    unfused = [name for name in _FIRST_STEPS[1:3] if not found[name]["sites_fused"]]
+    for name, seconds in beyond.items():
+        console.print(f"first step, {name}: {seconds:+.1f} s beyond stock's {stock:.1f} s", highlight=False)
+    return {
+        "tokens": tokens,
+        "version": version,
+        "layers": layers,
+        "note": "the seconds beyond stock don't depend on the number of layers: all run the same kernels",
+        "mismatch": f"{unequal[0]}: the outputs differ from those of the first stock process"
+        if unequal
+        else f"{unfused[0]}: nothing was fused"
+        if unfused
+        else None,
+        "processes": found,
+        "beyond_stock_s": beyond,
+    }
+
+
+def _in_fresh_process(way: str, version: str, tokens: int, layers: int, caches: str) -> dict[str, Any]:
+    code = "import sys; from bitfuse.bench import time_first_step; time_first_step(*sys.argv[1:])"
+    kept = {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, way, version, str(tokens), str(layers)],
+        env={**os.environ, **kept},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the first step ({way}) failed in its process: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def time_first_step(way: str, version: str, tokens: str, layers: str) -> None:
+    """What a fresh process does: print, as JSON, the seconds up to the end of its first step, and what came out."""
+    import bitfuse
+    from bitfuse import seeded
+
+    device = _device()
+    geometry = _geometry(device, int(tokens), int(layers), version, image_to_video=False)
+    model = seeded.build(geometry, device, seed=0)
+    step = seeded.one_step(model, seeded.make_inputs(model, geometry, device, seed=0))
+    torch.cuda.synchronize()
+    facts: dict[str, Any] = {}
+    start = time.perf_counter()
+    handle = bitfuse.accelerate(model) if way == "bitfuse" else None
+    if way == "compiled":
+        model.compile_repeated_blocks(**_COMPILE)
     out = step()
     torch.cuda.synchronize()
-    return out, torch.cuda.max_memory_allocated() - before
+    facts["seconds"] = time.perf_counter() - start
+    facts["sha256"] = hashlib.sha256(b"".join(_raw(t) for t in out)).hexdigest()
+    if handle:
+        verdicts = proof.verdicts().values()
+        facts["sites_fused"] = handle.report().fused
+        facts["proofs"] = len(verdicts)
+        facts["proofs_s"] = sum(verdict.seconds for verdict in verdicts)  # building their kernels included
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    facts["second_step_s"] = time.perf_counter() - start
+    print(json.dumps(facts))
+
+
+def _raw(t: Tensor) -> bytes:
+    return t.cpu().contiguous().view(torch.uint8).numpy().tobytes()

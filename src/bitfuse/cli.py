@@ -72,9 +72,15 @@ def demo(
 
 @app.command()
 def bench(
-    only: Annotated[list[str] | None, typer.Option(help="operators, overhead or model; default: all three.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="Video tokens for the model's step.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model; default: as many as fit.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="operators, overhead, model or first-step; default: all four.")
+    ] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Only these operators; default: all.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Video tokens of a step, one or several.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers; default: as many as fit (first-step: 4).")] = None,
+    rounds: Annotated[int | None, typer.Option(min=2, help="Timed steps of each way to run the model.")] = None,
+    ltx: Annotated[str, typer.Option(help="LTX-2 version of the model: 2.0, 2.3 or 2.5.")] = "2.0",
+    image_to_video: Annotated[bool, typer.Option("--image-to-video", help="Per-token timesteps in the model.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Time operators and a whole step against PyTorch, on this GPU, only after their bits were compared.
@@ -84,17 +90,35 @@ def bench(
     import torch
 
     from bitfuse import bench as benchmark
-    from bitfuse.seeded import CannotRun
+    from bitfuse.contract import OPERATORS
+    from bitfuse.seeded import VERSIONS, CannotRun
 
     if unknown := [part for part in only or [] if part not in benchmark.PARTS]:
         raise typer.Exit(_fail(f"--only {unknown[0]} is not a part; accepted: {', '.join(benchmark.PARTS)}"))
+    if unknown := [name for name in op or [] if name not in OPERATORS]:
+        raise typer.Exit(_fail(f"--op {unknown[0]} is not an operator; accepted: {', '.join(OPERATORS)}"))
+    if ltx not in VERSIONS:
+        raise typer.Exit(_fail(f"--ltx {ltx} is not a version; accepted: {', '.join(VERSIONS)}"))
+    if wrong := [n for n in tokens or [] if n not in benchmark.LATENTS]:
+        raise typer.Exit(
+            _fail(f"--tokens {wrong[0]} is not accepted; accepted: {', '.join(map(str, benchmark.LATENTS))}")
+        )
     if not torch.cuda.is_available():
         raise typer.Exit(_fail("bench needs a CUDA device: times in Triton's interpreter mean nothing"))
     try:
-        result = benchmark.run(Console(), only, tokens, layers)
+        result = benchmark.run(
+            Console(),
+            only,
+            tokens,
+            layers,
+            version=ltx,
+            image_to_video=image_to_video,
+            rounds=rounds,
+            only_operators=op,
+            save=lambda document: _write(json_file, document),  # after every row: a run may be cut off
+        )
     except CannotRun as why:
         raise typer.Exit(_fail(str(why))) from None
-    _write(json_file, result)
     raise typer.Exit(0 if result["equal"] else 1)
 
 

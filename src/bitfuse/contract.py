@@ -16,7 +16,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 
 from bitfuse import proof
 from bitfuse.kernel import EXACT, Kernel, interpreting
+from bitfuse.proof import Outputs
 
 _ROUTES_KEPT = 4096  # layouts remembered per operator; a render uses a dozen
 
@@ -45,53 +46,106 @@ _tracing = torch._C._get_tracing_state
 _functorch_level = torch._C._functorch.maybe_current_level
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One launch, except for its pointers: everything that is fixed by the shapes, strides and dtypes of a call.
+class Out(NamedTuple):
+    """The form of one output."""
 
-    `scalars` follow the pointers (inputs, then the output) in the kernel's parameter list, `constants` come
-    last; `shape`, `strides` and `dtype` are the output's, the same that the reference returns.
-    """
-
-    kernel: Kernel
-    grid: tuple[int, int, int]
-    scalars: tuple[int, ...]
-    constants: dict[str, Any]
-    num_warps: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
-    options: dict[str, Any] = field(default_factory=lambda: dict(EXACT))
-
-    def signature(self, tensors: tuple[Tensor, ...]) -> tuple:
-        """Everything the bits may depend on: what selects the compiled kernel. Token counts are not in it."""
-        pointers = tuple((t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
-        names = self.kernel.parameters[len(tensors) + 1 :]
-        scalars = tuple(
-            _specialisation(value, self.kernel.fn.__annotations__.get(name))
-            for value, name in zip(self.scalars, names, strict=False)
-            if name not in self.kernel.do_not_specialize
-        )
-        constants = tuple((name, str(value)) for name, value in self.constants.items())
-        kernel = (self.kernel.fn.__qualname__, constants, self.num_warps)
-        return (kernel, tensors[0].device, pointers, self.dtype, scalars)
 
     def empty(self, device: torch.device) -> Tensor:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
 
-    def bind(self, tensors: tuple[Tensor, ...], out: Tensor) -> Callable[..., Any]:
-        """Compile for these tensors; returns run(*tensors, out), good for every call with the same layout."""
+
+def outputs_like(result: Outputs) -> tuple[Out, ...]:
+    """The forms of what a reference returned, on meta for one: `outputs_like(on_meta(reference, x, weight, eps))`."""
+    return tuple(Out(tuple(t.shape), t.stride(), t.dtype) for t in proof.as_tuple(result))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch, except for its pointers: everything that is fixed by the shapes, strides and dtypes of a call.
+
+    The kernel's parameters are, in this order: the call's tensors (None for an optional one that is absent or
+    omitted; floats and ints of the call are not passed on), the `extras`, the witnesses, the outputs, `scalars`,
+    `constants`.
+
+    outputs    their forms, those of what the reference returns; one output is returned as it is, several as a tuple
+    before     called with the call's arguments before each launch: statistics, say, computed by ATen. Returns the
+               extras: fresh dense tensors
+    extras     their dtypes
+    witnesses  forms of what the kernel writes besides, for the proof alone to see: a row's statistic in fp32 shows a
+               wrong order of additions that the rounded outputs hide. A call drops them
+    """
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    scalars: tuple[Any, ...]  # ints and floats
+    constants: dict[str, Any]
+    num_warps: int
+    outputs: tuple[Out, ...]
+    before: Callable[..., tuple[Tensor, ...]] | None = None
+    extras: tuple[torch.dtype, ...] = ()
+    witnesses: tuple[Out, ...] = ()
+    options: dict[str, Any] = field(default_factory=lambda: dict(EXACT))
+
+    def signature(self, args: tuple[Any, ...]) -> tuple:
+        """Everything the bits may depend on: what selects the compiled kernel. Token counts are not in it."""
+        pointers = tuple(t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in self.pointers(args))
+        dtypes = (self.extras, tuple(out.dtype for out in (*self.witnesses, *self.outputs)))
+        names = self.kernel.parameters[-len(self.scalars) - len(self.constants) :]
+        scalars = tuple(
+            repr(value)
+            if isinstance(value, float)
+            else _specialisation(value, self.kernel.fn.__annotations__.get(name))
+            for value, name in zip(self.scalars, names, strict=False)
+            if isinstance(value, float) or name not in self.kernel.do_not_specialize
+        )
+        constants = tuple((name, str(value)) for name, value in self.constants.items())
+        kernel = (self.kernel.fn.__qualname__, constants, self.num_warps)
+        return (kernel, args[0].device, pointers, *dtypes, scalars)
+
+    def pointers(self, args: tuple[Any, ...]) -> list[Tensor | None]:
+        """The call's tensors, those that it omits as None."""
+        given = [a for a in args if a is None or isinstance(a, Tensor)]
+        others = len(self.extras) + len(self.witnesses) + len(self.outputs) + len(self.scalars) + len(self.constants)
+        return given + [None] * (len(self.kernel.parameters) - others - len(given))
+
+    def empty(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Witnesses and outputs, to be written."""
+        return tuple(out.empty(device) for out in (*self.witnesses, *self.outputs))
+
+    def bind(self, args: tuple[Any, ...], outs: tuple[Tensor, ...]) -> Callable[..., Any]:
+        """Compile for these arguments; returns launch(*args, *outs), good for every call with the same layout."""
+        before = self.before
+        extras = before(*args) if before else ()
+        if (found := tuple(t.dtype for t in extras)) != self.extras:
+            raise TypeError(f"what comes before the launch gave {found}, not {self.extras}")
+        pointers = self.pointers(args)
+        run = self._compiled((*pointers, *extras, *outs))
+        n, kept = len(args), [i for i, a in enumerate(args) if a is None or isinstance(a, Tensor)]
+        omitted = [None] * (len(pointers) - len(kept))
+        if before is None and not omitted and len(kept) == n:
+            return run  # every argument is a pointer
+
+        def launch(*given: Any) -> Any:
+            extras = before(*given[:n]) if before else ()
+            return run(*[given[i] for i in kept], *omitted, *extras, *given[n:])
+
+        return launch
+
+    def _compiled(self, pointers: tuple[Tensor | None, ...]) -> Callable[..., Any]:
+        tail = (*self.scalars, *self.constants.values())
         if interpreting():
-            launch = self.kernel.interpreted[self.grid]
-            tail = (*self.scalars, *self.constants.values())
-            return lambda *pointers: launch(*pointers, *tail)
+            interpreted = self.kernel.interpreted[self.grid]
+            return lambda *pointers: interpreted(*pointers, *tail)
         compiled = self.kernel.compiled.warmup(
-            *tensors, out, *self.scalars, grid=self.grid, **self.constants, num_warps=self.num_warps, **self.options
+            *pointers, *self.scalars, grid=self.grid, **self.constants, num_warps=self.num_warps, **self.options
         )
         # The compiled kernel's own runner skips the JIT's argument inspection, and addresses skip its inspection
         # of tensors: the route's key already fixes all that they would look at.
-        runner, tail = compiled[self.grid], (*self.scalars, *self.constants.values())
-        return lambda *tensors: runner(*[t.data_ptr() for t in tensors], *tail)
+        runner = compiled[self.grid]
+        return lambda *pointers: runner(*[None if t is None else t.data_ptr() for t in pointers], *tail)
 
 
 def _specialisation(value: int, annotation: str | None) -> str:
@@ -102,16 +156,28 @@ def _specialisation(value: int, annotation: str | None) -> str:
     return width + ("/16" if value % 16 == 0 else "")
 
 
+@dataclass(frozen=True)
+class Tier:
+    """One way to fuse an operator. `plan` gives the launch, or a sentence: why not this way for these arguments."""
+
+    name: str
+    plan: Callable[..., Plan | str]
+
+
 @dataclass(slots=True)
 class Route:
     """Where calls of one layout go. `reason` is None when they are fused, else the sentence why not.
 
-    `mismatch` is set where the reason is that the kernel was seen to differ from the reference.
+    mismatch       set where they are not fused and a kernel was seen to differ from the reference
+    tier           the name of the operator's tier that they are fused by
+    passed_over    why the tiers before that one were not taken
     """
 
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
     reason: str | None = None
     mismatch: proof.Mismatch | None = None
+    tier: str | None = None
+    passed_over: tuple[str, ...] = ()
 
     @property
     def fused(self) -> bool:
@@ -122,9 +188,12 @@ class Route:
 class Mutant:
     """A wrong kernel: the operator's own with source edits and compiler options. The battery must catch it.
 
-    `harmless_for` lists the dtypes of x (with the host's tables) for which the change alters no bit at all:
-    fp16 products, for one, are exact in fp32 and in its range, so rounding them again changes nothing.
-    `compiled_only` marks one that only a compiler makes wrong; the interpreter runs it as written.
+    harmless_for    dtypes of the first argument (the others as the host has them) for which the change alters no bit
+                    at all: fp16 products, for one, are exact in fp32 and in its range, so rounding them again changes
+                    nothing
+    compiled_only   only a compiler makes it wrong; the interpreter runs it as written
+    tier            index of the operator's tier whose kernel is edited
+    case            name of the operator's case on which it does harm, where not on every one
     """
 
     name: str
@@ -132,9 +201,13 @@ class Mutant:
     options: dict[str, Any] = field(default_factory=lambda: dict(EXACT))
     harmless_for: tuple[torch.dtype, ...] = ()
     compiled_only: bool = False
+    tier: int = 0
+    case: str | None = None
 
-    def plan(self, operator: Operator, *tensors: Tensor) -> Plan:
-        plan = operator.plan(*tensors)
+    def plan(self, operator: Operator, *args: Any) -> Plan | str:
+        plan = operator.tiers[self.tier].plan(*args)
+        if isinstance(plan, str):
+            return plan
         return replace(plan, kernel=_edited(plan.kernel, self.edits), options=self.options)
 
 
@@ -145,141 +218,221 @@ def _edited(kernel: Kernel, edits: tuple[tuple[str, str], ...]) -> Kernel:
 
 @dataclass(frozen=True)
 class Audit:
-    """What the PTX for one of the operator's cases must hold: exact counts of rounding instructions per pair.
+    """What the PTX for one of the operator's cases must hold: exact counts of rounding instructions.
 
-    `per_pair` maps an instruction (a packed one counts for as many results as it makes) to its count for one
-    (x1, x2) pair; no other rounding instruction may appear.
+    No rounding instruction may appear that is named nowhere here. A packed one counts for as many results as it
+    makes; a result is an element of the first output.
+
+    counts        instructions for every `per` results
+    per           2 for rotary embeddings, which make their results in pairs
+    per_thread    further ones of each thread, however many results it makes: what is done once per row
+    also          instructions that may appear any number of times: additions of a fold over the lanes of a row
+    results       how many of them one thread makes; by default as many as it stores
+    loads         what one thread reads from global memory: number of accesses by their width in bytes; by default
+                  each operand once, 16 bytes at a time
+    stores        likewise what it writes; by default 16 bytes at a time
+    tier          index of the tier
     """
 
     case: str
-    per_pair: dict[str, int]
+    counts: dict[str, int]
+    per: int = 1
+    per_thread: dict[str, int] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
+    results: int | None = None
+    loads: dict[int, int] | None = None
+    stores: dict[int, int] | None = None
+    tier: int = 0
 
 
 @dataclass(eq=False)
 class Operator:
     """An exact operator: the eager `reference` and a kernel that claims to equal it bit for bit.
 
+    It is called with its reference's parameters, by position: the first is a tensor, others may be tensors,
+    optional tensors (None), floats and ints. A reference returns a new tensor or a tuple of two or more.
+    `why_not`, `battery` and each tier's `plan` have the reference's parameters, defaults included.
+
     name        the reference's name, also `torch.ops.bitfuse.<name>`
     reference   the host's chain, op for op: specification, fallback, fake function, gradient, bench baseline
     source      whose chain it is: host, version, function
-    why_not     sentences: why these tensors can't be fused. Raises ValueError where the shapes don't fit.
-    plan        the launch for tensors that `why_not` has nothing against
-    battery     (family, tensors) of the same signature as the given tensors: what a wrong kernel trips over
-    cases       geometries for tests, `verify` and `bench`: the real LTX-2 ones by name, and odd ones
+    why_not     sentences: why these arguments can't be fused. Raises ValueError where the shapes don't fit.
+    tiers       ways to fuse arguments that `why_not` has nothing against; the first that is proved equal is taken
+    battery     (family, arguments) of the same signature as the given arguments: what a wrong kernel trips over
+    cases       geometries for tests, `verify` and `bench`: the real LTX-2 ones by name, and odd ones. Each has a
+                `name`, `real` and `arguments(device, tokens=None, seed=0)`
     mutants     wrong kernels that the battery must catch
     audits      cases whose PTX is counted, with the counts
+    emulated    the reference with its reductions in the order of the first tier, which is CUDA's: on a CPU, whose
+                ATen adds in another, the first tier is held against this
+    witness     what the plans' `witnesses` must be, by the reference's own ops; `emulated_witness` beside `emulated`
+    retiled     the same launch cut in other ways, which must not change a bit
     """
 
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Outputs]
     source: str
     why_not: Callable[..., Iterator[str]]
-    plan: Callable[..., Plan]
-    battery: Callable[..., Iterable[tuple[str, tuple[Tensor, ...]]]]
+    tiers: tuple[Tier, ...]
+    battery: Callable[..., Iterable[tuple[str, tuple[Any, ...]]]]
     cases: tuple[Any, ...] = ()
     mutants: tuple[Mutant, ...] = ()
     audits: tuple[Audit, ...] = ()
+    emulated: Callable[..., Outputs] | None = None
+    witness: Callable[..., tuple[Tensor, ...]] | None = None
+    emulated_witness: Callable[..., tuple[Tensor, ...]] | None = None
+    retiled: Callable[[Plan], Iterable[Plan]] | None = None
     _routes: dict[tuple | None, Route] = field(default_factory=dict, repr=False)
-    _launches: dict[tuple | None, Callable[..., Tensor]] = field(default_factory=dict, repr=False)
+    _launches: dict[tuple | None, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.name = self.reference.__name__
         self.__doc__ = self.reference.__doc__
+        self._kinds = {name: kind for name, kind in get_type_hints(self.reference).items() if name != "return"}
         _register(self)
 
-    def __call__(self, *tensors: Tensor) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():  # the compiler gets the PyTorch chain itself, and no graph break
-            return self.reference(*tensors)
-        return self.route(*tensors).run(*tensors)
+            return self.reference(*args)
+        return self.route(*args).run(*args)
 
-    def route(self, *tensors: Tensor) -> Route:
-        """Where a call with these tensors goes. A dictionary lookup, except the first time for a layout."""
+    def route(self, *args: Any) -> Route:
+        """Where a call with these arguments goes. A dictionary lookup, except the first time for a layout."""
         if (reason := next(around(), None)) is not None:  # asked before anything is asked of a tensor
             return Route(self.reference, reason)
-        key = _layout(tensors)
+        key = _layout(args)
         route = self._routes.get(key)
         if route is None:
-            route, keep = self._decide(tensors)
+            route, keep = self._decide(args)
             if keep:
                 _remember(self._routes, key, route)
         return route
 
-    def explain(self, *tensors: Tensor) -> list[str]:
-        """All reasons why a call with these tensors would run the reference; empty when it would be fused."""
-        reason = self.route(*tensors).reason
-        return [] if reason is None else list(self.why_not(*tensors)) or [reason]
+    def explain(self, *args: Any) -> list[str]:
+        """All reasons why a call with these arguments would run the reference; empty when it would be fused."""
+        reason = self.route(*args).reason
+        return [] if reason is None else list(self._reasons(args)) or [reason]
 
-    def launch(self, *tensors: Tensor) -> Tensor:
+    def launch(self, *args: Any) -> Any:
         """The kernel, with no proof and no fallback: ValueError with every reason where it can't run."""
-        key = _layout(tensors)
+        key = _layout(args)
         run = self._launches.get(key)
         if run is None or next(around(), None) is not None:
-            if reasons := list(self.why_not(*tensors)):
+            if reasons := list(self._reasons(args)):
                 raise ValueError(f"{self.name}: {'; '.join(reasons)}")
-            run = self._runner(self.plan(*tensors), tensors)
+            run = self._runner(self.plan(*args), args)
             _remember(self._launches, key, run)
-        return run(*tensors)
+        return run(*args)
+
+    def plan(self, *args: Any) -> Plan:
+        """The launch of the first tier that can do these arguments; ValueError where none can."""
+        declined = []
+        for tier in self.tiers:
+            plan = tier.plan(*args)
+            if isinstance(plan, Plan):
+                return plan
+            declined.append(f"{tier.name}: {plan}")
+        raise ValueError(f"{self.name}: {'; '.join(declined)}")
 
     def forget(self) -> None:
         """Drop what was decided and prepared, layout by layout; the proofs stay."""
         self._routes.clear()
         self._launches.clear()
 
-    def verdict(self, *tensors: Tensor) -> proof.Verdict:
-        """The proof for the kernel that these tensors would launch: from this process's memory, or made now."""
-        return self._proved(self.plan(*tensors).signature(tensors), tensors)
+    def verdict(self, *args: Any) -> proof.Verdict:
+        """The proof for the kernel that these arguments would launch: from this process's memory, or made now."""
+        for tier in self.tiers:
+            _, verdict, _ = self._proved(tier, args)
+            if verdict.equal:
+                break
+        return verdict
 
-    def _proved(self, signature: tuple, tensors: tuple[Tensor, ...]) -> proof.Verdict:
-        if (verdict := proof.known(signature)) is not None:
-            return verdict
-        with _on_device(tensors[0]), torch.no_grad():
-            return proof.prove(self, signature, tensors)
+    def specification(self, tier: int, device: torch.device | str | None = None) -> Callable[..., Outputs]:
+        """What a tier is held against, the first tier's witnesses included: the reference, or on a CPU, where it is
+        named, the first tier's `emulated`."""
+        emulate = self.emulated is not None and tier == 0 and device is not None and torch.device(device).type == "cpu"
+        reference = self.emulated if emulate and self.emulated else self.reference
+        witness = self.emulated_witness if emulate else self.witness
+        if witness is None or tier > 0:
+            return reference
+        return lambda *args: (*witness(*args), *proof.as_tuple(reference(*args)))
 
-    def _decide(self, tensors: tuple[Tensor, ...]) -> tuple[Route, bool]:
+    def _reasons(self, args: tuple[Any, ...]) -> Iterator[str]:
+        wrong = [
+            f"{name} is a {type(value).__name__}; accepted: {_KINDS[kind]}"
+            for (name, kind), value in zip(self._kinds.items(), args, strict=False)
+            if not isinstance(value, kind)
+        ]
+        return iter(wrong) if wrong else self.why_not(*args)
+
+    def _proved(self, tier: Tier, args: tuple[Any, ...]) -> tuple[Plan | str, proof.Verdict, bool]:
+        """(plan, its verdict, whether that was found just now)"""
+        plan = tier.plan(*args)
+        if isinstance(plan, str):
+            return plan, proof.Verdict(False, plan), False
+        signature = plan.signature(args)
+        if (verdict := proof.known(self, tier, signature)) is not None:
+            return plan, verdict, False
+        with _on_device(args[0]), torch.no_grad():
+            return plan, proof.prove(self, tier, signature, args), True
+
+    def _decide(self, args: tuple[Any, ...]) -> tuple[Route, bool]:
         """The route, and whether to remember it."""
-        reason = next(self.why_not(*tensors), None)
+        reason = next(self._reasons(args), None)
         if reason is not None:
-            return Route(self.reference, reason), not _capturing(tensors[0])
-        plan = self.plan(*tensors)
-        signature = plan.signature(tensors)
-        known = proof.known(signature) is not None
-        verdict = self._proved(signature, tensors)
-        if not verdict.equal:
-            return Route(self.reference, verdict.sentence, verdict.mismatch), verdict.final
-        route = Route(self._runner(plan, tensors))
-        if not known and (mismatch := proof.compare_live(self, route.run, tensors)):
-            proof.condemn(signature, mismatch)
-            return Route(self.reference, mismatch.sentence, mismatch), True
-        return route, True
+            return Route(self.reference, reason), not _capturing(args[0])
+        passed_over: list[str] = []
+        mismatch, final = None, True
+        for tier in self.tiers:
+            plan, verdict, new = self._proved(tier, args)
+            if isinstance(plan, Plan) and verdict.equal:
+                run = self._runner(plan, args)
+                live = proof.compare_live(self, run, args) if new else None
+                if live is None:
+                    return Route(run, tier=tier.name, passed_over=tuple(passed_over)), final
+                verdict = proof.condemn(self, tier, plan.signature(args), live)
+            passed_over.append(verdict.sentence if len(self.tiers) == 1 else f"{tier.name}: {verdict.sentence}")
+            mismatch, final = verdict.mismatch or mismatch, final and verdict.final
+        return Route(self.reference, "; ".join(passed_over), mismatch), final
 
-    def _runner(self, plan: Plan, tensors: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-        device = tensors[0].device
-        with _on_device(tensors[0]):
-            launch = plan.bind(tensors, plan.empty(device))
-        shape, strides, dtype, index = plan.shape, plan.strides, plan.dtype, device.index
+    def _runner(self, plan: Plan, args: tuple[Any, ...]) -> Callable[..., Any]:
+        device = args[0].device
+        with _on_device(args[0]):
+            launch = plan.bind(args, plan.empty(device))
+        (shape, strides, dtype), *others = (*plan.witnesses, *plan.outputs)
+        index = device.index  # None on a CPU
+        unseen, one = len(plan.witnesses), len(plan.outputs) == 1
 
-        def run(*tensors: Tensor) -> Tensor:
+        def run(*args: Any) -> Any:
             out = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            outs = (out, *[other.empty(device) for other in others]) if others else (out,)
             if index is None or index == torch.cuda.current_device():
-                launch(*tensors, out)
+                launch(*args, *outs)
             else:  # Triton launches on the current device, whatever the tensors' device is
                 with torch.cuda.device(index):
-                    launch(*tensors, out)
-            return out
+                    launch(*args, *outs)
+            return outs[unseen] if one else outs[unseen:]
 
         return run
 
 
-def _layout(tensors: tuple[Tensor, ...]) -> tuple | None:
+_VALUES = frozenset({type(None), float, int})
+
+
+def _layout(args: tuple[Any, ...]) -> tuple | None:
     """All that a launch is prepared for, to be looked up by; None where there is no memory to lay out."""
-    parts: list[Any] = [] if tensors[0].is_cuda else [interpreting()]
+    parts: list[Any] = [] if args[0].is_cuda else [interpreting()]
     grad = torch.is_grad_enabled()
     try:
-        for t in tensors:
+        for t in args:
+            kind = type(t)
+            if kind in _VALUES:
+                parts += (kind, t or str(t))  # 0.0 and -0.0 are equal, and so are 1 and 1.0
+                continue
             address = t.data_ptr()
             if not address:  # empty, meta, or a wrapper
                 return None
             parts += (
-                type(t),
+                kind,
                 t.shape,
                 t.stride(),
                 t.dtype,
@@ -288,7 +441,7 @@ def _layout(tensors: tuple[Tensor, ...]) -> tuple | None:
                 t.is_neg(),
                 grad and t.requires_grad,
             )
-    except (RuntimeError, NotImplementedError):  # fake tensors, other layouts than strided
+    except (RuntimeError, NotImplementedError, AttributeError):  # fake tensors, other layouts than strided, no tensors
         return None
     return tuple(parts)
 
@@ -304,31 +457,58 @@ OPERATORS: dict[str, Operator] = {}
 """Every operator by name, in the order of definition."""
 
 
+# What a reference may declare a parameter to be: how torch.library calls it, and how a sentence does.
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int"}
+_KINDS = {Tensor: "a tensor", Tensor | None: "a tensor or None", float: "a float", int: "an int"}
+
+
+def _schema(reference: Callable[..., Outputs]) -> str:
+    hints = get_type_hints(reference)
+    parameters = []
+    for name, parameter in inspect.signature(reference).parameters.items():
+        default = "" if parameter.default is parameter.empty else f"={parameter.default}"
+        parameters.append(f"{_SCHEMA[hints[name]]} {name}{default}")
+    returned = hints["return"]
+    several = get_args(returned)
+    result = f"({', '.join(_SCHEMA[kind] for kind in several)})" if several else _SCHEMA[returned]
+    return f"({', '.join(parameters)}) -> {result}"
+
+
 def _register(operator: Operator) -> None:
     """Make the operator `torch.ops.bitfuse.<name>`, its fake function and its gradient those of the reference."""
     OPERATORS[operator.name] = operator
-    names = list(inspect.signature(operator.reference).parameters)
-    schema = f"({', '.join(f'Tensor {name}' for name in names)}) -> Tensor"
 
-    def forward(*tensors: Tensor) -> Tensor:
+    def forward(*args: Any) -> Any:
         with torch.no_grad():  # autograd has taken over outside this op
-            return operator.route(*tensors).run(*tensors)
+            return operator.route(*args).run(*args)
 
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in inputs))
+        ctx.values = [None if isinstance(a, Tensor) else a for a in inputs]
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The vector-Jacobian product of the reference itself."""
-        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad
+        inputs = [v if t is None else t for t, v in zip(ctx.saved_tensors, ctx.values, strict=True)]
+        needed = [*ctx.needs_input_grad, *[False] * len(inputs)][: len(inputs)]  # arguments left out need none
         twice = torch.is_grad_enabled()  # only when this gradient will be differentiated in its turn
         with torch.enable_grad():
             if not twice:
-                inputs = [t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]
-            wanted = [t for t, n in zip(inputs, needed, strict=True) if n]
-            grads = iter(torch.autograd.grad(operator.reference(*inputs), wanted, grad, create_graph=twice))
-        return tuple(next(grads) if n else None for n in needed)
+                inputs = [
+                    a.detach().requires_grad_(n) if isinstance(a, Tensor) else a
+                    for a, n in zip(inputs, needed, strict=True)
+                ]
+            wanted = [a for a, n in zip(inputs, needed, strict=True) if n]
+            outs = proof.as_tuple(operator.reference(*inputs))
+            pairs = [(out, g) for out, g in zip(outs, grads, strict=True) if g is not None and out.requires_grad]
+            if not pairs:
+                return (None,) * len(inputs)
+            outs, cotangents = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(outs, wanted, cotangents, create_graph=twice, allow_unused=True))
+        return tuple(next(found) if n else None for n in needed)
 
-    op = torch.library.custom_op(f"bitfuse::{operator.name}", forward, mutates_args=(), schema=schema)
+    op = torch.library.custom_op(
+        f"bitfuse::{operator.name}", forward, mutates_args=(), schema=_schema(operator.reference)
+    )
     op.register_fake(operator.reference)
     op.register_autograd(backward, setup_context=setup_context)
 
@@ -352,9 +532,9 @@ def around() -> Iterator[str]:
         yield "autocast is on, and may change what the PyTorch chain computes"
 
 
-def plain(tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Why these named arguments are not plain tensors with memory of their own, if so."""
-    for name, t in tensors.items():
+def plain(arguments: dict[str, Any]) -> Iterator[str]:
+    """Why the tensors among these named arguments are not plain ones with memory of their own, if so."""
+    for name, t in _tensors(arguments).items():
         if type(t) not in (Tensor, torch.nn.Parameter):
             yield f"{name} is a {type(t).__name__}, not a plain tensor"
         elif torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._is_functional_tensor(t):
@@ -365,21 +545,22 @@ def plain(tensors: dict[str, Tensor]) -> Iterator[str]:
             yield f"{name} is a lazy view (its negation or conjugation is still pending)"
 
 
-def fitting(reference: Callable[..., Tensor], tensors: dict[str, Tensor], problem: str | None) -> Iterator[str]:
+def fitting(reference: Callable[..., Outputs], arguments: dict[str, Any], problem: str | None) -> Iterator[str]:
     """Turn a shape problem into ValueError where the reference would fail too, else into a reason."""
     if problem is None:
         return
     try:
-        on_meta(reference, *tensors.values())
+        on_meta(reference, *arguments.values())
     except Exception:
-        given = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
+        given = ", ".join(f"{name} {list(t.shape)}" for name, t in _tensors(arguments).items())
         raise ValueError(f"{reference.__name__}: {problem}; given {given}") from None
     yield f"{problem} (the PyTorch chain takes these shapes in its own way)"
 
 
-def runnable(tensors: dict[str, Tensor]) -> Iterator[str]:
+def runnable(arguments: dict[str, Any]) -> Iterator[str]:
     """Why no kernel may run for these named arguments here and now."""
     yield from around()
+    tensors = _tensors(arguments)
     if importlib.util.find_spec("triton") is None:
         yield "Triton is not installed"
     first, *_ = tensors
@@ -401,6 +582,10 @@ def runnable(tensors: dict[str, Tensor]) -> Iterator[str]:
         yield "this layout is not decided yet and a CUDA graph is being captured"
 
 
+def _tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: a for name, a in arguments.items() if isinstance(a, Tensor)}
+
+
 def _capturing(t: Tensor) -> bool:
     return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
@@ -413,10 +598,16 @@ def _watching_functions() -> bool:
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
-def on_meta(reference: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """The reference's output without its values: shape, strides and dtype, and its own shape errors."""
+def on_meta(reference: Callable[..., Any], *args: Any) -> Any:
+    """What the reference returns, without values: shapes, strides and dtypes, and its own shape errors."""
+
+    def form(a: Any) -> Any:
+        if not isinstance(a, Tensor):
+            return a
+        return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+
     with torch.no_grad():
-        return reference(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors))
+        return reference(*map(form, args))
 
 
 # -- the switch, and what was decided ----------------------------------------------------------------------------
@@ -439,17 +630,17 @@ def _switch(on: bool) -> None:
         operator.forget()
 
 
-def explain(operator: str | Operator, *tensors: Tensor) -> list[str]:
-    """All reasons why `operator`, called with these tensors, would run the PyTorch chain; empty when it is fused.
+def explain(operator: str | Operator, *args: Any) -> list[str]:
+    """All reasons why `operator`, called with these arguments, would run the PyTorch chain; empty when it is fused.
 
     operator    an `Operator`, or its name: one of `bitfuse.OPERATORS`
-    tensors     its arguments. Shapes that don't fit raise ValueError, as the call would.
+    args        its arguments. Shapes that don't fit raise ValueError, as the call would.
     """
     if isinstance(operator, str):
         if operator not in OPERATORS:
             raise ValueError(f"operator is {operator!r}; accepted: {', '.join(OPERATORS)}")
         operator = OPERATORS[operator]
-    return operator.explain(*tensors)
+    return operator.explain(*args)
 
 
 def _on_device(t: Tensor) -> Any:

@@ -46,10 +46,11 @@ def interpreter() -> Iterator[None]:
 class Kernel:
     """A Triton kernel, or a helper that kernels call. Launch it as `kernel[grid](*pointers, *scalars, **constants)`."""
 
-    def __init__(self, fn: Callable, do_not_specialize: tuple[str, ...] = ()):
+    def __init__(self, fn: Callable, do_not_specialize: tuple[str, ...] = (), twin: Callable | None = None):
         self.fn = fn
         self.__name__, self.__doc__ = fn.__name__, fn.__doc__
         self.do_not_specialize = do_not_specialize
+        self.twin = twin
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         form = self.interpreted if interpreting() else self.compiled
@@ -60,19 +61,48 @@ class Kernel:
         return tuple(inspect.signature(self.fn).parameters)
 
     def edited(self, *edits: tuple[str, str]) -> Kernel:
-        """A kernel whose source differs by these (old, new) texts: a mutant for a battery to catch."""
-        source = textwrap.dedent(inspect.getsource(self.fn))
-        source = source[source.index("def ") :]
+        """A kernel whose source differs by these (old, new) texts, here or in a helper: a mutant for a battery to catch."""
+        found = self._edited(edits, {})
+        whole = "".join(k.source for k in self._tree())
+        if missing := [old for old, _ in edits if old not in whole]:
+            raise ValueError(f"edits: {missing[0]!r} stands neither in {self.fn.__qualname__} nor in what it calls")
+        return found
+
+    def _edited(self, edits: tuple[tuple[str, str], ...], done: dict[int, Kernel]) -> Kernel:
+        if id(self) in done:
+            return done[id(self)]
+        helpers = {name: k._edited(edits, done) for name, k in self._helpers().items()}
+        changed = {name: k for name, k in helpers.items() if k is not self._helpers()[name]}
+        source = self.source
         for old, new in edits:
-            if old not in source:
-                raise ValueError(f"edits: {old!r} does not stand in {self.fn.__qualname__}")
             source = source.replace(old, new)
+        if source == self.source and not changed:
+            done[id(self)] = self
+            return self
         # Triton reads a kernel's source through `inspect`, which finds it in the line cache under this name
         name = f"<{self.fn.__name__} edited {len(linecache.cache)}>"
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-        scope = dict(self.fn.__globals__)
+        scope = {**self.fn.__globals__, **changed}
         exec(compile(source, name, "exec", flags=annotations.compiler_flag), scope)
-        return Kernel(scope[self.fn.__name__], self.do_not_specialize)
+        twin = None if source != self.source else self.twin
+        done[id(self)] = Kernel(scope[self.fn.__name__], self.do_not_specialize, twin)
+        return done[id(self)]
+
+    @property
+    def source(self) -> str:
+        """The text of the function, from `def` on."""
+        text = textwrap.dedent(inspect.getsource(self.fn))
+        return text[text.index("def ") :]
+
+    def _helpers(self) -> dict[str, Kernel]:
+        """The other kernels that this one calls, by the name under which it does."""
+        scope = self.fn.__globals__
+        return {name: scope[name] for name in self.fn.__code__.co_names if isinstance(scope.get(name), Kernel)}
+
+    def _tree(self) -> Iterator[Kernel]:
+        yield self
+        for helper in self._helpers().values():
+            yield from helper._tree()
 
     @functools.cached_property
     def compiled(self) -> Any:
@@ -91,7 +121,7 @@ class Kernel:
     def _bound(self, form: str) -> types.FunctionType:
         import triton.language as tl
 
-        fn = self.fn
+        fn = self.twin if form == "interpreted" and self.twin else self.fn
         scope = {**fn.__globals__, "tl": tl}
         for name in fn.__code__.co_names:
             if isinstance(scope.get(name), Kernel):
@@ -102,11 +132,16 @@ class Kernel:
         return bound
 
 
-def kernel(fn: Callable | None = None, *, do_not_specialize: tuple[str, ...] = ()) -> Any:
-    """Decorator: what `@triton.jit` does, but not before the first launch."""
+def kernel(
+    fn: Callable | None = None, *, do_not_specialize: tuple[str, ...] = (), twin: Callable | None = None
+) -> Any:
+    """Decorator: what `@triton.jit` does, but not before the first launch.
+
+    twin    the function to interpret instead, for one that uses what the interpreter lacks (inline assembly)
+    """
     if fn is None:
-        return functools.partial(Kernel, do_not_specialize=do_not_specialize)
-    return Kernel(fn)
+        return functools.partial(Kernel, do_not_specialize=do_not_specialize, twin=twin)
+    return Kernel(fn, do_not_specialize, twin)
 
 
 def triton_dtype(dtype: Any) -> Any:

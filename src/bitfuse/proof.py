@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from bitfuse.contract import Operator, Plan
+    from bitfuse.contract import Operator, Plan, Tier
+
+Outputs = Tensor | tuple[Tensor, ...]
+"""What a reference returns: a tensor, or a tuple of two or more."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _POISON = 0x7FA5  # a NaN no kernel writes: an output element left unwritten can't pass for a right one
@@ -24,13 +27,17 @@ _POISON = 0x7FA5  # a NaN no kernel writes: an output element left unwritten can
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Where two tensors part: a difference of form (dtype, shape, strides, device), or of bits and where first."""
+    """Where two results part: a difference of form (dtype, shape, strides, device), or of bits and where first.
+
+    `output` is the one of several that differs, the first of those that do.
+    """
 
     sentence: str
     index: tuple[int, ...] = ()
     expected: str = ""
     found: str = ""
     count: int = 0
+    output: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,31 @@ class Verdict:
     final: bool = True
 
 
-def compare(expected: Tensor, found: Tensor) -> Mismatch | None:
+def as_tuple(result: Outputs) -> tuple[Tensor, ...]:
+    """The outputs of a reference, of which there may be one or several."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def compare(expected: Outputs, found: Outputs) -> Mismatch | None:
     """None when `found` is `expected` bit for bit: same dtype, shape, strides and device, and the same bits.
 
     Compared on integer views, so -0 and +0 differ; an element is NaN in one exactly where it is NaN in the
     other (the payload of a NaN is not defined by PyTorch itself and is not compared). Any dtype of 1 to 8
-    bytes, any strides. Waits for the device.
+    bytes, any strides. Of tuples of tensors, each is compared. Waits for the device.
     """
+    if isinstance(expected, Tensor) and isinstance(found, Tensor):
+        return _compare(expected, found)
+    several, others = as_tuple(expected), as_tuple(found)
+    if isinstance(expected, Tensor) or isinstance(found, Tensor) or len(several) != len(others):
+        return Mismatch(f"there are {len(others)} outputs where the reference has {len(several)}")
+    for i, (a, b) in enumerate(zip(several, others, strict=True)):
+        if mismatch := _compare(a, b):
+            which = f"output {i}" if mismatch.count else f"of output {i}"
+            return replace(mismatch, sentence=f"{which} {mismatch.sentence}", output=i)
+    return None
+
+
+def _compare(expected: Tensor, found: Tensor) -> Mismatch | None:
     for what in ("dtype", "shape", "device"):
         a, b = getattr(expected, what), getattr(found, what)
         if a != b:
@@ -85,12 +110,12 @@ def _strides(t: Tensor) -> tuple[int, ...]:
 _verdicts: dict[tuple, Verdict] = {}
 
 
-def known(signature: tuple) -> Verdict | None:
-    return _verdicts.get(signature)
+def known(operator: Operator, tier: Tier, signature: tuple) -> Verdict | None:
+    return _verdicts.get((operator.name, tier.name, signature))
 
 
 def verdicts() -> dict[tuple, Verdict]:
-    """Every verdict of this process, by signature."""
+    """Every verdict of this process, by the names of operator and tier and the signature."""
     return dict(_verdicts)
 
 
@@ -99,23 +124,26 @@ def forget() -> None:
     _verdicts.clear()
 
 
-def condemn(signature: tuple, mismatch: Mismatch) -> None:
+def condemn(operator: Operator, tier: Tier, signature: tuple, mismatch: Mismatch) -> Verdict:
     """Never use this signature's kernel again in this process."""
-    _verdicts[signature] = Verdict(False, mismatch.sentence, mismatch=mismatch)
+    verdict = Verdict(False, mismatch.sentence, mismatch=mismatch)
+    _verdicts[operator.name, tier.name, signature] = verdict
+    return verdict
 
 
-def prove(operator: Operator, signature: tuple, like: tuple[Tensor, ...]) -> Verdict:
-    """Run the operator's battery for the signature of `like` and remember the verdict."""
-    verdict = run_battery(operator.reference, operator.plan, operator.battery(*like), signature)
+def prove(operator: Operator, tier: Tier, signature: tuple, like: tuple[Any, ...]) -> Verdict:
+    """Run the operator's battery on the tier's kernel, for the signature of `like`, and remember the verdict."""
+    specification = operator.specification(operator.tiers.index(tier))
+    verdict = run_battery(specification, tier.plan, operator.battery(*like), signature)
     if verdict.final:
-        _verdicts[signature] = verdict
+        _verdicts[operator.name, tier.name, signature] = verdict
     return verdict
 
 
 def run_battery(
-    reference: Callable[..., Tensor],
-    plan_of: Callable[..., Plan],
-    battery: Iterable[tuple[str, tuple[Tensor, ...]]],
+    reference: Callable[..., Outputs],
+    plan_of: Callable[..., Plan | str],
+    battery: Iterable[tuple[str, tuple[Any, ...]]],
     signature: tuple | None = None,
 ) -> Verdict:
     """Kernel against reference on every family of inputs, into poisoned outputs; stops at the first mismatch.
@@ -125,15 +153,17 @@ def run_battery(
     """
     start, families, elements = time.perf_counter(), 0, 0
     try:
-        for family, tensors in battery:
-            plan = plan_of(*tensors)
-            if signature is not None and plan.signature(tensors) != signature:
+        for family, args in battery:
+            plan = plan_of(*args)
+            if isinstance(plan, str):
+                return Verdict(False, f"{plan} (the battery's '{family}' inputs)")
+            if signature is not None and plan.signature(args) != signature:
                 return Verdict(False, f"the battery has no '{family}' inputs of this layout, so it stays unproved")
-            out = poisoned(plan.empty(tensors[0].device))
-            plan.bind(tensors, out)(*tensors, out)
-            expected = reference(*tensors)
-            families, elements = families + 1, elements + expected.numel()
-            if mismatch := compare(expected, out):
+            outs = tuple(map(poisoned, plan.empty(args[0].device)))
+            plan.bind(args, outs)(*args, *outs)
+            expected = reference(*args)
+            families, elements = families + 1, elements + sum(t.numel() for t in as_tuple(expected))
+            if mismatch := compare(expected, outs if len(outs) > 1 else outs[0]):
                 sentence = f"{mismatch.sentence}, on the battery's '{family}' inputs"
                 return Verdict(False, sentence, families, elements, time.perf_counter() - start, mismatch)
     except torch.OutOfMemoryError:
@@ -147,11 +177,11 @@ def run_battery(
     return Verdict(True, "equal", families, elements, time.perf_counter() - start)
 
 
-def compare_live(operator: Operator, run: Any, tensors: tuple[Tensor, ...]) -> Mismatch | None:
+def compare_live(operator: Operator, run: Any, args: tuple[Any, ...]) -> Mismatch | None:
     """The call that asked for a proof, as further evidence: kernel against reference on the user's own tensors."""
     try:
         with torch.no_grad():
-            return compare(operator.reference(*tensors), run(*tensors))
+            return compare(operator.reference(*args), run(*args))
     except torch.OutOfMemoryError:  # the battery has passed; a full device is no mismatch
         return None
 

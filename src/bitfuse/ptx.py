@@ -31,10 +31,11 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitfuse.contract import OPERATORS, Audit, Operator, Plan
@@ -46,7 +47,7 @@ CAPABILITIES = (80, 90, 100, 120)
 _TOKENS = 64  # audits run on this many tokens: the count is not part of what is compiled
 
 
-def compile_for(plan: Plan, tensors: tuple[Tensor, ...], capability: int) -> Any:
+def compile_for(plan: Plan, args: tuple[Any, ...], capability: int) -> Any:
     """The `triton.compiler.CompiledKernel` that this plan's launch would compile on a GPU of that capability.
 
     Specialised by Triton's own launcher code, not by a copy of its rules. The plan must not have been made
@@ -63,8 +64,10 @@ def compile_for(plan: Plan, tensors: tuple[Tensor, ...], capability: int) -> Any
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     bind = create_function_from_signature(jit.signature, jit.params, backend)
-    arguments = (*tensors, plan.empty(tensors[0].device), *plan.scalars)
-    bound, specialization, options = bind(*arguments, **plan.constants, num_warps=plan.num_warps, **plan.options)
+    device = args[0].device
+    extras = (torch.empty(16, dtype=dtype, device=device) for dtype in plan.extras)
+    parameters = (*plan.pointers(args), *extras, *plan.empty(device), *plan.scalars)
+    bound, specialization, options = bind(*parameters, **plan.constants, num_warps=plan.num_warps, **plan.options)
     options, signature, constants, attributes = jit._pack_args(backend, options, bound, specialization, options)
     source = ASTSource(jit, signature, constants, attributes)
     return triton.compile(source, target=target, options=options.__dict__)
@@ -258,24 +261,32 @@ class Audited:
     """One audit on one capability: what was counted, and what was to be.
 
     `mutant` names a wrong kernel, None the operator's own. `programs` and `threads` are those of the whole
-    launch, `output_bytes` is what they have to write. `loaded_bytes` is what one thread reads if it reads every
-    operand of its results once.
+    launch, which has to make the `elements` of the first output; one thread makes `results` of them. `expected`,
+    `loads` and `stores` are what a thread is to do; `also` names instructions that are not counted.
     """
 
     operator: str
     case: str
+    tier: str
     capability: int
     mutant: str | None
     programs: int
     threads: int
-    output_bytes: int
-    loaded_bytes: int
+    elements: int
+    results: int
+    loads: Mapping[int, float]
+    stores: Mapping[int, float]
     expected: dict[str, int]
+    also: tuple[str, ...]
     counts: Counts
 
     @property
+    def counted(self) -> dict[str, int]:
+        return {name: n for name, n in self.counts.rounding.items() if name not in self.also}
+
+    @property
     def as_expected(self) -> bool:
-        return self.expected == self.counts.rounding
+        return self.expected == self.counted
 
 
 def audited(
@@ -285,49 +296,68 @@ def audited(
     capabilities = tuple(capabilities)
     for operator in operators:
         for audit in operator.audits:
-            tensors = _tensors(operator, audit)
-            plans: dict[str | None, Plan] = {None: operator.plan(*tensors)}
+            args = _arguments(operator, audit)
+            plans: dict[str | None, Plan | str] = {None: operator.tiers[audit.tier].plan(*args)}
             if mutants:
-                plans |= {m.name: m.plan(operator, *tensors) for m in operator.mutants if m.compiled_only}
+                wrong = [m for m in operator.mutants if m.compiled_only and m.tier == audit.tier]
+                plans |= {m.name: m.plan(operator, *args) for m in wrong}
             for name, plan in plans.items():
+                if isinstance(plan, str):
+                    raise ValueError(f"{operator.name} audits {audit.case!r}, which that tier can't do: {plan}")
                 if "FUSED" in plan.constants:  # what CUDA builds of torch do from 2.11 on, whatever this CPU does
                     plan = replace(plan, constants={**plan.constants, "FUSED": True})
                 for capability in capabilities:
-                    counts = count(compile_for(plan, tensors, capability))
-                    results = counts.stored_bytes // plan.dtype.itemsize
-                    yield Audited(
-                        operator.name,
-                        audit.case,
-                        capability,
-                        name,
-                        programs=math.prod(plan.grid),
-                        threads=math.prod(plan.grid) * 32 * plan.num_warps,
-                        output_bytes=math.prod(plan.shape) * plan.dtype.itemsize,
-                        loaded_bytes=sum(results * t.numel() * t.itemsize for t in tensors) // math.prod(plan.shape),
-                        expected={instruction: n * (results // 2) for instruction, n in sorted(audit.per_pair.items())},
-                        counts=counts,
-                    )
+                    counts = count(compile_for(plan, args, capability))
+                    yield _audited(operator, audit, plan, args, name, capability, counts)
 
 
-def _tensors(operator: Operator, audit: Audit) -> tuple[Tensor, ...]:
+def _audited(
+    operator: Operator, audit: Audit, plan: Plan, args: tuple[Any, ...], mutant: str | None, capability: int, c: Counts
+) -> Audited:
+    elements = math.prod(plan.outputs[0].shape)
+    output_bytes = sum(math.prod(out.shape) * out.dtype.itemsize for out in plan.outputs)
+    results = audit.results or elements * c.stored_bytes // output_bytes
+    once = sum(results * a.numel() * a.itemsize for a in args if isinstance(a, Tensor)) // elements
+    expected = Counter({name: n * results // audit.per for name, n in audit.counts.items()}) + Counter(audit.per_thread)
+    return Audited(
+        operator.name,
+        audit.case,
+        operator.tiers[audit.tier].name,
+        capability,
+        mutant,
+        programs=math.prod(plan.grid),
+        threads=math.prod(plan.grid) * 32 * plan.num_warps,
+        elements=elements,
+        results=results,
+        loads=audit.loads or {16: once / 16},
+        stores=audit.stores or {16: c.stored_bytes / 16},
+        expected=dict(sorted(expected.items())),
+        also=audit.also,
+        counts=c,
+    )
+
+
+def _arguments(operator: Operator, audit: Audit) -> tuple[Any, ...]:
     case = next((c for c in operator.cases if c.name == audit.case), None)
     if case is None:
         raise ValueError(f"{operator.name} audits {audit.case!r}, which is none of its cases")
-    return case.tensors("cpu", tokens=_TOKENS)
+    return case.arguments("cpu", tokens=_TOKENS)
 
 
 def _table(rows: Iterable[Audited]) -> Iterator[str]:
     last = None
     for row in rows:
-        if (row.operator, row.case, row.mutant) != last:
-            last = (row.operator, row.case, row.mutant)
-            yield f"\n{row.operator}, {row.case}{f', mutant: {row.mutant}' if row.mutant else ''}"
+        if (row.operator, row.case, row.tier, row.mutant) != last:
+            last = (row.operator, row.case, row.tier, row.mutant)
+            yield f"\n{row.operator}, {row.case} ({row.tier}){f', mutant: {row.mutant}' if row.mutant else ''}"
         c = row.counts
         rounding = ", ".join(f"{n} {instruction}" for instruction, n in c.rounding.items())
         widths = ", ".join(
             f"{n} {what} of {w}" for what, d in (("ld", c.loads), ("st", c.stores)) for w, n in d.items()
         )
         verdict = "as audited" if row.as_expected else f"AUDIT: {row.expected}"
+        if row.also:
+            verdict += f", {', '.join(row.also)} not counted"
         extras = f"{c.registers} registers, {c.stack} bytes of stack"
         if c.flushing:
             extras += f", flushes: {', '.join(c.flushing)}"
@@ -348,7 +378,7 @@ def main(arguments: list[str] | None = None) -> None:
     operators = [OPERATORS[name] for name in given.operators or OPERATORS]
     rows = audited(operators, given.capability or CAPABILITIES, given.mutants)
     if given.json:
-        print(json.dumps([asdict(row) for row in rows]))
+        print(json.dumps([asdict(row) | {"counted": row.counted} for row in rows]))
     else:
         for line in _table(rows):
             print(line)

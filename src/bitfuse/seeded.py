@@ -6,6 +6,7 @@ code (transformer, scheduler and coordinates, called as diffusers' LTX2Pipeline 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import statistics
 import time
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+VERSIONS = ("2.0", "2.3", "2.5")
 
 _FPS = 24.0
 _MARGIN = 6 << 30  # bytes left free for activations: at 6144 tokens the feed-forward and the text bias take 1 to 2 GiB
@@ -26,7 +29,12 @@ class CannotRun(Exception):
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a transformer and of what it denoises; the text has as many channels as `caption_channels`."""
+    """The sizes of a transformer and of what it denoises.
+
+    caption_channels    channels of the text in 2.0; later versions' connectors bring it to each stream's own width
+    version             of LTX-2, one of `VERSIONS`: what its public checkpoints configure
+    image_to_video      the first latent frame is given: its tokens are at timestep 0, all others at the step's own
+    """
 
     name: str
     frames: int  # latent frames, height and width: one token each
@@ -43,6 +51,19 @@ class Geometry:
     audio_channels: int
     caption_channels: int
     steps: int
+    version: str = "2.0"
+    image_to_video: bool = False
+
+    def __post_init__(self) -> None:
+        if self.version not in VERSIONS:
+            raise ValueError(f"version is {self.version!r}; accepted: {', '.join(VERSIONS)}")
+
+    @property
+    def text_channels(self) -> tuple[int, int]:
+        """Of the text for the video and of the text for the audio."""
+        if self.version == "2.0":
+            return self.caption_channels, self.caption_channels
+        return self.heads * self.head_dim, self.audio_heads * self.audio_head_dim
 
     @property
     def video_tokens(self) -> int:
@@ -57,8 +78,8 @@ class Geometry:
         )
 
     def config(self) -> dict[str, Any]:
-        """Arguments of LTX2VideoTransformer3DModel; those of LTX-2.0 where they are not sizes."""
-        return {
+        """Arguments of LTX2VideoTransformer3DModel, as diffusers' conversion script gives them for this version."""
+        config: dict[str, Any] = {
             "in_channels": self.channels,
             "out_channels": self.channels,
             "num_attention_heads": self.heads,
@@ -73,17 +94,24 @@ class Geometry:
             "num_layers": self.layers,
             "rope_type": "split",
         }
+        if self.version != "2.0":
+            gates = ("gated_attn", "cross_attn_mod", "audio_gated_attn", "audio_cross_attn_mod", "perturbed_attn")
+            config |= dict.fromkeys(gates, True) | {"use_prompt_embeddings": False}
+        if self.version == "2.5":
+            config |= {"ff_bias": False, "use_keyframes_abs_pos_embedding": True}
+        return config
 
 
 SMALL = Geometry("small", 4, 8, 12, 26, 16, 2, 4, 32, 4, 16, 16, 16, 48, steps=8)
 REAL = Geometry("LTX-2.0", 16, 16, 24, 126, 1024, 48, 32, 128, 32, 64, 128, 128, 3840, steps=8)
 
 
-def geometry_for(device: torch.device, layers: int | None) -> tuple[Geometry, str]:
+def geometry_for(device: torch.device, layers: int | None, version: str = "2.0") -> tuple[Geometry, str]:
     """The geometry for this device, and how its memory decided the number of layers, as a sentence."""
     if device.type == "cpu":
-        return replace(SMALL, layers=layers or SMALL.layers), ""
-    one = _on_meta(replace(REAL, layers=1))
+        return replace(SMALL, layers=layers or SMALL.layers, version=version), ""
+    real = replace(REAL, name=f"LTX-{version}", version=version)
+    one = _on_meta(replace(real, layers=1))
     layer = _bytes(one.transformer_blocks[0])
     rest = _bytes(one) - layer
     free = torch.cuda.mem_get_info(device)[0]
@@ -91,7 +119,7 @@ def geometry_for(device: torch.device, layers: int | None) -> tuple[Geometry, st
     sums = f"a layer is {layer / 1e9:.2f} GB, the rest {rest / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
     if (layers or 1) > fit:
         raise CannotRun(f"{layers or 1} layers do not fit: {sums}, so {fit} do, with {_MARGIN >> 30} GiB to work in.")
-    return replace(REAL, layers=layers or fit), f"{layers or fit} of {REAL.layers} layers: {sums}."
+    return replace(real, layers=layers or fit), f"{layers or fit} of {REAL.layers} layers: {sums}."
 
 
 def _bytes(module: torch.nn.Module) -> int:
@@ -102,10 +130,15 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def _on_meta(geometry: Geometry) -> Any:
+    import diffusers
     from diffusers import LTX2VideoTransformer3DModel
 
+    config = geometry.config()
+    if unknown := [name for name in config if name not in inspect.signature(LTX2VideoTransformer3DModel).parameters]:
+        had = f"diffusers {diffusers.__version__} does not have LTX-{geometry.version}"
+        raise CannotRun(f"{had}: its transformer takes no {', '.join(unknown)}.")
     with torch.device("meta"):
-        model: Any = LTX2VideoTransformer3DModel(**geometry.config())
+        model: Any = LTX2VideoTransformer3DModel(**config)
     if buffers := [name for name, _ in model.named_buffers()]:  # to_empty would leave garbage in them
         raise CannotRun(f"This diffusers gives the transformer buffers that the demo can't fill: {', '.join(buffers)}")
     return torch.nn.Module.to(model, torch.bfloat16)  # diffusers' own `to` warns about modules it keeps in fp32: none
@@ -125,10 +158,16 @@ def build(geometry: Geometry, device: torch.device, seed: int) -> Any:
     return model
 
 
-def make_inputs(model: Any, geometry: Geometry, device: torch.device, seed: int) -> dict[str, Any]:
-    """What diffusers' LTX2Pipeline hands to the transformer before its loop: latents, text and coordinates.
+def twin(model: Any) -> Any:
+    """Another model with the same Parameter objects: it takes no memory, and can be accelerated or compiled alone."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
-    Drawn on the CPU, so that a seed means the same latents on every device.
+
+def make_inputs(model: Any, geometry: Geometry, device: torch.device, seed: int) -> dict[str, Any]:
+    """What diffusers' pipelines hand to the transformer before their loop: latents, text and coordinates.
+
+    Those for text to video and for image to video pass `use_cross_timestep=True` for every version. Drawn on the
+    CPU, so that a seed means the same latents on every device.
     """
     g = geometry
     generator = torch.Generator("cpu").manual_seed(seed + 1)
@@ -138,12 +177,17 @@ def make_inputs(model: Any, geometry: Geometry, device: torch.device, seed: int)
 
     # The pipeline's connectors fill the padding with learned registers: every text token is attended to.
     mask = torch.ones(1, g.text_tokens, dtype=torch.int64, device=device)
+    first_frame = (torch.arange(g.video_tokens, device=device) < g.height * g.width).float()[None]
+    # 2.5: the causal first frame is marked as a keyframe (LTX2DFRPipeline; LTX2Pipeline passes none)
+    marked = {"video_keyframes_mask": first_frame.unsqueeze(-1)} if g.version == "2.5" else {}
+    text, audio_text = g.text_channels
     return {
         "latents": noise(1, g.video_tokens, g.channels),
         "audio_latents": noise(1, g.audio_frames, g.audio_channels),
+        "given": first_frame if g.image_to_video else None,
         "conditions": {
-            "encoder_hidden_states": noise(1, g.text_tokens, g.caption_channels, dtype=torch.bfloat16),
-            "audio_encoder_hidden_states": noise(1, g.text_tokens, g.caption_channels, dtype=torch.bfloat16),
+            "encoder_hidden_states": noise(1, g.text_tokens, text, dtype=torch.bfloat16),
+            "audio_encoder_hidden_states": noise(1, g.text_tokens, audio_text, dtype=torch.bfloat16),
             "encoder_attention_mask": mask,
             "audio_encoder_attention_mask": mask,
             "num_frames": g.frames,
@@ -154,6 +198,7 @@ def make_inputs(model: Any, geometry: Geometry, device: torch.device, seed: int)
             "video_coords": model.rope.prepare_video_coords(1, g.frames, g.height, g.width, device, fps=_FPS),
             "audio_coords": model.audio_rope.prepare_audio_coords(1, g.audio_frames, device),
             "use_cross_timestep": True,
+            **marked,
         },
     }
 
@@ -177,13 +222,18 @@ class Denoising:
 
 
 def velocity_of(model: Any, inputs: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The call of the transformer in the pipeline's loop: (video, audio, timestep) to both velocities."""
+    """The call of the transformer in the pipelines' loop: (video, audio, timestep [B]) to both velocities."""
+    given = inputs["given"]
     accepted = inspect.signature(model.forward).parameters  # 0.37 has no sigma and no use_cross_timestep
     conditions = {name: value for name, value in inputs["conditions"].items() if name in accepted}
 
     @torch.no_grad()
     def velocity(video: Tensor, audio: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        noise_level = {"timestep": timestep, "sigma": timestep} if "sigma" in accepted else {"timestep": timestep}
+        noise_level = {"timestep": timestep}
+        if given is not None:
+            noise_level = {"timestep": timestep.unsqueeze(-1) * (1 - given), "audio_timestep": timestep}
+        if "sigma" in accepted:  # audio_sigma is left out by both pipelines, and is sigma then
+            noise_level["sigma"] = timestep
         output = model(
             hidden_states=video.to(torch.bfloat16),
             audio_hidden_states=audio.to(torch.bfloat16),
@@ -204,7 +254,7 @@ def one_step(model: Any, inputs: dict[str, Any]) -> Callable[[], tuple[Tensor, T
 
 @torch.no_grad()
 def denoise(model: Any, geometry: Geometry, inputs: dict[str, Any], on_step: Callable[[], None]) -> Denoising:
-    """diffusers' LTX-2 loop without guidance: bf16 into the transformer, fp32 latents outside."""
+    """diffusers' LTX-2 loop for text to video, without guidance: bf16 into the transformer, fp32 latents outside."""
     run, velocity = Denoising(), velocity_of(model, inputs)
     video, audio = inputs["latents"], inputs["audio_latents"]
     schedulers = [_scheduler(geometry, video.device) for _ in range(2)]

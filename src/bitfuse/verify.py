@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from torch import Tensor
 
 from bitfuse import proof
 from bitfuse.contract import OPERATORS, Operator
@@ -29,13 +32,18 @@ INTERPRETED_TOKENS = 64
 
 @dataclass(frozen=True)
 class Check:
-    """One operator on one case. `outcome` is equal, differs or declined; `reason` says where or why."""
+    """One operator on one case. `outcome` is equal, differs or declined; `reason` says where or why.
+
+    `tier` is the way that was taken, None where it was declined; where it is not the operator's first, `reason` says
+    why not. `dtype` names those of the tensors among the arguments.
+    """
 
     operator: str
     case: str
     shape: tuple[int, ...]
     dtype: str
     outcome: str
+    tier: str | None
     reason: str
     elements: int
     seconds: float
@@ -77,37 +85,39 @@ class Result:
 def check(operator: Operator, case: Any, device: torch.device | str, tokens: int | None = None) -> Check:
     """Run the operator as a user's call would, proof and all, and compare with the reference bit for bit."""
     start = time.perf_counter()
-    tensors = case.tensors(device, tokens=tokens)
+    args = case.arguments(device, tokens=tokens)
     with torch.no_grad():
-        route = operator.route(*tensors)
-        expected = operator.reference(*tensors)
-        mismatch = proof.compare(expected, route.run(*tensors))
+        route = operator.route(*args)
+        expected = operator.reference(*args)
+        mismatch = proof.compare(expected, route.run(*args))
     # a kernel that the battery saw differ counts, though the call itself was saved by the reference
     outcome = "differs" if mismatch or route.mismatch else "equal" if route.fused else "declined"
-    reason = mismatch.sentence if mismatch else route.reason or ""
-    x = tensors[0]
+    reason = mismatch.sentence if mismatch else route.reason or "; ".join(route.passed_over)
+    dtypes = dict.fromkeys(_short(a.dtype) for a in args if isinstance(a, Tensor))
     return Check(
         operator.name,
         case.name,
-        tuple(x.shape),
-        f"{_short(x.dtype)}, tables {_short(tensors[1].dtype)}",
+        tuple(args[0].shape),
+        ", ".join(dtypes),
         outcome,
+        route.tier,
         reason,
-        expected.numel(),
+        sum(t.numel() for t in proof.as_tuple(expected)),
         time.perf_counter() - start,
     )
 
 
 def control(operator: Operator, device: torch.device | str) -> Iterator[Control]:
-    """Run the operator's mutants through the battery, on its first case's layout."""
+    """Run the operator's mutants through the battery, on the layout of their case or of the first."""
     interpreted = torch.device(device).type == "cpu"
-    tensors = operator.cases[0].tensors(device, tokens=INTERPRETED_TOKENS)
     for mutant in operator.mutants:
-        if tensors[0].dtype in mutant.harmless_for or (mutant.compiled_only and interpreted):
+        case = next((c for c in operator.cases if c.name == mutant.case), operator.cases[0])
+        args = case.arguments(device, tokens=INTERPRETED_TOKENS)
+        if args[0].dtype in mutant.harmless_for or (mutant.compiled_only and interpreted):
             continue
         plan = functools.partial(mutant.plan, operator)
         with torch.no_grad():
-            verdict = proof.run_battery(operator.reference, plan, operator.battery(*tensors))
+            verdict = proof.run_battery(operator.specification(mutant.tier, device), plan, operator.battery(*args))
         yield Control(operator.name, mutant.name, verdict.mismatch is not None, verdict.sentence)
 
 
@@ -150,7 +160,7 @@ def _print(console: Console, result: Result) -> None:
     names = list(dict.fromkeys(c.operator for c in result.checks))
     table = Table(Column("case", no_wrap=True), title="operator x case, kernel against PyTorch chain, every bit")
     for name in names:
-        table.add_column(name.replace("_rotary_", "\nrotary\n"), justify="center")
+        table.add_column(_broken(name), justify="center")
     outcome = {(c.case, c.operator): c.outcome for c in result.checks}
     for case in cases:
         cells = (outcome.get((case, name)) for name in names)
@@ -159,6 +169,9 @@ def _print(console: Console, result: Result) -> None:
     for c in result.checks:
         if c.outcome != "equal":
             console.print(f"[{_COLOURS[c.outcome]}]{c.outcome}[/] {c.operator}, {c.case} {list(c.shape)}: {c.reason}")
+    for (name, tier, why), n in Counter((c.operator, c.tier, c.reason) for c in result.checks).items():
+        if tier and why:
+            console.print(f"{name}: {n} cases by {tier}, as not by {why}")
     for wrong in result.controls:
         if not wrong.caught:
             console.print(f"[bold red]missed[/] {wrong.operator}: the battery let a wrong kernel pass: {wrong.mutant}")
@@ -169,6 +182,11 @@ def _print(console: Console, result: Result) -> None:
         f"{equal} of {len(result.checks)} checks fused and equal in every bit ({elements:,} elements); "
         f"{caught} of {len(result.controls)} wrong kernels caught"
     )
+
+
+def _broken(name: str) -> str:
+    """An operator's name on lines of a dozen characters or so, broken at its underscores."""
+    return textwrap.fill(name.replace("_", " "), 12, break_long_words=False).replace(" ", "_")
 
 
 def _short(dtype: torch.dtype) -> str:

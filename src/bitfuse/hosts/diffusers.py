@@ -1,14 +1,15 @@
-"""diffusers' LTX-2 transformer (0.37 to 0.42.1): the rotary embedding, through attention processors.
+"""diffusers' LTX-2 transformer (0.37 to 0.42.1): its attentions, through attention processors, and its blocks.
 
 A processor is diffusers' own seam: hooks and LoRA sit on the modules around it and keep working, and no weight
-or state-dict key is touched. The processors below restate the upstream `__call__` with one change, where the
-rotary embedding is applied. They stand in only for upstream code whose hash is listed here; any other is left
-in place, and the report says why.
+or state-dict key is touched. The processors below restate the upstream `__call__`, with the Q/K norms, the rotary
+embedding and the head gate fused. They stand in only for upstream code whose hash is listed here; any other is left
+in place, and the report says why. The rest of a block is in `diffusers_block.py`.
 """
 
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -20,17 +21,25 @@ from torch import Tensor
 
 from bitfuse import proof
 from bitfuse.contract import Operator
-from bitfuse.hosts.patch import Handle, Site, source_hash
+from bitfuse.hosts import constant, diffusers_block
+from bitfuse.hosts.constant import Constant
+from bitfuse.hosts.patch import Handle, Site, hooked, source_hash
+from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32
+from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_RMS_NORM, QK_SPLIT_FP32
 from bitfuse.ops.split_rotary import SPLIT_FP32
 
 NAME = f"diffusers {diffusers.__version__}"
 
+_Rope: Any = upstream.LTX2AudioVideoRotaryPosEmbed
+_Projection: Any = upstream.PixArtAlphaTextProjection
+
 _OPERATORS = {"split": SPLIT_FP32, "interleaved": INTERLEAVED_FP32}
+_QK_OPERATORS = {"split": QK_SPLIT_FP32, "interleaved": QK_INTERLEAVED_FP32}
 _HOST_FUNCTIONS = {"split": "apply_split_rotary_emb", "interleaved": "apply_interleaved_rotary_emb"}
 
-# The attentions of a block whose queries and keys are turned; attn2 and audio_attn2, to the text, are not.
-_ROTARY_ATTENTIONS = ("attn1", "audio_attn1", "audio_to_video_attn", "video_to_audio_attn")
+# The attentions of a block; the queries and keys of attn2 and audio_attn2, to the text, are normed but not turned.
+_ATTENTIONS = ("attn1", "audio_attn1", "attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
 
 # Upstream sources that were read and are restated here or in the operators' references (`source_hash`).
 _READ = {
@@ -38,15 +47,19 @@ _READ = {
     "apply_interleaved_rotary_emb": {"755d35ce421998d4"},  # 0.37.0 to 0.42.1
     "LTX2AudioVideoAttnProcessor": {"9ebca207676df638", "c9aac3cbef11d6dc"},  # 0.37; 0.38 to 0.42.1 (head gates)
     "LTX2PerturbedAttnProcessor": {"4561ef5c659b4df1"},  # 0.38 to 0.42.1
+    "rope": {"7bc6591c85ff4955"},  # LTX2AudioVideoRotaryPosEmbed.forward, 0.37 to 0.42.1
+    "projection": {"4d14e462258d31c2"},  # PixArtAlphaTextProjection.forward, 0.37 to 0.42.1
 }
 
 
-class _RotaryProcessor:
-    """What both processors do: upstream's attention, with the rotary embedding run through the site."""
+class _Processor:
+    """What both processors do: upstream's attention, its elementwise chains run through the sites."""
 
-    __slots__ = ("host_function", "site", "stock")
+    __slots__ = ("gate_site", "host_function", "site", "stock", "text")
     site: Site
+    gate_site: Site
     stock: Any
+    text: Constant | None  # keys and values of a text that is the same at every step (LTX-2.0)
     host_function: Any  # the one that was read and checked; another, patched in since, is run instead of ours
     values_first: bool
     _attention_backend: Any  # these two are upstream's, set by set_attention_backend and enable_parallelism
@@ -76,16 +89,18 @@ class _RotaryProcessor:
         to_gate_logits = getattr(attn, "to_gate_logits", None)  # not in 0.37
         gate_logits = None if to_gate_logits is None else to_gate_logits(hidden_states)
         # The order of the projections is upstream's: gradients add up, and LoRA dropout draws, in that order.
-        value: Any = attn.to_v(context) if self.values_first else None
+        value: Any = attn.to_v(context) if self.values_first and self.text is None else None
         if all_perturbed:
             out = value  # spatio-temporal guidance: the values stand in for the attention
         else:
-            query, key = attn.to_q(hidden_states), attn.to_k(context)
-            value = attn.to_v(context) if value is None else value
-            query, key = attn.norm_q(query), attn.norm_k(key)
-            if query_rotary_emb is not None:
-                query = self._turn(attn, query, query_rotary_emb)
-                key = self._turn(attn, key, query_rotary_emb if key_rotary_emb is None else key_rotary_emb)
+            query = attn.to_q(hidden_states)
+            if self.text is None:
+                key = attn.to_k(context)
+                value = attn.to_v(context) if value is None else value
+            else:
+                weights = constant.weights(attn.to_k, attn.to_v)
+                key, value = self.text.of(context, weights, lambda: (attn.to_k(context), attn.to_v(context)))
+            query, key = self._norm_and_turn(attn, query, key, query_rotary_emb, key_rotary_emb)
             out = upstream.dispatch_attention_fn(
                 query.unflatten(2, (attn.heads, -1)),
                 key.unflatten(2, (attn.heads, -1)),
@@ -101,21 +116,58 @@ class _RotaryProcessor:
                 out = torch.lerp(value, out, perturbation_mask)
 
         if gate_logits is not None:
-            gates = 2.0 * torch.sigmoid(gate_logits)
-            out = (out.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2, 3)
+            out = self.gate_site.call(HEAD_GATE, out, gate_logits)
         return attn.to_out[1](attn.to_out[0](out))
 
-    def _turn(self, attn: Any, x: Tensor, freqs: tuple[Tensor, Tensor]) -> Tensor:
-        function = getattr(upstream, _HOST_FUNCTIONS[attn.rope_type])
+    def _norm_and_turn(
+        self,
+        attn: Any,
+        query: Tensor,
+        key: Tensor,
+        query_rotary_emb: tuple[Tensor, Tensor] | None,
+        key_rotary_emb: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        turned = query_rotary_emb is not None
+        function = getattr(upstream, _HOST_FUNCTIONS[attn.rope_type]) if turned else None
+        reason = None
+        if turned and function is not self.host_function:
+            reason = f"{_HOST_FUNCTIONS[attn.rope_type]} of {NAME} was replaced meanwhile"
+        else:
+            reason = next(_why_norms_are_called(attn), None)
+        if reason is None:
+            norms = (attn.norm_q.weight, attn.norm_k.weight)
+            if query_rotary_emb is None:
+                return self.site.call(QK_RMS_NORM, query, key, *norms, attn.norm_q.eps)
+            own = (None, None) if key_rotary_emb is None else key_rotary_emb
+            operator = _QK_OPERATORS[attn.rope_type]
+            return self.site.call(operator, query, key, *norms, *query_rotary_emb, *own, attn.norm_q.eps)
+
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if query_rotary_emb is None or function is None:
+            return self.site.leave(lambda: (query, key), reason)
+        key_rotary_emb = query_rotary_emb if key_rotary_emb is None else key_rotary_emb
         if function is not self.host_function:
-            return self.site.leave(
-                lambda: function(x, freqs), f"{_HOST_FUNCTIONS[attn.rope_type]} of {NAME} was replaced meanwhile"
-            )
-        return self.site.call(_OPERATORS[attn.rope_type], x, *freqs)
+            return self.site.leave(lambda: (function(query, query_rotary_emb), function(key, key_rotary_emb)), reason)
+        self.site.fallen[reason] += 1  # the norms; the turns are fused by themselves
+        operator = _OPERATORS[attn.rope_type]
+        return operator(query, *query_rotary_emb), operator(key, *key_rotary_emb)
 
 
-class AudioVideoProcessor(_RotaryProcessor, upstream.LTX2AudioVideoAttnProcessor):
-    """`LTX2AudioVideoAttnProcessor` with the rotary embedding fused."""
+def _why_norms_are_called(attn: Any) -> Iterator[str]:
+    """Why norm_q and norm_k must be called as modules."""
+    for name, norm in (("norm_q", attn.norm_q), ("norm_k", attn.norm_k)):
+        if type(norm) is not torch.nn.RMSNorm:
+            yield f"{name} is a {type(norm).__module__}.{type(norm).__qualname__}, not torch.nn.RMSNorm"
+        elif hooked(norm):
+            yield f"a hook is attached to {name}, which is not called when it is fused"
+        elif norm.weight is None or norm.eps is None:
+            yield f"{name} has no weight or no eps of its own"
+        elif norm.eps != attn.norm_q.eps:
+            yield f"the eps of norm_k is {norm.eps} and that of norm_q {attn.norm_q.eps}"
+
+
+class AudioVideoProcessor(_Processor, upstream.LTX2AudioVideoAttnProcessor):
+    """`LTX2AudioVideoAttnProcessor` with Q/K norms, rotary embedding and head gate fused."""
 
     values_first = False
 
@@ -137,8 +189,8 @@ _REPLACEMENTS: dict[type, type] = {upstream.LTX2AudioVideoAttnProcessor: AudioVi
 
 if hasattr(upstream, "LTX2PerturbedAttnProcessor"):  # from 0.38
 
-    class PerturbedProcessor(_RotaryProcessor, upstream.LTX2PerturbedAttnProcessor):
-        """`LTX2PerturbedAttnProcessor` with the rotary embedding fused."""
+    class PerturbedProcessor(_Processor, upstream.LTX2PerturbedAttnProcessor):
+        """`LTX2PerturbedAttnProcessor` with Q/K norms, rotary embedding and head gate fused."""
 
         values_first = True
 
@@ -178,19 +230,79 @@ def transformers(target: Any) -> list[Any]:
 
 
 def accelerate(model: Any, handle: Handle) -> None:
-    """Take over every rotary site of one transformer, noting each in the handle."""
-    for name, attn in _rotary_attentions(model):
-        operator = _OPERATORS.get(attn.rope_type)
-        site = Site(name, operator.name if operator else f"{attn.rope_type} rotary")
+    """Take over every site of one transformer, noting each in the handle."""
+    for name, attn in _attentions(model):
+        operator = _QK_OPERATORS.get(attn.rope_type, QK_RMS_NORM) if "attn2" not in name else QK_RMS_NORM
+        site = Site(name, operator.name)
         handle.sites.append(site)
         site.declined = next(_why_left_alone(attn), None)
+        gate_site = Site(f"{name}.gate", HEAD_GATE.name, site.declined)
+        if getattr(attn, "to_gate_logits", None) is not None:
+            handle.sites.append(gate_site)
         if site.declined is None:
-            _replace_processor(attn, site, handle)
+            _replace_processor(attn, site, gate_site, handle)
+    diffusers_block.accelerate(model, handle, NAME)
+    _keep_what_is_constant(model, handle)
 
 
-def _rotary_attentions(model: Any) -> Iterator[tuple[str, Any]]:
+def _keep_what_is_constant(model: Any, handle: Handle) -> None:
+    """The rotary tables, and in LTX-2.0 the text: its projections, and every block's keys and values of it."""
+    for rope in (model.rope, model.audio_rope, model.cross_attn_rope, model.cross_attn_audio_rope):
+        if type(rope) is _Rope and "forward" not in rope.__dict__ and source_hash(_Rope.forward) in _READ["rope"]:
+            _swap_class(rope, LTX2AudioVideoRotaryPosEmbed, handle)
+    if getattr(model, "prompt_modulation", False) or not model.config.get("use_prompt_embeddings", True):
+        return  # the text is modulated anew at every step
+    for projection in (model.caption_projection, model.audio_caption_projection):
+        if type(projection) is _Projection and "forward" not in projection.__dict__:
+            if source_hash(_Projection.forward) in _READ["projection"]:
+                _swap_class(projection, PixArtAlphaTextProjection, handle)
+    for block in model.transformer_blocks:
+        for attn in (block.attn2, block.audio_attn2):
+            if isinstance(attn.processor, _Processor):
+                attn.processor.text = Constant()
+                handle.on_restore(attn.processor.text.clear)
+
+
+def _swap_class(module: Any, ours: type, handle: Handle) -> None:
+    stock = type(module)
+    module._bitfuse = Constant()
+    module.__class__ = ours
+
+    def undo() -> None:
+        if type(module) is ours:
+            module.__class__ = stock
+        module.__dict__.pop("_bitfuse", None)
+
+    handle.on_restore(undo)
+
+
+class _Kept:
+    """A module whose results are kept while their input is the same; a copy or a pickle of it is the stock module."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name != "_bitfuse"}
+        return copyreg.__newobj__, (type(self).__mro__[2],), state  # type: ignore[attr-defined]
+
+
+class LTX2AudioVideoRotaryPosEmbed(_Kept, _Rope):  # the same name as upstream's
+    def forward(self, coords: Tensor, device: Any = None) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling() or hooked(self):
+            return _Rope.forward(self, coords, device)
+        settings = tuple((n, repr(v)) for n, v in self.__dict__.items() if isinstance(v, (int, float, str, tuple, list)))
+        return self._bitfuse.of(coords, (str(device), settings), lambda: _Rope.forward(self, coords, device))
+
+
+class PixArtAlphaTextProjection(_Kept, _Projection):  # the same name as upstream's
+    def forward(self, caption: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or hooked(self):
+            return _Projection.forward(self, caption)
+        weights = constant.weights(self.linear_1, self.linear_2)
+        return self._bitfuse.of(caption, weights, lambda: _Projection.forward(self, caption))
+
+
+def _attentions(model: Any) -> Iterator[tuple[str, Any]]:
     for index, block in enumerate(model.transformer_blocks):
-        for name in _ROTARY_ATTENTIONS:
+        for name in _ATTENTIONS:
             if (attn := getattr(block, name, None)) is not None:
                 yield f"transformer_blocks.{index}.{name}", attn
 
@@ -232,13 +344,13 @@ def _differs_from_host(
     return None
 
 
-def _replace_processor(attn: Any, site: Site, handle: Handle) -> None:
+def _replace_processor(attn: Any, site: Site, gate_site: Site, handle: Handle) -> None:
     stock = attn.processor
     ours: Any = object.__new__(_REPLACEMENTS[type(stock)])
     # One attribute dictionary for both: what is set on ours while it is in place (an attention backend, a
     # parallel config) is set on the stock one too, and stays when it comes back.
     ours.__dict__ = stock.__dict__
-    ours.site, ours.stock = site, stock
+    ours.site, ours.gate_site, ours.stock, ours.text = site, gate_site, stock, None
     ours.host_function = getattr(upstream, _HOST_FUNCTIONS[attn.rope_type])
     attn.set_processor(ours)
 

@@ -28,6 +28,12 @@ def source_hash(fn: Callable) -> str | None:
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
+def hooked(module: Any) -> bool:
+    """Whether somebody is called when this module is, or instead of it: torch's hooks, or a replaced forward."""
+    found = module.__dict__
+    return bool(found["_forward_hooks"] or found["_forward_pre_hooks"] or "forward" in found)
+
+
 @dataclass
 class Site:
     """One place in a model where an operator may act, and what happened there.
@@ -43,18 +49,18 @@ class Site:
     fused: int = 0
     fallen: Counter[str] = field(default_factory=Counter)
 
-    def call(self, operator: Operator, *tensors: Tensor) -> Tensor:
+    def call(self, operator: Operator, *args: Any) -> Any:
         """Run the operator and note which way the call went."""
         if torch.compiler.is_compiling():  # the compiler gets the PyTorch chain, and no counting in its graph
-            return operator.reference(*tensors)
-        route = operator.route(*tensors)
+            return operator.reference(*args)
+        route = operator.route(*args)
         if route.reason is None:
             self.fused += 1
         else:
             self.fallen[route.reason] += 1
-        return route.run(*tensors)
+        return route.run(*args)
 
-    def leave(self, chain: Callable[[], Tensor], reason: str) -> Tensor:
+    def leave(self, chain: Callable[[], Any], reason: str) -> Any:
         """Run the host's own chain, for this reason."""
         self.fallen[reason] += 1
         return chain()

@@ -1,5 +1,23 @@
-"""Exact operators, one layout or chain family per file. Importing this package defines them all."""
+"""Exact operators, one chain family per file. Importing this package defines them all."""
 
-from bitfuse.ops import interleaved_rotary, split_rotary
+from bitfuse.ops import (
+    gated_residual,
+    head_gate,
+    interleaved_rotary,
+    modulate,
+    qk_norm,
+    residual_rms_norm,
+    rms_norm_modulate,
+    split_rotary,
+)
 
-__all__ = ["interleaved_rotary", "split_rotary"]
+__all__ = [
+    "gated_residual",
+    "head_gate",
+    "interleaved_rotary",
+    "modulate",
+    "qk_norm",
+    "residual_rms_norm",
+    "rms_norm_modulate",
+    "split_rotary",
+]

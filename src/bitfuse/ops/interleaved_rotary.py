@@ -15,16 +15,28 @@ No reduction. NaN stays NaN at its place; signed zeros are kept.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from bitfuse.contract import Audit, Mutant, Operator, Plan, on_meta
+from bitfuse.contract import Audit, Mutant, Operator, Plan, Tier, on_meta, outputs_like
 from bitfuse.kernel import kernel, triton_dtype
-from bitfuse.numerics import negate, round_to
-from bitfuse.ops.rotary_common import WARPS, Reference, as_tokens, cases, families, power_of_2, tile, why_not
+from bitfuse.ops.rotary_common import (
+    WARPS,
+    Reference,
+    as_tokens,
+    cases,
+    families,
+    interleaved_misfit,
+    power_of_2,
+    retiled,
+    tile,
+    turn_neighbours,
+    why_not,
+)
 from bitfuse.proof import lookalike, strides
 
 if TYPE_CHECKING:
@@ -92,11 +104,7 @@ def _ltx2_interleaved_rotary_kernel(
     c = tl.load(cos_ptr + cos_at, mask=inside).to(tl.float32)
     s = tl.load(sin_ptr + sin_at, mask=inside).to(tl.float32)
 
-    even, odd = tl.split(tl.reshape(x, (ROWS, LANES // 2, 2)))
-    turned = tl.reshape(tl.join(negate(odd), even), (ROWS, LANES))
-    p = round_to(x * c, PRODUCT)  # r1
-    q = round_to(turned * s, PRODUCT)  # r1
-    out = p + q  # r2
+    out = turn_neighbours(x, c, s, ROWS, LANES, PRODUCT)  # r1, r2
     tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=inside)  # r3
 
 
@@ -111,29 +119,17 @@ def _plan(x: Tensor, cos: Tensor, sin: Tensor, *, reference: Reference, in_fp32:
         scalars += strides(t)
     constants = {"WIDTH": width, "LANES": lanes, "ROWS": rows, "PRODUCT": triton_dtype(product)}
     grid = (-(-tokens // rows), batch, -(-width // lanes))
-    return Plan(
-        _ltx2_interleaved_rotary_kernel,
-        grid,
-        tuple(scalars),
-        constants,
-        WARPS,
-        tuple(out.shape),
-        out.stride(),
-        out.dtype,
-    )
+    return Plan(_ltx2_interleaved_rotary_kernel, grid, tuple(scalars), constants, WARPS, outputs_like(out))
+
+
+def _retiled(plan: Plan) -> Iterator[Plan]:
+    yield from retiled(plan)
+    lanes = max(2, plan.constants["LANES"] // 4)
+    grid = (*plan.grid[:2], -(-plan.constants["WIDTH"] // lanes))
+    yield replace(plan, grid=grid, constants={**plan.constants, "LANES": lanes})
 
 
 # -- when it doesn't fit, and what a wrong kernel trips over ------------------------------------------------------
-
-
-def _misfit(x: Tensor, cos: Tensor, sin: Tensor, in_fp32: bool) -> str | None:
-    if x.ndim != 3 or x.shape[2] % 2:
-        return f"x is {list(x.shape)}; accepted: [B, T, C] with an even C"
-    for name, table in (("cos", cos), ("sin", sin)):
-        ones = [1] * (3 - table.ndim) + list(table.shape)
-        if table.ndim > 3 or any(n not in (1, m) for n, m in zip(ones, x.shape, strict=True)):
-            return f"{name} is {list(table.shape)}; accepted: {list(x.shape)}, or 1 where it broadcasts"
-    return None
 
 
 def _battery(x: Tensor, cos: Tensor, sin: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
@@ -184,7 +180,8 @@ def _audits(in_fp32: bool) -> tuple[Audit, ...]:
         # LLVM narrows fp32 sums and products of bf16 values that are rounded to bf16 at once: 24 bits are more
         # than 2 * 8 + 2, so rounding twice and rounding once give the same bits.
         counts = {"mul.rn.bf16": 3, "mul.rn.f32": 1, "cvt.rn.bf16.f32": 1, "add.rn.bf16": 2}
-    return (Audit(video, counts), Audit(small, counts), Audit("fp32", {"mul.rn.f32": 4, "add.rn.f32": 2}))
+    unrounded = {"mul.rn.f32": 4, "add.rn.f32": 2}
+    return (Audit(video, counts, per=2), Audit(small, counts, per=2), Audit("fp32", unrounded, per=2))
 
 
 # -- the operators ------------------------------------------------------------------------------------------
@@ -194,12 +191,13 @@ def _operator(reference: Reference, source: str, in_fp32: bool) -> Operator:
     return Operator(
         reference,
         source,
-        why_not=partial(why_not, reference=reference, in_fp32=in_fp32, misfit=_misfit),
-        plan=partial(_plan, reference=reference, in_fp32=in_fp32),
+        why_not=partial(why_not, reference=reference, in_fp32=in_fp32, misfit=interleaved_misfit),
+        tiers=(Tier("one kernel", partial(_plan, reference=reference, in_fp32=in_fp32)),),
         battery=_battery,
         cases=cases(in_fp32, interleaved=True),
         mutants=_mutants(in_fp32),
         audits=_audits(in_fp32),
+        retiled=_retiled,
     )
 
 

@@ -6,16 +6,19 @@ No kernel and no reference is here; those stand together in `split_rotary.py` an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bitfuse import values
-from bitfuse.contract import fitting, plain, runnable
-from bitfuse.kernel import interpreting
-from bitfuse.numerics import addcmul_fuses
+from bitfuse.contract import Plan, fitting, plain, runnable
+from bitfuse.kernel import interpreting, kernel
+from bitfuse.numerics import addcmul_fuses, multiply_add, negate, round_to
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 Reference = Callable[[Tensor, Tensor, Tensor], Tensor]
 Misfit = Callable[[Tensor, Tensor, Tensor, bool], str | None]
@@ -38,6 +41,37 @@ def tile() -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << (n - 1).bit_length()
+
+
+def retiled(plan: Plan) -> Iterator[Plan]:
+    """The launch with few rows and with many in a program; how many there are is its first scalar."""
+    for lanes in (1 << 7, 1 << 12):
+        rows = max(1, lanes // plan.constants["LANES"])
+        grid = (-(-plan.scalars[0] // rows), *plan.grid[1:])
+        yield replace(plan, grid=grid, constants={**plan.constants, "ROWS": rows})
+
+
+# -- the turns, in kernels -----------------------------------------------------------------------------------
+
+
+@kernel
+def turn_halves(x1, x2, c, s, PRODUCT: tl.constexpr, FUSED: tl.constexpr):
+    """(x1*c - s*x2, x2*c + s*x1): the products rounded to PRODUCT (r1), then addcmul (r2); fp32, to be rounded (r3)."""
+    p1 = round_to(x1 * c, PRODUCT)  # r1
+    p2 = round_to(x2 * c, PRODUCT)  # r1
+    out1 = multiply_add(negate(s), x2, p1, FUSED)  # r2
+    out2 = multiply_add(s, x1, p2, FUSED)  # r2
+    return out1, out2
+
+
+@kernel
+def turn_neighbours(x, c, s, ROWS: tl.constexpr, LANES: tl.constexpr, PRODUCT: tl.constexpr):
+    """x*c + turned(x)*s over [ROWS, LANES], where turned swaps neighbours and negates the odd one (r1, r2)."""
+    even, odd = tl.split(tl.reshape(x, (ROWS, LANES // 2, 2)))
+    turned = tl.reshape(tl.join(negate(odd), even), (ROWS, LANES))
+    p = round_to(x * c, PRODUCT)  # r1
+    q = round_to(turned * s, PRODUCT)  # r1
+    return p + q  # r2
 
 
 # -- when a rotary embedding can't be fused -----------------------------------------------------------------
@@ -65,6 +99,33 @@ def why_not(
     yield from reasons
     if not reasons and addcmul_fuses(x.device, torch.float32 if in_fp32 else x.dtype) is None:
         yield f"addcmul on {x.device} rounds neither once nor twice, so no kernel here equals it"
+
+
+def split_misfit(x: Tensor, cos: Tensor, sin: Tensor, in_fp32: bool) -> str | None:
+    """What is wrong with these shapes for split tables, if anything."""
+    if cos.ndim != 4:
+        return f"cos is {list(cos.shape)}; accepted: [B, H, T, D/2], four dimensions"
+    if sin.shape != cos.shape:
+        return f"sin is {list(sin.shape)}; accepted: the shape of cos, {list(cos.shape)}"
+    batch, heads, tokens, half = cos.shape
+    accepted = {3: [batch, tokens, heads * 2 * half], 4: [batch, heads, tokens, 2 * half]}
+    # diffusers takes x's batch from the tables, so tables of batch 1 broadcast there only for a 4-D x
+    if batch == 1 and (x.ndim == 4 or not in_fp32):
+        accepted = {ndim: [x.shape[0] if x.ndim else 1, *shape[1:]] for ndim, shape in accepted.items()}
+    if list(x.shape) != accepted.get(x.ndim):
+        return f"x is {list(x.shape)}; accepted with cos {list(cos.shape)}: {accepted[3]} or {accepted[4]}"
+    return None
+
+
+def interleaved_misfit(x: Tensor, cos: Tensor, sin: Tensor, in_fp32: bool) -> str | None:
+    """What is wrong with these shapes for interleaved tables, if anything."""
+    if x.ndim != 3 or x.shape[2] % 2:
+        return f"x is {list(x.shape)}; accepted: [B, T, C] with an even C"
+    for name, table in (("cos", cos), ("sin", sin)):
+        ones = [1] * (3 - table.ndim) + list(table.shape)
+        if table.ndim > 3 or any(n not in (1, m) for n, m in zip(ones, x.shape, strict=True)):
+            return f"{name} is {list(table.shape)}; accepted: {list(x.shape)}, or 1 where it broadcasts"
+    return None
 
 
 # -- what a wrong kernel trips over -------------------------------------------------------------------------
@@ -131,7 +192,7 @@ class RotaryCase:
     interleaved: bool = False
     real: bool = False
 
-    def tensors(
+    def arguments(
         self, device: torch.device | str, tokens: int | None = None, seed: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(x, cos, sin) with live values; `tokens` replaces the case's own count (for the interpreter)."""

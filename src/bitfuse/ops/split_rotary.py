@@ -25,10 +25,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bitfuse.contract import Audit, Mutant, Operator, Plan, on_meta
+from bitfuse.contract import Audit, Mutant, Operator, Plan, Tier, on_meta, outputs_like
 from bitfuse.kernel import kernel, triton_dtype
-from bitfuse.numerics import addcmul_fuses, multiply_add, negate, round_to
-from bitfuse.ops.rotary_common import WARPS, Reference, as_tokens, cases, families, power_of_2, tile, why_not
+from bitfuse.numerics import addcmul_fuses
+from bitfuse.ops.rotary_common import (
+    WARPS,
+    Reference,
+    as_tokens,
+    cases,
+    families,
+    power_of_2,
+    retiled,
+    split_misfit,
+    tile,
+    turn_halves,
+    why_not,
+)
 from bitfuse.proof import lookalike, strides
 
 if TYPE_CHECKING:
@@ -132,10 +144,7 @@ def _ltx2_split_rotary_kernel(
     c = tl.load(cos_ptr + cos_row[:, None] + lane * stride_cos_lane, mask=inside).to(tl.float32)
     s = tl.load(sin_ptr + sin_row[:, None] + lane * stride_sin_lane, mask=inside).to(tl.float32)
 
-    p1 = round_to(x1 * c, PRODUCT)  # r1
-    p2 = round_to(x2 * c, PRODUCT)  # r1
-    out1 = multiply_add(negate(s), x2, p1, FUSED)  # r2
-    out2 = multiply_add(s, x1, p2, FUSED)  # r2
+    out1, out2 = turn_halves(x1, x2, c, s, PRODUCT, FUSED)  # r1, r2
     tl.store(out_at, out1.to(out_ptr.dtype.element_ty), mask=inside)  # r3
     tl.store(out_at + HALF * stride_out_lane, out2.to(out_ptr.dtype.element_ty), mask=inside)  # r3
 
@@ -159,9 +168,7 @@ def _plan(x: Tensor, cos: Tensor, sin: Tensor, *, reference: Reference, in_fp32:
         "FUSED": addcmul_fuses(x.device, product),
     }
     grid = (-(-tokens * heads // rows), batch, 1)
-    return Plan(
-        _ltx2_split_rotary_kernel, grid, tuple(scalars), constants, WARPS, tuple(out.shape), out.stride(), out.dtype
-    )
+    return Plan(_ltx2_split_rotary_kernel, grid, tuple(scalars), constants, WARPS, outputs_like(out))
 
 
 def _head_strides(t: Tensor, batch: int, tokens: int, heads: int) -> tuple[int, ...]:
@@ -173,21 +180,6 @@ def _head_strides(t: Tensor, batch: int, tokens: int, heads: int) -> tuple[int, 
 
 
 # -- when it doesn't fit, and what a wrong kernel trips over ------------------------------------------------------
-
-
-def _misfit(x: Tensor, cos: Tensor, sin: Tensor, in_fp32: bool) -> str | None:
-    if cos.ndim != 4:
-        return f"cos is {list(cos.shape)}; accepted: [B, H, T, D/2], four dimensions"
-    if sin.shape != cos.shape:
-        return f"sin is {list(sin.shape)}; accepted: the shape of cos, {list(cos.shape)}"
-    batch, heads, tokens, half = cos.shape
-    accepted = {3: [batch, tokens, heads * 2 * half], 4: [batch, heads, tokens, 2 * half]}
-    # diffusers takes x's batch from the tables, so tables of batch 1 broadcast there only for a 4-D x
-    if batch == 1 and (x.ndim == 4 or not in_fp32):
-        accepted = {ndim: [x.shape[0] if x.ndim else 1, *shape[1:]] for ndim, shape in accepted.items()}
-    if list(x.shape) != accepted.get(x.ndim):
-        return f"x is {list(x.shape)}; accepted with cos {list(cos.shape)}: {accepted[3]} or {accepted[4]}"
-    return None
 
 
 def _battery(x: Tensor, cos: Tensor, sin: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
@@ -246,7 +238,8 @@ def _audits(in_fp32: bool) -> tuple[Audit, ...]:
         counts = {"mul.rn.f32": 2, "fma.rn.f32": 2, "cvt.rn.bf16.f32": 2}
     else:  # LLVM rounds the bf16 product in one instruction: the same bits, as it is exact in fp32
         counts = {"mul.rn.bf16": 2, "fma.rn.f32": 2, "cvt.rn.bf16.f32": 2}
-    return (Audit(video, counts), Audit(small, counts), Audit("fp32", {"mul.rn.f32": 2, "fma.rn.f32": 2}))
+    unrounded = {"mul.rn.f32": 2, "fma.rn.f32": 2}
+    return (Audit(video, counts, per=2), Audit(small, counts, per=2), Audit("fp32", unrounded, per=2))
 
 
 # -- the operators ------------------------------------------------------------------------------------------
@@ -256,12 +249,13 @@ def _operator(reference: Reference, source: str, in_fp32: bool) -> Operator:
     return Operator(
         reference,
         source,
-        why_not=partial(why_not, reference=reference, in_fp32=in_fp32, misfit=_misfit),
-        plan=partial(_plan, reference=reference, in_fp32=in_fp32),
+        why_not=partial(why_not, reference=reference, in_fp32=in_fp32, misfit=split_misfit),
+        tiers=(Tier("one kernel", partial(_plan, reference=reference, in_fp32=in_fp32)),),
         battery=_battery,
         cases=cases(in_fp32, interleaved=False),
         mutants=_mutants(in_fp32),
         audits=_audits(in_fp32),
+        retiled=retiled,
     )
 
 

@@ -1,0 +1,382 @@
+"""diffusers' LTX-2 transformer block (0.38 to 0.42.1): its forward, with every elementwise chain one operator.
+
+The forward below restates `LTX2VideoTransformerBlock.forward`: the same modules called in the same order (hooks, LoRA
+and dropout notice the order), and between them operators, each of which equals its chain bit for bit or runs it. A
+block gets it by changing its class to a subclass of the same name, so that torch's hooks, which sit in `__call__`,
+keep working, and so does whatever finds blocks by their class or its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import operator
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers.models import normalization
+from diffusers.models.transformers import transformer_ltx2 as upstream
+from torch import Tensor
+
+from bitfuse.hosts.patch import Handle, Site, hooked, source_hash
+from bitfuse.ops.gated_residual import GATED_RESIDUAL
+from bitfuse.ops.modulate import MODULATE
+from bitfuse.ops.residual_rms_norm import (
+    RESIDUAL_RMS_NORM_MODULATE_COMPOSED,
+    RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED,
+)
+from bitfuse.ops.rms_norm_modulate import RMS_NORM_MODULATE_COMPOSED
+
+_Stock: Any = upstream.LTX2VideoTransformerBlock
+_Ada = tuple[Tensor, Tensor | None]  # an AdaLN value [B, T or 1, D] and the table row [D] that is added to it
+
+# Upstream sources that were read and are restated here (`source_hash`).
+_READ = {
+    "LTX2VideoTransformerBlock.forward": {"0d8ee8e289450336", "dd764490abd818e1"},  # 0.38, 0.39; 0.40 to 0.42.1
+    "LTX2VideoTransformerBlock.get_mod_params": {"3d9b3e7509fc6dd4"},  # 0.38 to 0.42.1
+    "RMSNorm.forward": {"189c32f1ae7bb9b6", "25f4c6d067d464a9"},  # to 0.40; 0.41 to 0.42.1
+}
+
+_VIDEO_NORMS = ("norm1", "norm2", "audio_to_video_norm", "norm3")
+_AUDIO_NORMS = ("audio_norm1", "audio_norm2", "video_to_audio_norm", "audio_norm3")
+_SITES = {
+    "norm1": RMS_NORM_MODULATE_COMPOSED,
+    "audio_norm1": RMS_NORM_MODULATE_COMPOSED,
+    "norm2": RESIDUAL_RMS_NORM_MODULATE_COMPOSED,
+    "audio_norm2": RESIDUAL_RMS_NORM_MODULATE_COMPOSED,
+    "text": MODULATE,
+    "audio_text": MODULATE,
+    "audio_to_video_norm": RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED,
+    "video_to_audio_norm": RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED,
+    "norm3": RESIDUAL_RMS_NORM_MODULATE_COMPOSED,
+    "audio_norm3": RESIDUAL_RMS_NORM_MODULATE_COMPOSED,
+    "output": GATED_RESIDUAL,
+    "audio_output": GATED_RESIDUAL,
+}
+
+
+class _Beside:
+    """A second CUDA stream for the audio half of each block: its kernels are too small to fill a GPU by themselves.
+
+    Streams change when a kernel runs, not which kernel, so no bit. The second stream forks off at the start of a
+    block, meets the first where video and audio look at each other, and joins it at the end. Whatever it allocates
+    is freed to itself, and it allocates nothing before it has waited for the first stream: so no memory is used
+    again while the other stream still reads it, without `record_stream`.
+
+    Not where somebody is called along the way (hooks, LoRA's included, see streams as they please), and not for few
+    tokens unless a CUDA graph is captured: there the CPU sets the pace, and switching streams takes its time.
+    """
+
+    MIN_ROWS = 4096
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def of(self, x: Tensor, block: _State) -> Any:
+        """The second stream, where it pays and is safe, else None."""
+        if not x.is_cuda or torch.is_grad_enabled():
+            return None
+        few = x.shape[0] * x.shape[1] < self.MIN_ROWS
+        if (few and not torch.cuda.is_current_stream_capturing()) or not block.quiet():
+            return None
+        if x.device not in self._streams:
+            self._streams[x.device] = torch.cuda.Stream(x.device)
+        return self._streams[x.device]
+
+
+class _Values:
+    """The AdaLN values of the step under way, as views; one object serves all blocks of a model.
+
+    All blocks of a step are handed the same `temb`, so its views are made once. They live as long as it does.
+    """
+
+    def __init__(self) -> None:
+        self._views: dict[int, tuple[weakref.ref, tuple[Tensor, ...]]] = {}
+
+    def of(self, temb: Tensor, count: int) -> tuple[Tensor, ...]:
+        key = id(temb)
+        found = self._views.get(key)
+        if found is None or found[0]() is not temb or len(found[1]) != count:
+            views = temb.unflatten(-1, (count, -1)).unbind(dim=2)  # never a copy, so on no stream
+            self._views[key] = found = (weakref.ref(temb, lambda _: self._views.pop(key, None)), views)
+        return found[1]
+
+
+class _State:
+    """What a block carries while it is accelerated."""
+
+    def __init__(self, block: Any, name: str, values: _Values, beside: _Beside, handle: Handle):
+        self.values, self.beside = values, beside
+        self._attributes = [module.__dict__ for module in block.modules()]
+        self._sizes = [len(attributes) for attributes in self._attributes]
+        self._children = [child for d in self._attributes for child in d["_modules"].values()]
+        self.norms = [(norm, getattr(block, norm)) for norm in _VIDEO_NORMS + _AUDIO_NORMS]
+        self.eps = self.norms[0][1].eps
+        self.sites = {site: Site(f"{name}.{site}", op.name) for site, op in _SITES.items()}
+        if not block.cross_attn_adaln:
+            del self.sites["text"], self.sites["audio_text"]
+        handle.sites += self.sites.values()
+
+    def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why upstream's own forward must run."""
+        if torch.is_grad_enabled():  # the gradient of a sum depends on how it was formed
+            given = (*args, *kwargs.values(), *block.parameters())
+            if any(isinstance(t, Tensor) and t.requires_grad for t in given):
+                return "a gradient is required of the block's inputs or weights"
+        for name, norm in self.norms:
+            if hooked(norm):
+                return f"a hook is attached to {name}, which is not called when it is fused"
+        return None
+
+    def quiet(self) -> bool:
+        """Whether no module of the block has got a hook or another forward since the block was taken over."""
+        if any(d["_forward_hooks"] or d["_forward_pre_hooks"] for d in self._attributes):
+            return False
+        children = [child for d in self._attributes for child in d["_modules"].values()]
+        return list(map(len, self._attributes)) == self._sizes and all(map(operator.is_, children, self._children))
+
+    def leave(self, reason: str) -> None:
+        for site in self.sites.values():
+            site.fallen[reason] += 1
+
+
+class LTX2VideoTransformerBlock(_Stock):
+    """Upstream's block, of the same name, with its elementwise chains fused."""
+
+    _bitfuse: _State
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy or a pickle of an accelerated block is a stock block."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_bitfuse"}
+        return copyreg.__newobj__, (_Stock,), state  # type: ignore[attr-defined]
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        state = self._bitfuse
+        if (reason := state.why_stock(self, args, kwargs)) is not None:
+            state.leave(reason)
+            return super().forward(*args, **kwargs)
+        return self._forward(state, *args, **kwargs)
+
+    def _forward(
+        self,
+        state: _State,
+        hidden_states: Tensor,
+        audio_hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        audio_encoder_hidden_states: Tensor,
+        temb: Tensor,
+        temb_audio: Tensor,
+        temb_ca_scale_shift: Tensor,
+        temb_ca_audio_scale_shift: Tensor,
+        temb_ca_gate: Tensor,
+        temb_ca_audio_gate: Tensor,
+        temb_prompt: Tensor | None = None,
+        temb_prompt_audio: Tensor | None = None,
+        video_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        audio_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        ca_video_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        ca_audio_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        audio_encoder_attention_mask: Tensor | None = None,
+        self_attention_mask: Tensor | None = None,
+        audio_self_attention_mask: Tensor | None = None,
+        a2v_cross_attention_mask: Tensor | None = None,
+        v2a_cross_attention_mask: Tensor | None = None,
+        use_a2v_cross_attention: bool = True,
+        use_v2a_cross_attention: bool = True,
+        perturbation_mask: Tensor | None = None,
+        all_perturbed: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        site, eps = state.sites, state.eps
+        residual = RESIDUAL_RMS_NORM_MODULATE_COMPOSED
+        x, y = hidden_states, audio_hidden_states
+        perturbed = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
+        perturbed = perturbed if self.perturbed_attn else {}
+        video = self._ada(self.scale_shift_table, temb)
+        audio = self._ada(self.audio_scale_shift_table, temb_audio)
+        main, side = None, state.beside.of(x, state)
+        on_side: Any = contextlib.nullcontext() if side is None else torch.cuda.stream(side)
+        if side is not None:
+            main = torch.cuda.current_stream(x.device)
+            side.wait_stream(main)
+
+        # 1. self-attention
+        n = site["norm1"].call(RMS_NORM_MODULATE_COMPOSED, x, *_modulation(video[1], video[0]), eps)
+        attended = self.attn1(
+            hidden_states=n,
+            encoder_hidden_states=None,
+            query_rotary_emb=video_rotary_emb,
+            attention_mask=self_attention_mask,
+            **perturbed,
+        )
+        with on_side:
+            n = site["audio_norm1"].call(RMS_NORM_MODULATE_COMPOSED, y, *_modulation(audio[1], audio[0]), eps)
+            audio_attended = self.audio_attn1(
+                hidden_states=n,
+                encoder_hidden_states=None,
+                query_rotary_emb=audio_rotary_emb,
+                attention_mask=audio_self_attention_mask,
+                **perturbed,
+            )
+
+        # 2. cross-attention to the text
+        text, audio_text = encoder_hidden_states, audio_encoder_hidden_states
+        if self.cross_attn_adaln:
+            shift, scale = self._prompt(self.prompt_scale_shift_table, temb_prompt, x)
+            text = site["text"].call(MODULATE, text, *_modulation(scale, shift))
+            with on_side:
+                shift, scale = self._prompt(self.audio_prompt_scale_shift_table, temb_prompt_audio, y)
+                audio_text = site["audio_text"].call(MODULATE, audio_text, *_modulation(scale, shift))
+        query = _modulation(video[7], video[6]) if self.video_cross_attn_adaln else _ABSENT
+        x, n = site["norm2"].call(residual, x, attended, *video[2], None, *query, eps)
+        attended = self.attn2(
+            n, encoder_hidden_states=text, query_rotary_emb=None, attention_mask=encoder_attention_mask
+        )
+        with on_side:
+            query = _modulation(audio[7], audio[6]) if self.audio_cross_attn_adaln else _ABSENT
+            y, n = site["audio_norm2"].call(residual, y, audio_attended, *audio[2], None, *query, eps)
+            audio_attended = self.audio_attn2(
+                n, encoder_hidden_states=audio_text, query_rotary_emb=None, attention_mask=audio_encoder_attention_mask
+            )
+        # what is still to be added to each stream, and its gate
+        gate = video[8] if self.video_cross_attn_adaln else (None, None)
+        audio_gate = audio[8] if self.audio_cross_attn_adaln else (None, None)
+
+        # 3. cross-attention between video and audio, each of the other as it was before
+        if use_a2v_cross_attention or use_v2a_cross_attention:
+            wanted = use_a2v_cross_attention, use_v2a_cross_attention
+            ca = self._ada(self.video_a2v_cross_attn_scale_shift_table[:4], temb_ca_scale_shift)
+            x, for_a2v, for_v2a = self._between(site["audio_to_video_norm"], x, attended, gate, ca, *wanted)
+            with on_side:
+                ca = self._ada(self.audio_a2v_cross_attn_scale_shift_table[:4], temb_ca_audio_scale_shift)
+                y, audio_for_a2v, audio_for_v2a = self._between(
+                    site["video_to_audio_norm"], y, audio_attended, audio_gate, ca, *wanted
+                )
+            if side is not None:
+                met = side.record_event()
+                side.wait_stream(main)
+                main.wait_event(met)
+            attended = audio_attended = None
+            if use_a2v_cross_attention:
+                (gate,) = self._ada(self.video_a2v_cross_attn_scale_shift_table[4:], temb_ca_gate)
+                attended = self.audio_to_video_attn(
+                    for_a2v,
+                    encoder_hidden_states=audio_for_a2v,
+                    query_rotary_emb=ca_video_rotary_emb,
+                    key_rotary_emb=ca_audio_rotary_emb,
+                    attention_mask=a2v_cross_attention_mask,
+                )
+            if use_v2a_cross_attention:
+                with on_side:
+                    (audio_gate,) = self._ada(self.audio_a2v_cross_attn_scale_shift_table[4:], temb_ca_audio_gate)
+                    audio_attended = self.video_to_audio_attn(
+                        audio_for_v2a,
+                        encoder_hidden_states=for_v2a,
+                        query_rotary_emb=ca_audio_rotary_emb,
+                        key_rotary_emb=ca_video_rotary_emb,
+                        attention_mask=v2a_cross_attention_mask,
+                    )
+
+        # 4. feed-forward
+        mlp = _modulation(video[4], video[3])
+        x, n = self._before_feed_forward(site["norm3"], x, attended, gate, mlp)
+        x = site["output"].call(GATED_RESIDUAL, x, self.ff(n), *video[5])
+        with on_side:
+            mlp = _modulation(audio[4], audio[3])
+            y, n = self._before_feed_forward(site["audio_norm3"], y, audio_attended, audio_gate, mlp)
+            y = site["audio_output"].call(GATED_RESIDUAL, y, self.audio_ff(n), *audio[5])
+        if side is not None:
+            main.wait_stream(side)
+        return x, y
+
+    def _ada(self, table: Tensor, temb: Tensor) -> list[_Ada]:
+        """(value, table row) of each row of a table, not yet added: `get_mod_params` before its sum."""
+        if table.device != temb.device:  # offloaded: upstream moves it
+            table = table.to(temb.device)
+        return list(zip(self._bitfuse.values.of(temb, table.shape[0]), table.unbind(0), strict=True))
+
+    def _prompt(self, table: Tensor, temb: Tensor | None, x: Tensor) -> list[_Ada]:
+        if temb is not None:
+            return self._ada(table, temb)
+        # the text's modulation does not depend on the timestep
+        rows = table[None, None].to(device=x.device, dtype=x.dtype).unbind(dim=2)
+        return [(row, None) for row in rows]
+
+    def _between(
+        self, site: Site, x: Tensor, attended: Tensor, gate: Any, ca: list[_Ada], use_a2v: bool, use_v2a: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The stream with `attended` added, and its norm modulated for the one, the other, or both attentions."""
+        a2v, v2a, eps = _modulation(ca[0], ca[1]), _modulation(ca[2], ca[3]), self._bitfuse.eps
+        if use_a2v and use_v2a:
+            return site.call(RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED, x, attended, *gate, None, *a2v, *v2a, eps)
+        only = a2v if use_a2v else v2a
+        x, n = site.call(RESIDUAL_RMS_NORM_MODULATE_COMPOSED, x, attended, *gate, None, *only, eps)
+        return (x, n, None) if use_a2v else (x, None, n)
+
+    def _before_feed_forward(
+        self, site: Site, x: Tensor, attended: Tensor | None, gate: Any, mlp: tuple
+    ) -> tuple[Tensor, Tensor]:
+        eps = self._bitfuse.eps
+        if attended is None:  # an attention that was left out: nothing to add
+            return x, site.call(RMS_NORM_MODULATE_COMPOSED, x, *mlp, eps)
+        return site.call(RESIDUAL_RMS_NORM_MODULATE_COMPOSED, x, attended, *gate, None, *mlp, eps)
+
+
+_ABSENT = (None, None, None, None)
+
+
+def _modulation(scale: _Ada, shift: _Ada) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """scale, shift, scale_table, shift_table, as the operators take them."""
+    return scale[0], shift[0], scale[1], shift[1]
+
+
+# -- taking over -----------------------------------------------------------------------------------------------------
+
+
+def accelerate(model: Any, handle: Handle, host: str) -> None:
+    """Give every block of a transformer the forward above, noting each site in the handle."""
+    values, beside = _Values(), _Beside()
+    for index, block in enumerate(model.transformer_blocks):
+        name = f"transformer_blocks.{index}"
+        reason = next(_why_left_alone(block, host), None)
+        if reason is not None:
+            for site, op in _SITES.items():
+                handle.sites.append(Site(f"{name}.{site}", op.name, reason))
+            continue
+        block._bitfuse = _State(block, name, values, beside, handle)
+        block.__class__ = LTX2VideoTransformerBlock
+
+        def undo(block: Any = block) -> None:
+            if type(block) is LTX2VideoTransformerBlock:
+                block.__class__ = _Stock
+            block.__dict__.pop("_bitfuse", None)
+
+        handle.on_restore(undo)
+
+
+def _why_left_alone(block: Any, host: str) -> Iterator[str]:
+    if type(block) is not _Stock:
+        yield f"the block is a {type(block).__module__}.{type(block).__qualname__}, not diffusers' own"
+        return
+    if "forward" in block.__dict__:
+        yield "a hook or a wrapper has replaced the block's forward, and is left in place"
+    sources = {
+        "LTX2VideoTransformerBlock.forward": _Stock.forward,
+        "LTX2VideoTransformerBlock.get_mod_params": getattr(_Stock, "get_mod_params", None),
+        "RMSNorm.forward": normalization.RMSNorm.forward,
+    }
+    for name, code in sources.items():
+        if (found := source_hash(code)) not in _READ[name]:
+            yield f"{name} of {host} is not a source that bitfuse knows ({found})"
+    for name in _VIDEO_NORMS + _AUDIO_NORMS:
+        norm = getattr(block, name)
+        if type(norm) is not normalization.RMSNorm:
+            yield f"{name} is a {type(norm).__module__}.{type(norm).__qualname__}, not diffusers' RMSNorm"
+        elif norm.weight is not None or norm.bias is not None:
+            yield f"{name} has a weight; accepted: norms without"
+        elif norm.eps != block.norm1.eps:
+            yield f"the eps of {name} is {norm.eps} and that of norm1 {block.norm1.eps}"

@@ -1,0 +1,283 @@
+"""Geometries, batteries and mutants of the AdaLN operators: what LTX-2 hosts run, and what a wrong kernel trips over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfuse import values
+from bitfuse.contract import Mutant
+from bitfuse.ops.adaln_common import FLOATS, battery_shape, role
+from bitfuse.proof import lookalike
+
+# -- what a wrong kernel trips over ------------------------------------------------------------------------------------
+
+
+def families(*args: Any, names: tuple[str, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(family, arguments) with the same signature as `args`, whose `role`s their names tell."""
+    x = args[0]
+    dtype, device = x.dtype, x.device
+    batch, tokens = battery_shape(*x.shape[:2])
+    generator = torch.Generator(device).manual_seed(21)
+    for family, draw in DRAWS.items():
+        found: list[Any] = []
+        for arg, argument in zip(args, names, strict=False):
+            if not isinstance(arg, Tensor):
+                found.append(arg)
+                continue
+            shape = (
+                [batch if arg.shape[0] > 1 else 1, tokens if arg.shape[1] > 1 else 1, arg.shape[2]]
+                if arg.ndim == 3
+                else list(arg.shape)
+            )
+            drawn = draw(role(argument), shape, dtype, generator, device)
+            found.append(lookalike(arg, drawn.to(dtype)))
+        yield family, tuple(found)
+
+
+def _normal(shape: list[int], generator: torch.Generator, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=generator, device=device)
+
+
+def _mask(shape: list[int], generator: torch.Generator, device: torch.device) -> Tensor:
+    return torch.randint(0, 2, shape, generator=generator, device=device).float()
+
+
+def _some(shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Special values, drawn one by one: zeros of both signs, subnormals, the largest values, infinities, NaN."""
+    few = values.specials(dtype, device)
+    return few[torch.randint(few.numel(), shape, generator=generator, device=device)]
+
+
+def _live(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Tensor:
+    if what == "mask":
+        return _mask(shape, generator, device)
+    return _normal(shape, generator, device) * (1.0 if what in "xy" else 0.5)
+
+
+def _wide(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Elements, rows and values of very different sizes."""
+    if what == "mask":
+        return _mask(shape, generator, device)
+    exponent = torch.randint(-12, 13, shape, generator=generator, device=device)
+    if what in "xy" and dtype != torch.float16:
+        exponent = exponent + torch.randint(-20, 21, [*shape[:-1], 1], generator=generator, device=device)
+    return torch.ldexp(_normal(shape, generator, device), exponent)
+
+
+def _absorption(
+    what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """One element of a row so large that what is added after it, one by one, is lost: the order shows."""
+    drawn = _live(what, shape, dtype, generator, device)
+    if what == "x":
+        where = torch.randint(shape[-1], [*shape[:-1], 1], generator=generator, device=device)
+        drawn.scatter_(-1, where, 2.0**12)
+    return drawn
+
+
+def _ties(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Sums and products that end half-way between two values of the dtype."""
+    n, unit = torch.Size(shape).numel(), torch.finfo(dtype).eps
+    if what == "mask":
+        return torch.ones(shape, device=device)
+    if what == "x":  # y * gate is near 1; half a unit of it is a tie
+        return (values.signs(n, generator) * unit / 2).view(shape)
+    if what == "y":
+        return values.significands(dtype, n, generator).view(shape)
+    odd = 2 * torch.randint(0, 64, shape, generator=generator, device=device) + 1
+    return odd * unit / 2  # 1 + this is a tie
+
+
+def _specials(
+    what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Special values and gates on live rows."""
+    if what == "mask":
+        return _mask(shape, generator, device)
+    live = _normal(shape, generator, device).to(dtype)
+    if what == "x":
+        return live
+    return torch.where(_mask(shape, generator, device) > 0, live, _some(shape, dtype, generator, device))
+
+
+def _special_rows(
+    what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Rows of zeros, of subnormals, of the largest values, with one special value; single tokens of everything."""
+    if what == "y":
+        return -torch.zeros(shape, device=device)
+    if what != "x":  # zeros among the shifts let the smallest results through
+        return _live(what, shape, dtype, generator, device) * _mask(shape, generator, device)
+    tiny = torch.finfo(dtype).smallest_normal
+    live = _normal(shape, generator, device)
+    kind = torch.arange(shape[0] * shape[1], device=device).view(shape[0], shape[1], 1) % 8
+    one = torch.zeros(shape, device=device)
+    one[..., 7::61] = 1.0
+    some = _some([*shape[:-1], 1], dtype, generator, device)
+    rows = torch.where(kind == 0, -torch.zeros_like(live), live)
+    rows = torch.where(kind == 1, live * tiny, rows)
+    rows = torch.where(kind == 2, live.sign() * torch.finfo(dtype).max, rows)
+    rows = torch.where(kind == 3, one, rows)
+    rows = torch.where(kind == 4, live * 2.0**-20, rows).to(dtype)
+    at = torch.arange(shape[-1], device=device) == shape[-1] // 3
+    return torch.where((kind == 5) & at, some, rows)
+
+
+DRAWS: dict[str, Callable[..., Tensor]] = {
+    "live": _live,
+    "wide": _wide,
+    "absorption": _absorption,
+    "ties": _ties,
+    "specials": _specials,
+    "special rows": _special_rows,
+}
+
+
+# -- geometries ------------------------------------------------------------------------------------------------------
+
+
+class Inputs:
+    """Draws the arguments of one case: rows, AdaLN values as views of one wider tensor, rows of one table."""
+
+    def __init__(self, case: AdalnCase, device: torch.device | str, tokens: int, seed: int):
+        self.case, self.device = case, torch.device(device)
+        self.tokens = tokens
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._taken = 0
+        per_token = tokens if case.per_token else 1
+        self._values = self._randn(case.batch, per_token, case.ada_rows * case.width, scale=0.5)
+        self._tables = self._randn(case.ada_rows, case.width, scale=0.5)
+
+    def _randn(self, *shape: int, scale: float = 1.0) -> Tensor:
+        drawn = torch.randn(shape, generator=self._generator, device=self.device) * scale
+        return drawn.to(self.case.dtype)
+
+    def rows(self) -> Tensor:
+        shape = (self.case.batch, self.tokens, self.case.width)
+        if self.case.misaligned:
+            return self._randn(torch.Size(shape).numel() + 1)[1:].view(shape)
+        return self._randn(*shape)
+
+    def value(self) -> Tensor:
+        """The next [B, T or 1, D] of a tensor of `ada_rows` of them side by side, as diffusers and ltx-core hold them."""
+        self._taken = (self._taken + 1) % self.case.ada_rows
+        return self._values.unflatten(-1, (self.case.ada_rows, -1))[:, :, self._taken]
+
+    def table(self) -> Tensor | None:
+        """The table row that belongs to the last `value`."""
+        return self._tables[self._taken] if self.case.with_tables else None
+
+    def mask(self) -> Tensor | None:
+        if not self.case.with_mask:
+            return None
+        return (torch.arange(self.case.batch, device=self.device) % 2).to(self.case.dtype)[:, None, None]
+
+    def vector(self, scale: float = 1.0) -> Tensor:
+        return self._randn(self.case.width, scale=scale)
+
+
+@dataclass(frozen=True)
+class AdalnCase:
+    """A geometry of one operator. `of` draws the operator's arguments; `real` marks what LTX-2 hosts run."""
+
+    name: str
+    tokens: int
+    width: int
+    of: Callable[[Inputs], tuple[Any, ...]]
+    batch: int = 1
+    ada_rows: int = 6
+    per_token: bool = False
+    with_tables: bool = True
+    with_gate: bool = True
+    with_mask: bool = False
+    with_modulation: bool = True
+    misaligned: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    real: bool = False
+
+    def arguments(self, device: torch.device | str, tokens: int | None = None, seed: int = 0) -> tuple[Any, ...]:
+        t = self.tokens if tokens is None else min(tokens, self.tokens)
+        return self.of(Inputs(self, device, t, seed))
+
+
+def cases(of: Callable[[Inputs], tuple[Any, ...]], dtypes: tuple[torch.dtype, ...] = FLOATS) -> tuple[AdalnCase, ...]:
+    def case(name: str, tokens: int, width: int, **kwargs: Any) -> AdalnCase:
+        return AdalnCase(name, tokens, width, of, **kwargs)
+
+    found = [
+        case("video, 768x512x121", 6144, 4096, real=True),
+        case("video, guidance, 9 AdaLN rows", 6144, 4096, batch=2, ada_rows=9, real=True),
+        case("image to video: AdaLN per token", 6144, 4096, per_token=True, ada_rows=9, real=True),
+        case("audio, 5 s", 126, 2048, real=True),
+        case("video, 1536x1024x121", 24576, 4096, real=True),
+        case(
+            "ltx-core: AdaLN per token, no tables", 6144, 4096, per_token=True, ada_rows=3, with_tables=False, real=True
+        ),
+        case("ltx-core: perturbation mask", 1024, 4096, batch=2, with_mask=True, with_tables=False, real=True),
+        case("text", 1024, 4096, ada_rows=2, real=True),
+        case("text connector, 3840 wide", 1024, 3840, real=True),
+        case("small", 33, 256, batch=2),
+        case("1920 wide", 37, 1920),
+        case("8192 wide", 17, 8192, with_tables=False),
+        case("one row", 1, 2048),
+        case("3 rows", 3, 2048, with_tables=False),
+        case("10 rows, per token", 5, 1024, batch=2, per_token=True),
+        case("no gate, no modulation", 40, 512, with_gate=False, with_modulation=False),
+        case("misaligned", 37, 512, misaligned=True),
+        case("fp16", 37, 384, dtype=torch.float16),
+    ]
+    if torch.float32 in dtypes:
+        found.append(case("fp32", 37, 384, dtype=torch.float32))
+    return tuple(found)
+
+
+# -- wrong kernels ---------------------------------------------------------------------------------------------------
+
+
+def residual_mutants(in_norm: bool) -> tuple[Mutant, ...]:
+    """Of kernels that call `add_residual`; where no norm follows, its last rounding is the store's."""
+    gated, added = "y = round_to(y * gate, DTYPE)", "x = round_to(x + y, DTYPE)"
+    found = [
+        Mutant("the gated y not rounded", ((gated, "y = y * gate"),), harmless_for=(torch.float32,)),
+        Mutant("y * gate and the sum fused", ((gated, "y = y"), (added, "x = round_to(tl.fma(y, gate, x), DTYPE)"))),
+        _table_mutant(),
+    ]  # fmt: skip
+    if in_norm:
+        found.append(Mutant("the sum not rounded before the norm", ((added, "x = x + y"),)))
+    else:
+        found += [_flushed("y = tl.load(y_ptr + start + lane, mask=here, other=0.0).to(tl.float32)", "y"), last_lane()]
+    return tuple(found)
+
+
+def modulation_mutants() -> tuple[Mutant, ...]:
+    """Of kernels that modulate rows they have not normed."""
+    return (*step_mutants(), _flushed("factor = round_to(1.0 + scale, DTYPE)", "n"), last_lane())
+
+
+def step_mutants() -> tuple[Mutant, ...]:
+    """Of every kernel that calls `store_modulated`."""
+    fp32 = torch.float32
+    return (
+        Mutant("1 + scale not rounded", (("round_to(1.0 + scale, DTYPE)", "(1.0 + scale)"),), harmless_for=(fp32,)),
+        Mutant("fma where there is none", (("round_to(n * factor, DTYPE) + shift", "tl.fma(n, factor, shift)"),)),
+        _table_mutant(),
+    )
+
+
+def _table_mutant() -> Mutant:
+    summed = "tl.load(table_ptr + lane, mask=here, other=0.0).to(tl.float32) + value"
+    return Mutant("table + value not rounded", ((f"round_to({summed}, DTYPE)", summed),), harmless_for=(torch.float32,))
+
+
+def _flushed(line: str, name: str) -> Mutant:
+    flush = f"{name} = tl.where(tl.abs({name}) < 1.1754943508222875e-38, {name} * 0.0, {name})"
+    return Mutant("subnormals flushed", ((line, f"{line}\n    {flush}"),), harmless_for=(torch.float16,))
+
+
+def last_lane() -> Mutant:
+    return Mutant("the last lane not written", (("inside & (lane < N)", "inside & (lane < N - 1)"),))

@@ -1,0 +1,217 @@
+"""What the operators with an RMSNorm share: the two norms, their plans and tiers, their mutants.
+
+`native` is one call of `F.rms_norm` (ltx-core, SGLang), `composed` is diffusers' own norm of seven ops: `float`,
+`pow`, `mean`, `+ eps`, `rsqrt`, `*`, `to`. They add up a row in different orders (`bitfuse.reduction`). Where the
+statistic of the single pass is not ATen's (an order that is not known, a CPU), ATen computes it and the rest is fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitfuse.contract import Mutant, Operator, Out, Plan, Tier, on_meta, outputs_like
+from bitfuse.ops import adaln_cases as geometry
+from bitfuse.ops import adaln_common as common
+from bitfuse.ops.adaln_common import HALVES, WARPS, modulated, power_of_2, residual_sum, row_strides, rows_per_program
+from bitfuse.reduction import GIVEN, LAYER_NORM, MEAN, layer_norm_mean_square, mean_lanes, mean_mean_square
+
+_Norm = Callable[[Tensor, float], Tensor]
+
+
+# -- the norms, eager ---------------------------------------------------------------------------------------------------
+
+
+def native(x: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def composed(x: Tensor, eps: float) -> Tensor:
+    variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+    return (x * torch.rsqrt(variance + eps)).to(x.dtype)
+
+
+# -- plans -----------------------------------------------------------------------------------------------------------
+
+
+def _plan(*args: Any, reference: Callable[..., Any], launched: Any, order: str, rstd: _Norm) -> Plan | str:
+    named = common.named(reference, args)
+    x, eps = named["x"], named["eps"]
+    _, tokens, width = x.shape
+    rows = x.numel() // width
+    lanes = mean_lanes(rows, width) if order == MEAN else 128
+    if lanes is None:
+        return f"ATen splits rows of {width} between warps, in an order that is not reproduced here"
+    per_program = rows_per_program()
+    constants = {"N": width, "WIDTH": power_of_2(width), "ROWS": per_program, "ORDER": order, "LANES": lanes}
+    strides: list[int] = []
+    if "y" in named:
+        strides += (*row_strides(named["gate"], x), common.mask_stride(named["mask"]))
+    for name in ("scale", "shift", "scale2", "shift2"):
+        strides += row_strides(named[name], x) if name in named else ()
+    given = order == GIVEN
+    return Plan(
+        launched,
+        (-(-rows // per_program), 1, 1),
+        (rows, tokens, eps, *strides),
+        constants,
+        WARPS,
+        outputs_like(on_meta(reference, *args)),
+        witnesses=() if given else (Out((*x.shape[:2], 1), (tokens, 1, 1), torch.float32),),
+        before=partial(_statistic, reference=reference, rstd=rstd) if given else None,
+        extras=(torch.float32,) if given else (),
+    )
+
+
+def _statistic(*args: Any, reference: Callable[..., Any], rstd: _Norm) -> tuple[Tensor]:
+    """1 / rms of the rows that are normed, by `rstd`: ATen's, or its emulation."""
+    named = common.named(reference, args)
+    x = named["x"]
+    if "y" in named:
+        x = residual_sum(x, named["y"], named["gate"], named["gate_table"], named["mask"])
+    return (rstd(x, named["eps"]),)
+
+
+def _rstd_native(x: Tensor, eps: float) -> Tensor:
+    return torch.ops.aten._fused_rms_norm(x, x.shape[-1:], None, eps)[1]
+
+
+def _rstd_composed(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
+
+
+def _emulated_rstd_native(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(layer_norm_mean_square(x) + eps)
+
+
+def _emulated_rstd_composed(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(mean_mean_square(x) + eps)
+
+
+def _emulated(*args: Any, reference: Callable[..., Any], rstd: _Norm) -> Any:
+    """The reference's own steps, with the statistic in CUDA's order."""
+    named = common.named(reference, args)
+    x, sums = named["x"], ()
+    if "y" in named:
+        x = residual_sum(x, named["y"], named["gate"], named["gate_table"], named["mask"])
+        sums = (x,)
+    n = (x.float() * rstd(x, named["eps"])).to(x.dtype)
+    results = [modulated(n, *(named[k] for k in ("scale", "shift", "scale_table", "shift_table")))]
+    if "scale2" in named:
+        results.append(modulated(n, *(named[k] for k in ("scale2", "shift2", "scale2_table", "shift2_table"))))
+    return (*sums, *results) if sums else results[0]
+
+
+# -- when it doesn't fit, and what a wrong kernel looks like -----------------------------------------------------------
+
+
+def _why_not(*args: Any, reference: Callable[..., Any]) -> Iterator[str]:
+    named = common.named(reference, args)
+    problem = None
+    if (named["scale"] is None) != (named["shift"] is None):
+        problem = "of scale and shift one is None; accepted: both or neither"
+    yield from common.why_not(reference, named, HALVES, problem)
+
+
+def fold_mutants(native: bool) -> tuple[Mutant, ...]:
+    halves = "sum_of_two(tl.reshape(values, (ROWS, 2, {0})))"
+    neighbours = "sum_of_two(tl.trans(tl.reshape(values, (ROWS, {0}, 2)), (0, 2, 1)))"
+
+    def folded_otherwise(*sizes: int) -> tuple[tuple[str, str], ...]:
+        return tuple((halves.format(n), neighbours.format(n)) for n in sizes)
+
+    if native:
+        orders = (
+            Mutant(
+                "a vector's squares added up first",
+                (
+                    (
+                        "(((lane_sum + square0) + square1) + square2) + square3",
+                        "lane_sum + (((square0 + square1) + square2) + square3)",
+                    ),
+                ),
+                case="1920 wide",
+            ),
+            Mutant(
+                "a product with 1/N for the division by N",
+                (("divide(fold(tl.reshape(warp_sum, (ROWS, 4)), ROWS, 4), N * 1.0)",
+                  "fold(tl.reshape(warp_sum, (ROWS, 4)), ROWS, 4) * (1.0 / N)"),),
+                case="1920 wide",
+            ),
+        )  # fmt: skip
+    else:
+        orders = (
+            Mutant(
+                "the four sums of a lane added in pairs",
+                (("((sum0 + sum1) + sum2) + sum3", "(sum0 + sum1) + (sum2 + sum3)"),),
+            ),
+            Mutant(
+                "a division by N for the product with 1/N",
+                (
+                    (
+                        "total * divide(rows.to(tl.float32), (rows.to(tl.int64) * N).to(tl.float32))",
+                        "divide(total, N * 1.0)",
+                    ),
+                ),
+                case="1920 wide",
+            ),
+        )
+    return (
+        Mutant("the lanes folded neighbours first", folded_otherwise(16, 8, 4, 2)),
+        Mutant("one fold of neighbours", folded_otherwise(8)),
+        *orders,
+        Mutant(
+            "1 / sqrt for rsqrt",
+            (("reciprocal_root(square + eps)", "(1.0 / tl.sqrt(square + eps))"),),
+            compiled_only=True,
+        ),
+    )
+
+
+def mutants(native: bool, residual: bool) -> tuple[Mutant, ...]:
+    normed = "n = round_to(x * rstd, dtype)"
+    flushed = "n = round_to(tl.where(tl.abs(x) < 1.1754943508222875e-38, x * 0.0, x) * rstd, dtype)"
+    return (
+        *fold_mutants(native),
+        Mutant("the norm not rounded", ((normed, "n = x * rstd"),)),
+        Mutant("subnormals flushed", ((normed, flushed),), harmless_for=(torch.float16,)),
+        geometry.last_lane(),
+        *geometry.step_mutants(),
+        *(geometry.residual_mutants(in_norm=True) if residual else ()),
+    )
+
+
+# -- operators -----------------------------------------------------------------------------------------------------------
+
+_RSTD = {True: _rstd_native, False: _rstd_composed}
+_EMULATED_RSTD = {True: _emulated_rstd_native, False: _emulated_rstd_composed}
+_SOURCE = {True: "ltx-core, SGLang: F.rms_norm", False: "diffusers 0.37-0.42.1: normalization.RMSNorm"}
+
+
+def operator(
+    reference: Callable[..., Any], launched: Any, of: Callable[[geometry.Inputs], tuple[Any, ...]]
+) -> Operator:
+    native = reference.__name__.endswith("_native")
+    plan = partial(_plan, reference=reference, launched=launched, rstd=_RSTD[native])
+    names = tuple(common.named(reference, ()))
+    return Operator(
+        reference,
+        _SOURCE[native],
+        why_not=partial(_why_not, reference=reference),
+        tiers=(
+            Tier("single pass", partial(plan, order=LAYER_NORM if native else MEAN)),
+            Tier("ATen's statistic", partial(plan, order=GIVEN)),
+        ),
+        battery=partial(geometry.families, names=names),
+        cases=geometry.cases(of, HALVES),
+        mutants=mutants(native, "y" in names),
+        emulated=partial(_emulated, reference=reference, rstd=_EMULATED_RSTD[native]),
+        witness=partial(_statistic, reference=reference, rstd=_RSTD[native]),
+        emulated_witness=partial(_statistic, reference=reference, rstd=_EMULATED_RSTD[native]),
+        retiled=common.retiled,
+    )

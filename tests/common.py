@@ -1,0 +1,35 @@
+"""What tests of every operator share: its small cases, and its arguments, of which some are no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfuse import OPERATORS, Operator
+from bitfuse.ops.rotary_common import RotaryCase
+
+ROTARY = [o for o in OPERATORS.values() if isinstance(o.cases[0], RotaryCase)]
+
+
+def small_cases(operator: Operator, dtype: torch.dtype | None = None) -> list[Any]:
+    """The cases that no host runs, which are small; with a dtype, those whose first argument has it."""
+    odd = [case for case in operator.cases if not case.real]
+    return [c for c in odd if dtype in (None, c.arguments("cpu", tokens=1)[0].dtype)]
+
+
+def small(operator: Operator, device: torch.device | str, tokens: int | None = 5, name: str = "head size 6") -> tuple:
+    """The arguments of the named case, or of the first small one where the operator has none of that name."""
+    named = {case.name: case for case in operator.cases}
+    return (named.get(name) or small_cases(operator)[0]).arguments(device, tokens=tokens)
+
+
+def on_tensors(change: Callable[[Tensor], Any], args: tuple) -> tuple:
+    """The arguments, each tensor among them changed."""
+    return tuple(change(a) if isinstance(a, Tensor) else a for a in args)
+
+
+def tensors_of(args: tuple) -> list[Tensor]:
+    return [a for a in args if isinstance(a, Tensor)]

@@ -1,0 +1,577 @@
+"""The benchmark without its GPU: what it counts, when it refuses a time, what it writes, and the README's tables."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import bitfuse
+from bitfuse import bench, measure
+from bitfuse.cli import app
+from bitfuse.ops.split_rotary import SPLIT_FP32
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+needs_diffusers = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs diffusers")
+
+
+# -- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_distinct_region_is_counted_once():
+    x = torch.empty(2, 6, 8, dtype=torch.bfloat16)
+    out = torch.empty_like(x)
+    assert measure.moved((x,), out) == 2 * 96 * 2
+    assert measure.moved((x, x), out) == 2 * 96 * 2, "the same tensor twice"
+    assert measure.moved((x, x.view(2, 6, 2, 4).swapaxes(1, 2)), out) == 2 * 96 * 2, "another view of all of it"
+    assert measure.moved((x, x.clone()), out) == 3 * 96 * 2
+    assert measure.moved((x, None, 1e-6), (out, out.clone())) == 3 * 96 * 2, "what is no tensor moves nothing"
+    assert measure.moved((x,), x) == 2 * 96 * 2, "read and written: twice"
+
+
+def test_expanded_and_strided_views_count_what_is_there():
+    wide = torch.empty(2, 5, 6 * 8)
+    row = torch.empty(1, 1, 8)
+    out = torch.empty(0)
+    assert measure.moved((row.expand(2, 5, 8),), out) == 8 * 4
+    assert measure.moved((wide[..., 8:16],), out) == 2 * 5 * 8 * 4
+    assert measure.moved((wide[..., 8:16], wide[..., 16:24]), out) == 2 * (2 * 5 * 8 * 4), "neighbours are two regions"
+    assert measure.moved((wide[:, :1, :8].expand(2, 5, 8),), out) == 2 * 8 * 4
+
+
+def test_bytes_of_a_rotary_embedding_are_those_of_its_committed_benchmark():
+    document = json.loads((ROOT / "benchmarks/results/2026-11-23-h100-rotary.json").read_text())
+    row = next(r for r in document["operators"] if (r["operator"], r["x"]) == ("split_rotary_fp32", [1, 126, 2048]))
+    case = next(c for c in bench.timed_cases(SPLIT_FP32) if c.name.startswith("audio"))
+    args = case.arguments("cpu")
+    assert measure.moved(args, SPLIT_FP32.reference(*args)) == row["bytes"]
+
+
+def test_fused_calls_are_noted_and_others_not(fresh_routes):
+    args = next(c for c in SPLIT_FP32.cases if c.name == "head size 40").arguments("cpu")
+    with measure.fused_calls() as calls:
+        called = SPLIT_FP32(*args)
+        bitfuse.disable()
+        try:
+            SPLIT_FP32(*args)
+        finally:
+            bitfuse.enable()
+    SPLIT_FP32(*args)
+    if SPLIT_FP32.route(*args).fused:
+        assert calls == [("split_rotary_fp32", measure.moved(args, called))]
+    assert bitfuse.compare(SPLIT_FP32.reference(*args), called) is None
+
+
+# -- kernels by class, and the floor -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_sm90_tst_256x128_64x4_2x1_v_bz_coopA_bias_TNN", "matmul"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmul"),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>", "matmul"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16>", "matmul"),
+        ("std::enable_if<true, void>::type internal::gemvx::kernel<int, int, __nv_bfloat16>", "matmul"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::bfloat16_t>>", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel)", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_128x128x128", "attention"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>", "other"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::MeanOps<float>>>", "other"),
+        ("Memcpy DtoD (Device -> Device)", "other"),
+    ],
+)
+def test_kernels_are_known_by_their_names(name, kind):
+    assert measure.kernel_class(name) == kind
+
+
+def test_none_of_our_kernels_passes_for_a_matmul_or_attention():
+    for operator in bitfuse.OPERATORS.values():
+        case = next(c for c in operator.cases if not c.real)
+        for tier in operator.tiers:
+            plan = tier.plan(*case.arguments("cpu", tokens=3))
+            if not isinstance(plan, str):
+                assert measure.kernel_class(plan.kernel.fn.__name__) == "other"
+
+
+def test_times_by_class_and_the_floor():
+    kernels = measure.by_class([("nvjet_a", 100_000.0), ("nvjet_b", 50_000.0), ("flash_fwd", 40_000.0), ("add", 7.0)])
+    assert kernels == {"matmul": 150.0, "attention": 40.0, "other": 0.007, "launches": 4}
+    # 30 GB at 3000 GB/s take 10 ms
+    assert measure.floor_ms(kernels, 30 * 10**9, 3000.0) == pytest.approx(200.0)
+    assert measure.typical([100, 100, 100]) == 100
+    assert measure.typical([1] * 100 + [1000]) == 909, "the size of the call that the average byte moves in"
+
+
+# -- the whole part, on stand-ins for CUDA ---------------------------------------------------------------------------
+
+
+class _Event:
+    def __init__(self, enable_timing):
+        pass
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+class _Stream:
+    def wait_stream(self, other):
+        pass
+
+
+class _Graph:
+    def replay(self):
+        pass
+
+
+class _Context:
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def no_cuda_needed(monkeypatch):
+    """The benchmark on the CPU: a small model, kernels in the interpreter, and no time that means anything."""
+    stand_ins = {
+        "Event": _Event,
+        "Stream": _Stream,
+        "CUDAGraph": _Graph,
+        "graph": _Context,
+        "stream": _Context,
+        "current_stream": _Stream,
+        "current_device": lambda: 0,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 0,
+        "memory_reserved": lambda: 0,
+        "max_memory_allocated": lambda: 10**9,
+    }
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(bench, "_device", lambda: CPU)
+    monkeypatch.setattr(measure, "_COLD", 1)
+    monkeypatch.setattr(bench, "LATENTS", {24: (2, 3, 4)})
+    monkeypatch.setattr(bench, "_COMPILE", {"fullgraph": True, "backend": "eager"})
+    monkeypatch.setattr(bench, "kernel_ms", lambda step: (step(), measure.by_class([("nvjet", 1.0), ("flash", 1.0)])))
+    stock_accelerate = bitfuse.accelerate
+
+    def accelerate(target, cuda_graph=False):
+        handle = stock_accelerate(target)
+        if cuda_graph:  # what is asked of a GraphedForward
+            target.forward = functools.partial(target.forward)
+            target.forward.replays, target.forward.captures, target.forward.reasons = 1, 1, {}
+        return handle
+
+    monkeypatch.setattr(bitfuse, "accelerate", accelerate)
+
+
+def _run(**options):
+    printed = io.StringIO()
+    saved = []
+    document = bench.run(
+        Console(file=printed, width=200),
+        ["model"],
+        [24],
+        1,
+        rounds=2,
+        save=lambda d: saved.append(json.dumps(d)),
+        **options,
+    )
+    assert json.loads(saved[-1]) == document, "it is JSON, and saved before it is returned"
+    return document, printed.getvalue()
+
+
+@needs_diffusers
+@pytest.mark.parametrize("version", ["2.0", "2.3"])
+@pytest.mark.usefixtures("no_cuda_needed")
+def test_a_step_in_every_way(version):
+    document, printed = _run(version=version)
+    (row,) = document["model"]
+    assert document["equal"] is True
+    assert row["mismatch"] is None
+    assert row["sites_fused"] > 0
+    assert list(row["ms"]) == ["stock", "bitfuse", "graph", "compiled", "compiled + graph"]
+    assert all(t["p10"] <= t["median"] <= t["p90"] for t in row["ms"].values())
+    assert row["speed_up"] == row["ms"]["stock"]["median"] / row["ms"]["bitfuse"]["median"]
+    assert row["against_compiled_graph"] == row["ms"]["compiled + graph"]["median"] / row["ms"]["graph"]["median"]
+    assert set(row["peak_gb"]) == {"stock", "bitfuse", "graph"}
+    floor = row["floor"]
+    assert floor["bytes"] == sum(o["bytes"] for o in floor["operators"].values()) > 0
+    assert floor["ms"] == pytest.approx(0.002 + floor["bytes"] / floor["copy_gb_per_s"] / 1e6)
+    assert row["of_floor"]["graph"] == row["ms"]["graph"]["median"] / floor["ms"]
+    assert (row["version"], row["tokens"], row["image_to_video"], row["rounds"]) == (version, 24, False, 2)
+    assert f"LTX-{version}" in printed
+    assert row["graph"] == {"replays": 1, "captures": 1, "reasons": {}}
+    assert "differs_from_stock" in row
+
+
+@needs_diffusers
+@pytest.mark.usefixtures("no_cuda_needed")
+def test_a_flipped_bit_gets_no_time(monkeypatch):
+    """One bit in the timed rounds of bitfuse with its graph: stock and bitfuse without keep theirs."""
+    from bitfuse import seeded
+
+    one_step, made = seeded.one_step, []
+
+    def flipping(model, inputs):
+        step, index = one_step(model, inputs), len(made)
+        made.append(step)
+        calls = 0
+
+        def flipped():
+            nonlocal calls
+            calls += 1
+            video, audio = step()
+            if index == 2 and calls == 5:  # stock, bitfuse, graph, compiled; three calls come before the rounds
+                video.view(torch.int16).view(-1)[7] ^= 1
+            return video, audio
+
+        return flipped
+
+    monkeypatch.setattr(seeded, "one_step", flipping)
+    monkeypatch.setattr(bench, "_COMPILE", {"backend": "no such backend"})
+    document, printed = _run()
+    (row,) = document["model"]
+    assert document["equal"] is False
+    assert re.match(r"output 0 differs at \[0, 0, 7\]", row["mismatch"])
+    assert row["not_timed"]["graph"] == row["mismatch"]
+    assert list(row["ms"]) == ["stock", "bitfuse"]
+    assert not {"floor", "of_floor", "against_compiled_graph"} & set(row)
+    assert "not timed" in printed
+
+
+@needs_diffusers
+@pytest.mark.usefixtures("no_cuda_needed")
+def test_a_step_that_was_not_replayed_is_not_timed_as_a_graph(monkeypatch):
+    accelerate = bitfuse.accelerate
+
+    def without_graph(target, cuda_graph=False):
+        handle = accelerate(target, cuda_graph)
+        if cuda_graph:
+            target.forward.replays, target.forward.reasons = 0, {"a hook is registered": 3}
+        return handle
+
+    monkeypatch.setattr(bitfuse, "accelerate", without_graph)
+    monkeypatch.setattr(bench, "_COMPILE", {"backend": "no such backend"})
+    (row,) = _run()[0]["model"]
+    assert row["mismatch"] == row["not_timed"]["graph"] == "no graph was replayed: a hook is registered"
+    assert list(row["ms"]) == ["stock", "bitfuse"]
+
+
+@needs_diffusers
+@pytest.mark.usefixtures("no_cuda_needed")
+def test_nothing_fused_gets_no_time():
+    bitfuse.disable()
+    try:
+        document, _ = _run()
+    finally:
+        bitfuse.enable()
+    (row,) = document["model"]
+    assert document["equal"] is False
+    assert row["mismatch"].startswith("nothing was fused: bitfuse is off")
+    assert set(row["not_timed"]) == {"bitfuse", "graph"}
+    assert list(row["speed_ups"]) == ["compiled", "compiled + graph"]
+
+
+@needs_diffusers
+@pytest.mark.usefixtures("no_cuda_needed")
+def test_a_compiler_that_fails_costs_only_its_own_times(monkeypatch):
+    monkeypatch.setattr(bench, "_COMPILE", {"backend": "no such backend"})
+    (row,) = _run()[0]["model"]
+    assert row["mismatch"] is None
+    assert list(row["ms"]) == ["stock", "bitfuse", "graph"]
+    assert set(row["not_timed"]) == {"compiled", "compiled + graph"}
+    assert "against_compiled_graph" not in row
+    assert row["of_floor"]
+
+
+@needs_diffusers
+@pytest.mark.usefixtures("no_cuda_needed")
+def test_what_a_fresh_process_prints(monkeypatch, capsys):
+    found = {}
+    for way in ("stock", "bitfuse"):
+        bench.time_first_step(way, "2.3", "24", "1")
+        found[way] = json.loads(capsys.readouterr().out)
+    assert found["stock"]["sha256"] == found["bitfuse"]["sha256"]
+    assert found["stock"]["seconds"] > 0
+    assert found["bitfuse"]["sites_fused"] > 0
+
+
+def test_the_first_step_beyond_stocks(monkeypatch):
+    seconds = iter([9.0, 15.0, 7.5, 7.0, 22.0])
+    seen = []
+
+    def process(way, version, tokens, layers, caches):
+        seen.append((way, caches))
+        return {"seconds": next(seconds), "sha256": "other" if way == "compiled" else "same", "sites_fused": 5}
+
+    monkeypatch.setattr(bench, "_in_fresh_process", process)
+    row = bench.first_step(Console(file=io.StringIO()))
+    assert row["beyond_stock_s"] == {"empty caches": 8.0, "warm caches": 0.5, "compiled, empty caches": 15.0}
+    assert row["mismatch"] is None, "what is compiled need not equal stock"
+    assert [way for way, _ in seen] == ["stock", "bitfuse", "bitfuse", "stock", "compiled"]
+    assert len({caches for way, caches in seen if way != "compiled"}) == 1
+    assert len({caches for _, caches in seen}) == 2
+
+
+def test_a_fresh_process_that_fails_says_why():
+    with pytest.raises(RuntimeError, match=r"the first step \(stock\) failed in its process: Traceback"):
+        bench._in_fresh_process("stock", "2.0", 5, 1, "/nonexistent")
+
+
+# -- operators -----------------------------------------------------------------------------------------------------
+
+
+def test_every_operator_has_cases_to_time():
+    for operator in bitfuse.OPERATORS.values():
+        assert {bench._size(case) for case in bench.timed_cases(operator)} <= set(bench.SIZES)
+        assert (1, 6144, 4096) in {bench._size(case) for case in bench.timed_cases(operator)}, operator.name
+
+
+@pytest.mark.usefixtures("no_cuda_needed")
+def test_a_row_of_an_operator(monkeypatch, fresh_routes):
+    case = next(c for c in SPLIT_FP32.cases if c.name == "head size 40")
+    monkeypatch.setattr(bench, "timed_cases", lambda operator: [case])
+    document = bench.run(Console(file=io.StringIO()), ["operators"], only_operators=["split_rotary_fp32"])
+    (row,) = document["operators"]
+    if row["mismatch"] is None:
+        assert (row["operator"], row["case"], row["x"]) == ("split_rotary_fp32", "head size 40", [1, 17, 200])
+        assert row["bytes"] == 2 * 17 * 200 * 2 + 2 * 17 * 100 * 4
+        assert set(row["us"]) == {"fused", "copy", "eager"}
+    bitfuse.disable()
+    try:
+        document = bench.run(Console(file=io.StringIO()), ["operators"], only_operators=["split_rotary_fp32"])
+    finally:
+        bitfuse.enable()
+    assert document["equal"] is False
+    assert "us" not in document["operators"][0]
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "everything"], "accepted: operators, overhead, model, first-step"),
+        (["--op", "nothing"], "--op nothing is not an operator"),
+        (["--ltx", "1.0"], "accepted: 2.0, 2.3, 2.5"),
+        (["--tokens", "5"], "accepted: 1536, 6144, 24576, 32640"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, said):
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())
+
+
+# -- seeded models of every version ---------------------------------------------------------------------------------
+
+
+@needs_diffusers
+@pytest.mark.parametrize("image_to_video", [False, True])
+@pytest.mark.parametrize("version", ["2.0", "2.3", "2.5"])
+def test_every_version_runs_stock(version, image_to_video):
+    from bitfuse import seeded
+
+    geometry = replace(seeded.SMALL, version=version, image_to_video=image_to_video)
+    model = seeded.build(geometry, CPU, seed=0)
+    block = model.transformer_blocks[0]
+    assert (block.attn1.to_gate_logits is not None) == (version != "2.0")
+    assert block.scale_shift_table.shape[0] == (6 if version == "2.0" else 9)
+    assert hasattr(model, "caption_projection") == (version == "2.0")
+    assert (block.ff.net[2].bias is None) == (version == "2.5")
+    inputs = seeded.make_inputs(model, geometry, CPU, seed=0)
+    seen = {}
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    outputs = seeded.one_step(model, inputs)()
+    assert [t.shape[1] for t in outputs] == [geometry.video_tokens, geometry.audio_frames]
+    assert all(t.isfinite().all() for t in outputs)
+    assert seen["use_cross_timestep"] is True
+    assert seen["sigma"].shape == (1,)
+    assert ("video_keyframes_mask" in seen) == (version == "2.5")
+    frame = geometry.height * geometry.width
+    if image_to_video:
+        assert seen["timestep"].tolist() == [[0.0] * frame + [1000.0] * (geometry.video_tokens - frame)]
+        assert seen["audio_timestep"].tolist() == [1000.0]
+    else:
+        assert seen["timestep"].tolist() == [1000.0]
+
+
+@needs_diffusers
+def test_a_version_that_is_none():
+    from bitfuse import seeded
+
+    with pytest.raises(ValueError, match=r"version is '1\.0'; accepted: 2\.0, 2\.3, 2\.5"):
+        replace(seeded.SMALL, version="1.0")
+
+
+@needs_diffusers
+def test_a_twin_shares_every_parameter_and_no_module():
+    from bitfuse import seeded
+
+    geometry = replace(seeded.SMALL, frames=2, height=3, width=4, layers=1)
+    model = seeded.build(geometry, CPU, seed=0)
+    twin = seeded.twin(model)
+    ours, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
+    assert list(ours) == list(theirs)
+    assert all(theirs[name] is p for name, p in ours.items())
+    assert not set(map(id, model.modules())) & set(map(id, twin.modules()))
+    inputs = seeded.make_inputs(model, geometry, CPU, seed=0)
+    expected = seeded.one_step(model, inputs)()
+    with bitfuse.accelerated(twin) as handle:
+        assert bitfuse.compare(expected, seeded.one_step(twin, inputs)()) is None
+        fused = sum(site.fused for site in handle.report().sites)
+        seeded.one_step(model, inputs)()
+        assert sum(site.fused for site in handle.report().sites) == fused, "the other model is stock still"
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MACHINE = {
+    "device": "GPU",
+    "driver": "1",
+    "torch": "2",
+    "triton": "3",
+    "diffusers": "4",
+    "date": "2026-11-24T00:00:00+00:00",
+}
+
+
+def _ms(median):
+    return {"median": median, "p10": median, "p90": median}
+
+
+def _model_row(tokens, **changes):
+    ms = {"stock": 480.0, "bitfuse": 320.0, "graph": 300.0, "compiled": 350.0, "compiled + graph": 330.0}
+    return {
+        "tokens": tokens,
+        "version": "2.0",
+        "image_to_video": False,
+        "layers": 48,
+        "rounds": 8,
+        "mismatch": None,
+        "ms": {way: _ms(t) for way, t in ms.items()},
+        "speed_ups": {way: 480.0 / t for way, t in ms.items() if way != "stock"},
+        "against_compiled_graph": 1.1,
+        "of_floor": {"bitfuse": 1.1, "graph": 1.05},
+        "peak_gb": {"stock": 2.0, "bitfuse": 1.5, "graph": 1.7},
+        **changes,
+    }
+
+
+def test_the_model_table(tables):
+    first = {
+        "version": "2.0",
+        "beyond_stock_s": {"empty caches": 9.0, "warm caches": 1.25, "compiled, empty caches": 17},
+    }
+    documents = [
+        {"machine": MACHINE, "path": "benchmarks/results/a.json", "model": [_model_row(24576), _model_row(1536)]},
+        {
+            "machine": MACHINE,
+            "path": "benchmarks/results/b.json",
+            "model": [_model_row(6144, version="2.3"), _model_row(6144, image_to_video=True)],
+            "first_step": [first],
+        },
+    ]
+    lines = tables.model(documents).splitlines()
+    assert lines[2] == (
+        "| 1536 | 480 ms | 320 ms, 1.50x | 300 ms, 1.60x | 330 ms | 1.10x | 2.0 GB, -25%, -15% "
+        "| identical in every bit |"
+    )
+    assert lines[3].startswith("| 24576 |")
+    assert len(lines) == 6
+    assert "1.05x at 1536, 1.05x at 24576 tokens" in lines[-1]
+    assert "9.0 s longer than stock's with an empty Triton cache, 1.2 s with a warm one, 17.0 s" in lines[-1]
+    assert "[a.json](benchmarks/results/a.json), [b.json](benchmarks/results/b.json)" in lines[-1]
+    assert tables.model(documents, "2.3").splitlines()[2].startswith("| 6144 |")
+    with pytest.raises(ValueError, match=r"one row for each number of tokens, not \[6144, 6144\]"):
+        tables.model([{"machine": MACHINE, "path": "x", "model": [_model_row(6144), _model_row(6144)]}])
+
+
+def test_a_way_without_a_time_leaves_a_gap(tables):
+    row = _model_row(32640)
+    del row["ms"]["compiled + graph"], row["against_compiled_graph"], row["of_floor"]
+    line = tables.model([{"machine": MACHINE, "path": "x", "model": [row]}]).splitlines()[2]
+    assert "| not timed | - |" in line
+
+
+def test_the_operators_table(tables):
+    def row(operator, x, us):
+        return {"operator": operator, "x": x, "us": {"fused": _ms(us)}, "of_copy": 0.954, "speed_up": 12.04}
+
+    rows = [
+        row("norm", [1, 6144, 4096], 40.4),
+        row("norm", [1, 6144, 4096], 99.0),
+        row("norm", [1, 24576, 4096], 142.0),
+        row("gate", [1, 6144, 32, 64], 20.0),
+        row("small", [1, 126, 2048], 3.0),
+        {"operator": "gate", "x": [1, 6144, 4096]},
+    ]
+    lines = tables.operators([{"machine": MACHINE, "path": "x.json", "operators": rows}]).splitlines()
+    assert lines[0] == "| operator | 6144 x 4096 | 6144 x 2048 | 24576 x 4096 |"
+    assert lines[2] == "| `norm` | 40 us, 95%, 12.0x | - | 142 us, 95%, 12.0x |"
+    assert lines[3] == "| `gate` | not timed | 20 us, 95%, 12.0x | - |"
+    assert lines[4] == ""
+
+
+def test_markers_are_filled_and_other_text_stays(tables, monkeypatch):
+    monkeypatch.setitem(tables.TABLES, "operators table", lambda: "NEW")
+    text = "a\n<!-- operators table -->\n{}\n<!-- end -->\nb\n<!-- another -->\nc\n<!-- end -->\n"
+    assert tables.filled(text.format("old\nold")) == text.format("NEW")
+
+
+def test_documents_of_the_newest_day(tables, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for name in ("2026-11-23-h100-model", "2026-11-24-h100-model", "2026-11-24-h100-large-model", "2026-11-25-h100-x"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    paths = [document["path"] for document in tables.of_newest_day("model")]
+    assert paths == ["2026-11-24-h100-large-model.json", "2026-11-24-h100-model.json"]
+
+
+def test_the_committed_rotary_table_still_comes_out(tables):
+    table = tables.rotary(tables.newest("rotary"))
+    assert "| [1, 6144, 4096], fp32 tables | 72.6 us | 99% | 410.3 us | 5.7x |" in table
+    assert "490 ms (488 to 494) | 438 ms (438 to 439) | 1.12x" in table
+
+
+def test_rounds_stop_where_steps_take_long(monkeypatch):
+    monkeypatch.setattr(bench, "_ENOUGH", -1.0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    out = (torch.zeros(1), torch.zeros(1))
+    trials = {"stock": bench._Trial(lambda: out), "refused": bench._Trial(lambda: out, reason="no")}
+    bench._time(trials, out, rounds=8)
+    assert [len(trial.ms) for trial in trials.values()] == [3, 0]
+    assert bench._figures(trials)["not_timed"] == {"refused": "no"}
