@@ -44,7 +44,8 @@ def test_every_bit_is_equal_and_sites_are_fused(good):
     assert result.exit_code == 0
     assert result.verdict.startswith("Bit-identical to the unfused run: both latents after each of 2 steps")
     assert result.verdict in printed
-    assert report["sites"]["sites_fused"] > 0
+    sites = report["sites"]
+    assert sites["sites_fused"] == sites["sites_seen"] >= 16 * seeded.SMALL.layers, "the whole of every block"
 
 
 def test_the_json_holds_what_was_found(good):
@@ -81,13 +82,14 @@ def test_one_flipped_bit_is_found_and_said(tmp_path, monkeypatch):
         out = stock(site, operator, *tensors)
         calls += 1
         if calls == per_step + 1:
-            out.view(torch.int16).view(-1)[1000] ^= 1 << 6
+            first = out if isinstance(out, torch.Tensor) else out[0]
+            first.view(torch.int16).view(-1)[1000] ^= 1 << 6
         return out
 
     layers = seeded.SMALL.layers
     counted, _, _ = run(tmp_path / "counted")
     per_step = sum(site["calls_fused"] for site in counted.document["sites"]["sites"]) // 2
-    assert per_step >= 8 * layers, "queries and keys of four attentions"
+    assert per_step >= 16 * layers, "six attentions, four norms of each stream and both outputs"
     monkeypatch.setattr(Site, "call", flipping)
     result, printed, page = run(tmp_path / "flipped")
     assert result.exit_code == 1

@@ -102,13 +102,22 @@ MAY_IMPORT = {
     "reduction.py": {"bitfuse.kernel", "bitfuse.numerics"},
     "proof.py": {"bitfuse.contract"},  # for its types only
     "contract.py": {"bitfuse.proof", "bitfuse.kernel"},
+    "graphs.py": {"bitfuse.proof", "bitfuse.contract"},
+    "measure.py": {"bitfuse.proof", "bitfuse.contract"},
+    "hosts/patch.py": {"bitfuse.contract"},
+    "hosts/constant.py": {"bitfuse.contract", "bitfuse.hosts.patch"},
 }
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
 def test_thin_modules_import_only_thinner_ones(name):
-    if (PACKAGE / name).exists():
-        assert _imports(PACKAGE / name) <= MAY_IMPORT[name]
+    assert _imports(PACKAGE / name) <= MAY_IMPORT[name]
+
+
+def test_the_block_knows_only_operators_and_what_a_site_is():
+    found = _imports(PACKAGE / "hosts" / "diffusers_block.py") - {"bitfuse.hosts.patch"}
+    assert found
+    assert all(name.startswith("bitfuse.ops.") and name not in SHARED for name in found)
 
 
 def test_proof_knows_the_contract_by_its_types_only():
@@ -119,13 +128,26 @@ def test_proof_knows_the_contract_by_its_types_only():
     assert not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in inner)
 
 
+SHARED = {f"bitfuse.ops.{p.stem}" for p in (PACKAGE / "ops").glob("*.py") if p.stem.endswith(("_common", "_cases"))}
+REFERENCES = {o.reference.__code__.co_name: o for o in bitfuse.OPERATORS.values()}
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda p: p.name)
 def test_no_operator_imports_an_operator(path):
+    """Of another operator's file its reference at most, which is the PyTorch chain itself."""
     if path.name == "__init__.py":  # which imports them all, and nothing else
         assert all(name.startswith("bitfuse.ops.") for name in _imports(path))
         return
-    shared = {f"bitfuse.ops.{p.stem}" for p in (PACKAGE / "ops").glob("*_common.py")}
-    assert _imports(path) <= THIN | shared
+    others = _imports(path) - THIN - SHARED
+    if f"bitfuse.ops.{path.stem}" in SHARED:
+        assert others == set(), "what operators share knows none of them"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module in others:
+            for alias in node.names:
+                home = Path(REFERENCES[alias.name].reference.__code__.co_filename)
+                assert node.module == f"bitfuse.ops.{home.stem}"
+            others.discard(node.module)
+    assert others == set()
 
 
 def test_every_operator_file_is_imported_by_the_package():
@@ -142,7 +164,7 @@ def test_nothing_but_the_front_door_imports_hosts(path):
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "hosts").glob("*.py")), ids=lambda p: p.name)
 def test_hosts_hold_no_numerics(path):
-    allowed = {"bitfuse.contract", "bitfuse.proof"}
+    allowed = {"bitfuse.contract", "bitfuse.proof", "bitfuse.graphs"}
     assert {n for n in _imports(path) if not n.startswith(("bitfuse.ops.", "bitfuse.hosts"))} <= allowed
 
 

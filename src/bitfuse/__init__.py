@@ -8,7 +8,7 @@ handle.restore()  # and `with bitfuse.accelerated(pipe): ...`
 import bitfuse.ops  # noqa: F401  (defines the operators)
 from bitfuse.contract import OPERATORS, Operator, disable, enable, explain
 from bitfuse.hosts import accelerate, accelerated
-from bitfuse.hosts.patch import Handle, Report
+from bitfuse.hosts.patch import Handle, NotFused, Report
 from bitfuse.ops.split_rotary import _ltx2_split_rotary_kernel, apply_ltx2_split_rotary_emb, apply_split_rotary_emb
 from bitfuse.proof import Mismatch, compare
 
@@ -18,6 +18,7 @@ __all__ = [
     "OPERATORS",
     "Handle",
     "Mismatch",
+    "NotFused",
     "Operator",
     "Report",
     "_ltx2_split_rotary_kernel",

@@ -98,7 +98,7 @@ def _run(
         _check_finite(first)
         stock = loop("stock, again")
         _check_repeats(first, stock)
-        with bitfuse.accelerated(model) as handle:
+        with bitfuse.accelerated(model) as handle:  # the whole of every block: attentions, norms, residual sums
             fused = loop("bitfuse")
     report = handle.report()
 

@@ -133,7 +133,7 @@ def count_ptx(text: str) -> Counts:
 
 _FLOAT = re.compile(r"(?:bf|tf|f|e\dm)\d+(?:x\d)?")  # among the parts of an opcode
 _ROUNDS_NOTHING = {"mov", "ld", "st", "neg", "abs", "setp", "set", "selp", "slct", "min", "max", "copysign", "testp"}
-_NO_RESULT = {"st", "red", "bra", "brx", "ret", "exit", "bar", "barrier", "membar", "fence", "trap", "call"}
+_NO_RESULT = {"st", "stmatrix", "red", "bra", "brx", "ret", "exit", "bar", "barrier", "membar", "fence", "trap", "call"}
 _ALL = (1 << 64) - 1
 _Instruction = tuple[str, list[list[str]]]
 
@@ -201,7 +201,7 @@ def _rounds(parts: list[str]) -> bool:
 
 def _name(opcode: str, sources: list[list[str]], literals: dict[str, str]) -> str:
     """The instruction without packing, `sub` as `add`, and the bf16 operations of sm_80 by what they compute."""
-    name = re.sub(r"\b(\w+)x2\b", r"\1", opcode)
+    name = re.sub(r"\b(\w+\d)x2\b", r"\1", opcode)  # not ex2
     name = re.sub(r"^sub\.", "add.", name)
     name = re.sub(r"^((?:add|fma)\.rn\.f32)\.(?:bf16|f16)$", r"\1", name)
     if name == "fma.rn.bf16":

@@ -9,40 +9,54 @@ import sys
 import weakref
 from typing import Any
 
-from bitfuse.hosts.patch import Handle
+from bitfuse.hosts.patch import Handle, NotFused
 
 _log = logging.getLogger("bitfuse")
 _active: weakref.WeakKeyDictionary[Any, Handle] = weakref.WeakKeyDictionary()
 
 
-def accelerate(target: Any) -> Handle:
-    """Run an LTX-2 model's rotary embeddings through fused kernels, in place, with the same bits.
+def accelerate(target: Any, *, strict: bool = False, cuda_graph: bool = False) -> Handle:
+    """Run the elementwise chains of an LTX-2 model through fused kernels, in place, with the same bits.
 
-    target    a diffusers LTX-2 pipeline, or an `LTX2VideoTransformer3DModel` (diffusers 0.37 or newer)
+    target        a diffusers LTX-2 pipeline, or an `LTX2VideoTransformer3DModel` (diffusers 0.37 or newer)
+    strict        raise `NotFused` where something would fall back to the PyTorch chain
+    cuda_graph    replay the whole forward as one CUDA graph, from the third call of a shape on
 
     No weight is copied and no module replaced: state-dict keys, LoRA, hooks and `set_attention_backend` keep
     working. Each kernel is proved against the PyTorch chain in this process before its first use; whatever
     can't be fused runs the PyTorch chain, and the handle's `report()` says why. `handle.restore()` undoes it.
-    Accelerating a model again returns the handle that is in force. Raises TypeError for any other target.
+    Accelerating a model again returns the handle that is in force; ValueError where that was made with other options.
+    Raises TypeError for any other target.
     """
     models = _find(target)
     if not models:
         kind = f"{type(target).__module__}.{type(target).__qualname__}"
         raise TypeError(f"target is a {kind}; accepted: a diffusers LTX-2 pipeline or an LTX2VideoTransformer3DModel")
     if models[0] in _active:
-        return _active[models[0]]
+        handle = _active[models[0]]
+        if (handle.strict, handle.cuda_graph) != (strict, cuda_graph):
+            raise ValueError(
+                f"the model is accelerated already, with strict={handle.strict}, cuda_graph={handle.cuda_graph}; "
+                f"given strict={strict}, cuda_graph={cuda_graph}; restore() the first handle before"
+            )
+        return handle
 
     from bitfuse.hosts import diffusers as adapter
 
-    handle = Handle(adapter.NAME)
+    handle = Handle(adapter.NAME, strict, cuda_graph)
     for model in models:
         adapter.accelerate(model, handle)
         _active[model] = handle
     handle.on_restore(functools.partial(_forget, handle))
-    taken = sum(site.declined is None for site in handle.sites)
+    declined = [site for site in handle.sites if site.declined is not None]
+    if strict and declined:
+        handle.restore()
+        raise NotFused(f"{declined[0].name}: {declined[0].declined}")
+    for site in handle.sites:
+        site.strict = strict
     _log.info(
-        "bitfuse: %d of %d rotary sites taken over in %s; handle.restore() or BITFUSE=0 switches it off",
-        taken,
+        "bitfuse: %d of %d sites taken over in %s; handle.restore() or BITFUSE=0 switches it off",
+        len(handle.sites) - len(declined),
         len(handle.sites),
         adapter.NAME,
     )
@@ -55,13 +69,17 @@ def _forget(handle: Handle) -> None:
         del _active[model]
 
 
-def accelerated(target: Any) -> contextlib.AbstractContextManager[Handle]:
+def accelerated(
+    target: Any, *, strict: bool = False, cuda_graph: bool = False
+) -> contextlib.AbstractContextManager[Handle]:
     """`with bitfuse.accelerated(pipe) as handle: ...`: accelerate, and restore at the end of the block.
 
     Inside an acceleration that is already in force it changes nothing, and leaves that one in force.
     """
     outer = next((_active[model] for model in _find(target) if model in _active), None)
-    return accelerate(target) if outer is None else contextlib.nullcontext(outer)
+    if outer is None:
+        return accelerate(target, strict=strict, cuda_graph=cuda_graph)
+    return contextlib.nullcontext(outer)
 
 
 def _find(target: Any) -> list[Any]:

@@ -1,10 +1,10 @@
 """What doesn't change from step to step, computed once: a result is kept while its inputs are the same.
 
 "The same" means the same tensor object, of the same PyTorch version counter (every in-place op counts it up), and
-weights at the same address and version: a fact that costs no wait for the device. A result is dropped when its input
-is freed, when two newer ones have come, and on `restore()`. Nothing is kept or used where a tensor has no version
-counter (inference mode), a CUDA graph is captured (it must not remember an address that may be freed), or somebody
-watches the ops.
+weights of the same storage and version: a fact that costs no wait for the device. A write through `.data` counts up
+no version and is not seen. A result is dropped when its input is freed, when two newer ones have come, and on
+`restore()`. Nothing is kept or used where a tensor has no version counter (inference mode), a CUDA graph is captured
+(it must not remember an address that may be freed), or somebody watches the ops.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef  # its storage's address is not given to another meanwhile
 
 from bitfuse.contract import around
 from bitfuse.hosts.patch import hooked
@@ -32,7 +33,8 @@ class Constant:
     def of(self, x: Tensor, extra: Hashable, compute: Callable[[], Any]) -> Any:
         """compute(), or what it gave for this tensor and this `extra` before. `extra` None: compute it."""
         stamp = None if extra is None else _stamp(x)
-        if stamp is None or next(around(), None) is not None or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if stamp is None or capturing or next(around(), None) is not None:
             return compute()
         root, key = stamp[0], (*stamp[1:], extra)
         for ref, kept_key, value in self._kept:
@@ -69,5 +71,5 @@ def weights(*linears: Any) -> Hashable:
         for p in (linear.weight, linear.bias):
             if p is not None and (type(p) is not torch.nn.Parameter or p.is_inference()):
                 return None
-            found.append(None if p is None else (p.data_ptr(), p._version))
+            found.append(None if p is None else (StorageWeakRef(p.untyped_storage()), p.storage_offset(), p._version))
     return tuple(found)

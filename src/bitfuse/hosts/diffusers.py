@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bitfuse import proof
 from bitfuse.contract import Operator
+from bitfuse.graphs import graph_forward
 from bitfuse.hosts import constant, diffusers_block
 from bitfuse.hosts.constant import Constant
 from bitfuse.hosts.patch import Handle, Site, hooked, source_hash
@@ -148,7 +149,7 @@ class _Processor:
         key_rotary_emb = query_rotary_emb if key_rotary_emb is None else key_rotary_emb
         if function is not self.host_function:
             return self.site.leave(lambda: (function(query, query_rotary_emb), function(key, key_rotary_emb)), reason)
-        self.site.fallen[reason] += 1  # the norms; the turns are fused by themselves
+        self.site.fall(reason)  # the norms; the turns are fused by themselves
         operator = _OPERATORS[attn.rope_type]
         return operator(query, *query_rotary_emb), operator(key, *key_rotary_emb)
 
@@ -243,6 +244,15 @@ def accelerate(model: Any, handle: Handle) -> None:
             _replace_processor(attn, site, gate_site, handle)
     diffusers_block.accelerate(model, handle, NAME)
     _keep_what_is_constant(model, handle)
+    if handle.cuda_graph:
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+        functions = tuple(_HOST_FUNCTIONS.values())
+        graph_forward(
+            model,
+            handle,
+            settings=lambda: (registry.get_active_backend()[0], *(id(getattr(upstream, f)) for f in functions)),
+        )
 
 
 def _keep_what_is_constant(model: Any, handle: Handle) -> None:
@@ -253,9 +263,9 @@ def _keep_what_is_constant(model: Any, handle: Handle) -> None:
     if getattr(model, "prompt_modulation", False) or not model.config.get("use_prompt_embeddings", True):
         return  # the text is modulated anew at every step
     for projection in (model.caption_projection, model.audio_caption_projection):
-        if type(projection) is _Projection and "forward" not in projection.__dict__:
-            if source_hash(_Projection.forward) in _READ["projection"]:
-                _swap_class(projection, PixArtAlphaTextProjection, handle)
+        known = source_hash(_Projection.forward) in _READ["projection"]
+        if known and type(projection) is _Projection and "forward" not in projection.__dict__:
+            _swap_class(projection, PixArtAlphaTextProjection, handle)
     for block in model.transformer_blocks:
         for attn in (block.attn2, block.audio_attn2):
             if isinstance(attn.processor, _Processor):
@@ -286,15 +296,16 @@ class _Kept:
 
 class LTX2AudioVideoRotaryPosEmbed(_Kept, _Rope):  # the same name as upstream's
     def forward(self, coords: Tensor, device: Any = None) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling() or hooked(self):
+        if torch.compiler.is_compiling() or hooked(self) or "_bitfuse" not in self.__dict__:
             return _Rope.forward(self, coords, device)
-        settings = tuple((n, repr(v)) for n, v in self.__dict__.items() if isinstance(v, (int, float, str, tuple, list)))
+        plain = (int, float, str, tuple, list)
+        settings = tuple((name, repr(value)) for name, value in self.__dict__.items() if isinstance(value, plain))
         return self._bitfuse.of(coords, (str(device), settings), lambda: _Rope.forward(self, coords, device))
 
 
 class PixArtAlphaTextProjection(_Kept, _Projection):  # the same name as upstream's
     def forward(self, caption: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or hooked(self):
+        if torch.compiler.is_compiling() or hooked(self) or "_bitfuse" not in self.__dict__:
             return _Projection.forward(self, caption)
         weights = constant.weights(self.linear_1, self.linear_2)
         return self._bitfuse.of(caption, weights, lambda: _Projection.forward(self, caption))

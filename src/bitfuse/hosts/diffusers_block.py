@@ -126,6 +126,8 @@ class _State:
             if any(isinstance(t, Tensor) and t.requires_grad for t in given):
                 return "a gradient is required of the block's inputs or weights"
         for name, norm in self.norms:
+            if block._modules[name] is not norm or norm.eps != self.eps:
+                return f"{name} was replaced or changed meanwhile"
             if hooked(norm):
                 return f"a hook is attached to {name}, which is not called when it is fused"
         return None
@@ -139,7 +141,7 @@ class _State:
 
     def leave(self, reason: str) -> None:
         for site in self.sites.values():
-            site.fallen[reason] += 1
+            site.fall(reason)
 
 
 class LTX2VideoTransformerBlock(_Stock):
@@ -153,12 +155,13 @@ class LTX2VideoTransformerBlock(_Stock):
         return copyreg.__newobj__, (_Stock,), state  # type: ignore[attr-defined]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        state = self._bitfuse
+        # a hook that wrapped this method may still call it when the block is stock again, or in a copy of it
+        state = self.__dict__.get("_bitfuse")
+        if state is None or torch.compiler.is_compiling():
+            return _Stock.forward(self, *args, **kwargs)
         if (reason := state.why_stock(self, args, kwargs)) is not None:
             state.leave(reason)
-            return super().forward(*args, **kwargs)
+            return _Stock.forward(self, *args, **kwargs)
         return self._forward(state, *args, **kwargs)
 
     def _forward(
@@ -270,6 +273,7 @@ class LTX2VideoTransformerBlock(_Stock):
                     key_rotary_emb=ca_audio_rotary_emb,
                     attention_mask=a2v_cross_attention_mask,
                 )
+            for_a2v = None  # memory for the feed-forward; what the other stream reads stays until it has joined
             if use_v2a_cross_attention:
                 with on_side:
                     (audio_gate,) = self._ada(self.audio_a2v_cross_attn_scale_shift_table[4:], temb_ca_audio_gate)
@@ -284,6 +288,7 @@ class LTX2VideoTransformerBlock(_Stock):
         # 4. feed-forward
         mlp = _modulation(video[4], video[3])
         x, n = self._before_feed_forward(site["norm3"], x, attended, gate, mlp)
+        attended = None
         x = site["output"].call(GATED_RESIDUAL, x, self.ff(n), *video[5])
         with on_side:
             mlp = _modulation(audio[4], audio[3])

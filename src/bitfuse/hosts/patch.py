@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bitfuse.contract import Operator
 
@@ -34,6 +33,10 @@ def hooked(module: Any) -> bool:
     return bool(found["_forward_hooks"] or found["_forward_pre_hooks"] or "forward" in found)
 
 
+class NotFused(RuntimeError):
+    """With `strict=True`: the site that would have run the PyTorch chain, and why."""
+
+
 @dataclass
 class Site:
     """One place in a model where an operator may act, and what happened there.
@@ -41,6 +44,8 @@ class Site:
     declined    why this site was left as it was, or None when it was taken over
     fused       calls that ran the kernel
     fallen      calls that ran the PyTorch chain, by the reason
+    tiers       the ways in which calls were fused (`Operator.tiers`)
+    strict      raise `NotFused` instead of running the PyTorch chain
     """
 
     name: str
@@ -48,6 +53,8 @@ class Site:
     declined: str | None = None
     fused: int = 0
     fallen: Counter[str] = field(default_factory=Counter)
+    tiers: set[str] = field(default_factory=set)
+    strict: bool = False
 
     def call(self, operator: Operator, *args: Any) -> Any:
         """Run the operator and note which way the call went."""
@@ -56,13 +63,21 @@ class Site:
         route = operator.route(*args)
         if route.reason is None:
             self.fused += 1
+            if route.tier not in self.tiers:
+                self.tiers.add(str(route.tier))
         else:
-            self.fallen[route.reason] += 1
+            self.fall(route.reason)
         return route.run(*args)
+
+    def fall(self, reason: str) -> None:
+        """Note a call that is not fused, or raise where that is not wanted."""
+        if self.strict:
+            raise NotFused(f"{self.name}: {reason}")
+        self.fallen[reason] += 1
 
     def leave(self, chain: Callable[[], Any], reason: str) -> Any:
         """Run the host's own chain, for this reason."""
-        self.fallen[reason] += 1
+        self.fall(reason)
         return chain()
 
     @property
@@ -84,9 +99,10 @@ class Site:
 class Report:
     """What was fused of what was seen, and why the rest was not. Prints as a table; `as_dict()` is for programs."""
 
-    def __init__(self, host: str, sites: list[Site]):
+    def __init__(self, host: str, sites: list[Site], graphs: list[Any] | None = None):
         self.host = host
         self.sites = sites
+        self.graphs = graphs or []
 
     @property
     def seen(self) -> int:
@@ -102,6 +118,9 @@ class Report:
             "host": self.host,
             "sites_seen": self.seen,
             "sites_fused": self.fused,
+            "graphs": [
+                {"captures": g.captures, "replays": g.replays, "calls_without": dict(g.reasons)} for g in self.graphs
+            ],
             "sites": [
                 {
                     "name": site.name,
@@ -110,6 +129,7 @@ class Report:
                     "calls_fused": site.fused,
                     "calls_fallen_back": sum(site.fallen.values()),
                     "reasons": site.reasons,
+                    "tiers": sorted(site.tiers),
                 }
                 for site in self.sites
             ],
@@ -123,7 +143,7 @@ class Report:
         kinds: dict[tuple, dict[str, Any]] = {}
         for site in self.as_dict()["sites"]:
             name = ".".join("*" if part.isdigit() else part for part in site["name"].split("."))
-            key = (name, site["operator"], site["state"], tuple(site["reasons"]))
+            key = (name, site["operator"], site["state"], tuple(site["reasons"]), tuple(site["tiers"]))
             kind = kinds.setdefault(key, {**site, "name": name, "count": 0, "calls_fused": 0, "calls_fallen_back": 0})
             kind["count"] += 1
             kind["calls_fused"] += site["calls_fused"]
@@ -138,23 +158,28 @@ class Report:
             calls = f"{kind['calls_fused']} calls fused, {kind['calls_fallen_back']} not"
             why = f": {'; '.join(kind['reasons'])}" if kind["reasons"] else ""
             site = f"{kind['name']:<{width}}  {kind['count']:>3} x {kind['operator']}"
-            lines.append(f"  {site}  {kind['state']} ({calls}){why}")
+            tier = f" by {kind['tiers'][0]}" if kind["tiers"] else ""
+            lines.append(f"  {site}  {kind['state']}{tier} ({calls}){why}")
+        for graph in self.graphs:  # replays run no Python, so the sites above don't count them
+            lines.append(f"  CUDA graph: {graph.captures} captured, {graph.replays} replays")
+            lines += [f"    {count} calls without: {reason}" for reason, count in graph.reasons.items()]
         return "\n".join(lines)
 
 
 class Handle:
     """An acceleration in force: `report()` says what it does, `restore()` undoes it. Also a context manager."""
 
-    def __init__(self, host: str):
-        self.host = host
+    def __init__(self, host: str, strict: bool = False, cuda_graph: bool = False):
+        self.host, self.strict, self.cuda_graph = host, strict, cuda_graph
         self.sites: list[Site] = []
+        self.graphs: list[Any] = []  # `bitfuse.graphs.GraphedForward`, one for each model
         self._undo: list[Callable[[], object]] = []
 
     def on_restore(self, undo: Callable[[], object]) -> None:
         self._undo.append(undo)
 
     def report(self) -> Report:
-        return Report(self.host, self.sites)
+        return Report(self.host, self.sites, self.graphs)
 
     def restore(self) -> None:
         """Put every attribute back. Safe to call twice."""

@@ -17,11 +17,11 @@ from bitfuse.proof import lookalike
 # -- what a wrong kernel trips over ------------------------------------------------------------------------------------
 
 
-def families(*args: Any, names: tuple[str, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(family, arguments) with the same signature as `args`, whose `role`s their names tell."""
+def families(*args: Any, names: tuple[str, ...], few: bool = False) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(family, arguments) with the same signature as `args`, whose `role`s their names tell; `battery_shape` by `few`."""
     x = args[0]
     dtype, device = x.dtype, x.device
-    batch, tokens = battery_shape(*x.shape[:2])
+    batch, tokens = battery_shape(*x.shape[:2], few)
     generator = torch.Generator(device).manual_seed(21)
     for family, draw in DRAWS.items():
         found: list[Any] = []
@@ -115,17 +115,19 @@ def _special_rows(
         return _live(what, shape, dtype, generator, device) * _mask(shape, generator, device)
     tiny = torch.finfo(dtype).smallest_normal
     live = _normal(shape, generator, device)
-    kind = torch.arange(shape[0] * shape[1], device=device).view(shape[0], shape[1], 1) % 8
+    number = torch.arange(shape[0] * shape[1], device=device).view(shape[0], shape[1], 1)
+    kind = number % 8
     one = torch.zeros(shape, device=device)
     one[..., 7::61] = 1.0
-    some = _some([*shape[:-1], 1], dtype, generator, device)
+    few = values.specials(dtype, device).flip(0)  # each in its turn, NaN first: 32 rows of 128 are for 18 values
+    some = few[(number // 8 * 2 + (kind == 6)) % few.numel()]
     rows = torch.where(kind == 0, -torch.zeros_like(live), live)
     rows = torch.where(kind == 1, live * tiny, rows)
     rows = torch.where(kind == 2, live.sign() * torch.finfo(dtype).max, rows)
     rows = torch.where(kind == 3, one, rows)
     rows = torch.where(kind == 4, live * 2.0**-20, rows).to(dtype)
     at = torch.arange(shape[-1], device=device) == shape[-1] // 3
-    return torch.where((kind == 5) & at, some, rows)
+    return torch.where(((kind == 5) | (kind == 6)) & at, some, rows)
 
 
 DRAWS: dict[str, Callable[..., Tensor]] = {
@@ -254,9 +256,10 @@ def residual_mutants(in_norm: bool) -> tuple[Mutant, ...]:
     return tuple(found)
 
 
-def modulation_mutants() -> tuple[Mutant, ...]:
-    """Of kernels that modulate rows they have not normed."""
-    return (*step_mutants(), _flushed("factor = round_to(1.0 + scale, DTYPE)", "n"), last_lane())
+def modulation_mutants(normed: bool) -> tuple[Mutant, ...]:
+    """Of kernels that modulate rows as they come; `normed`: they come from a LayerNorm, which has no subnormals."""
+    flushed = () if normed else (_flushed("factor = round_to(1.0 + scale, DTYPE)", "n"),)
+    return (*step_mutants(), *flushed, last_lane())
 
 
 def step_mutants() -> tuple[Mutant, ...]:

@@ -233,9 +233,10 @@ def mask_stride(mask: Tensor | None) -> int:
     return 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
 
 
-def battery_shape(batch: int, tokens: int) -> tuple[int, int]:
-    """(B, T) of a battery: about 126 rows, and as few as the call's own below 16 rows, where ATen adds otherwise."""
-    if batch * tokens < 16:
+def battery_shape(batch: int, tokens: int, few: bool = False) -> tuple[int, int]:
+    """(B, T) of a battery: about 126 rows; with `few`, as few as the call's own below 16, where ATen's mean adds up
+    in another order (`bitfuse.reduction`)."""
+    if few and batch * tokens < 16:
         return batch, tokens
     if tokens == 1:
         return 126, 1

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from bitfuse.contract import Mutant, Operator, Plan, Tier, on_meta, outputs_like
+from bitfuse.contract import Audit, Operator, Plan, Tier, on_meta, outputs_like
 from bitfuse.kernel import kernel
 from bitfuse.ops import adaln_cases as geometry
 from bitfuse.ops import adaln_common as common
@@ -85,5 +84,7 @@ GATED_RESIDUAL = Operator(
     battery=partial(geometry.families, names=tuple(common.named(gated_residual, ()))),
     cases=geometry.cases(_of),
     mutants=geometry.residual_mutants(in_norm=False),
+    # r1, r4; r2. Four operands of 32 elements, 8 at a time
+    audits=(Audit("video, 768x512x121", {"add.rn.bf16": 2, "mul.rn.bf16": 1}, loads={16: 16}),),
     retiled=common.retiled,
 )

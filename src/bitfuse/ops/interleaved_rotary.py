@@ -160,7 +160,7 @@ def _mutants(in_fp32: bool) -> tuple[Mutant, ...]:
             options={"enable_fp_fusion": True},
             compiled_only=True,
         ),
-        Mutant("one rounding for product and sum", (("out = p + q", "out = tl.fma(turned, s, p)"),)),
+        Mutant("one rounding for product and sum", (("return p + q", "return tl.fma(turned, s, p)"),)),
         Mutant("-x as 0 - x", (("negate(odd)", "(0.0 - odd)"),)),
         Mutant(
             "subnormals flushed",

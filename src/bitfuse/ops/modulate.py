@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.contract import Operator, Plan, Tier, on_meta, outputs_like
+from bitfuse.contract import Audit, Operator, Plan, Tier, on_meta, outputs_like
 from bitfuse.kernel import kernel
 from bitfuse.ops import adaln_cases as geometry
 from bitfuse.ops import adaln_common as common
@@ -134,7 +133,9 @@ def _operator(reference: Any, source: str, tier: str) -> Operator:
         tiers=(Tier(tier, partial(_plan, reference=reference)),),
         battery=partial(geometry.families, names=tuple(common.named(reference, ()))),
         cases=geometry.cases(_of),
-        mutants=geometry.modulation_mutants(),
+        mutants=geometry.modulation_mutants(normed=reference is layer_norm_modulate),
+        # r1 twice, r2, r4; r3. Five operands of 32 elements, 8 at a time
+        audits=(Audit("video, 768x512x121", {"add.rn.bf16": 4, "mul.rn.bf16": 1}, loads={16: 20}),),
         retiled=common.retiled,
     )
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.contract import Mutant, Operator, Out, Plan, Tier, on_meta, outputs_like
+from bitfuse.contract import Audit, Mutant, Operator, Out, Plan, Tier, on_meta, outputs_like
 from bitfuse.ops import adaln_cases as geometry
 from bitfuse.ops import adaln_common as common
 from bitfuse.ops.adaln_common import HALVES, WARPS, modulated, power_of_2, residual_sum, row_strides, rows_per_program
@@ -96,7 +96,8 @@ def _emulated_rstd_composed(x: Tensor, eps: float) -> Tensor:
 def _emulated(*args: Any, reference: Callable[..., Any], rstd: _Norm) -> Any:
     """The reference's own steps, with the statistic in CUDA's order."""
     named = common.named(reference, args)
-    x, sums = named["x"], ()
+    x = named["x"]
+    sums: tuple[Tensor, ...] = ()
     if "y" in named:
         x = residual_sum(x, named["y"], named["gate"], named["gate_table"], named["mask"])
         sums = (x,)
@@ -193,6 +194,35 @@ _EMULATED_RSTD = {True: _emulated_rstd_native, False: _emulated_rstd_composed}
 _SOURCE = {True: "ltx-core, SGLang: F.rms_norm", False: "diffusers 0.37-0.42.1: normalization.RMSNorm"}
 
 
+def _audit(native: bool, residual: bool, modulations: int) -> Audit:
+    """Rows of 4096 on 128 threads, so 32 elements each.
+
+    For each: its square, the addition of that, x * rstd rounded; in a modulation two tables added, 1 + scale, + shift,
+    and one product; in a residual the gate's table, the product, the sum. Of the fp32 additions the first, to zero, is
+    gone. Per thread, LAYER_NORM: 5 + 2 folds, + eps. MEAN: 3 between the sums of a lane, 5 folds, + eps, and 1/N.
+    """
+    added, multiplied = 4 * modulations + 2 * residual, modulations + residual
+    once = {"add.rn.f32": 5 + 2 + 1 - 1, "div.rn.f32": 1, "rsqrt.approx.f32": 1}
+    if not native:
+        counts = {"cvt.rn.f32.s32": 1, "cvt.rn.f32.s64": 1, "mul.rn.f32": 1}
+        once |= {"add.rn.f32": 3 + 5 + 1 - 1, **counts}
+    return Audit(
+        "video, 768x512x121",
+        {
+            "add.rn.f32": 1,
+            "mul.rn.f32": 2,
+            "cvt.rn.bf16.f32": 1,
+            "add.rn.bf16": added,
+            "mul.rn.bf16": multiplied,
+        },
+        per_thread=once,
+        results=32,
+        # every operand 8 elements at a time; the row once more for the statistic, in vectors of 4 or one by one
+        loads={16: 4 * (1 + 4 * modulations + 3 * residual), **({8: 8} if native else {2: 32})},
+        stores={16: 4 * (modulations + residual), 4: 1},
+    )
+
+
 def operator(
     reference: Callable[..., Any], launched: Any, of: Callable[[geometry.Inputs], tuple[Any, ...]]
 ) -> Operator:
@@ -207,9 +237,10 @@ def operator(
             Tier("single pass", partial(plan, order=LAYER_NORM if native else MEAN)),
             Tier("ATen's statistic", partial(plan, order=GIVEN)),
         ),
-        battery=partial(geometry.families, names=names),
+        battery=partial(geometry.families, names=names, few=not native),
         cases=geometry.cases(of, HALVES),
         mutants=mutants(native, "y" in names),
+        audits=(_audit(native, "y" in names, 2 if "scale2" in names else 1),),
         emulated=partial(_emulated, reference=reference, rstd=_EMULATED_RSTD[native]),
         witness=partial(_statistic, reference=reference, rstd=_RSTD[native]),
         emulated_witness=partial(_statistic, reference=reference, rstd=_EMULATED_RSTD[native]),

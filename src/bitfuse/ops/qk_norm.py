@@ -15,7 +15,7 @@ NaN and infinities spread over their row as in the chain; signed zeros and subno
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,23 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.contract import Mutant, Operator, Out, Plan, Tier, fitting, on_meta, outputs_like, plain, runnable
+from bitfuse.contract import Operator, Out, Plan, Tier, on_meta, outputs_like
 from bitfuse.kernel import kernel, triton_dtype
 from bitfuse.numerics import addcmul_fuses, round_to
-from bitfuse.ops.adaln_cases import DRAWS
-from bitfuse.ops.adaln_common import HALVES, WARPS, battery_shape, named, power_of_2, rows_per_program
+from bitfuse.ops.adaln_common import WARPS, named, power_of_2, rows_per_program
 from bitfuse.ops.interleaved_rotary import interleaved_rotary_fp32, interleaved_rotary_per_op
-from bitfuse.ops.norm_common import fold_mutants
-from bitfuse.ops.rotary_common import RotaryCase, interleaved_misfit, split_misfit, turn_halves, turn_neighbours
+from bitfuse.ops.qk_common import Form, Turn, audits, battery, cases, mutants, why_not
+from bitfuse.ops.rotary_common import interleaved_misfit, split_misfit, turn_halves, turn_neighbours
 from bitfuse.ops.split_rotary import split_rotary_fp32, split_rotary_per_op
-from bitfuse.proof import lookalike, strides
+from bitfuse.proof import strides
 from bitfuse.reduction import GIVEN, LAYER_NORM, layer_norm_mean_square, row_rstd
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 _Pair = tuple[Tensor, Tensor]
-_Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 # -- references --------------------------------------------------------------------------------------------------------
@@ -124,7 +122,7 @@ def qk_rms_norm_interleaved_rotary_per_op(
 
 
 def _turned(
-    turn: _Turn,
+    turn: Turn,
     q: Tensor,
     k: Tensor,
     q_weight: Tensor,
@@ -211,7 +209,7 @@ def _qk_rms_norm_rotary_kernel(
         tl.store(out_ptr + start + lane, out.to(dtype), mask=here)
 
 
-def _plan(*args: Any, reference: Callable[..., Any], form: _Form, order: str) -> Plan:
+def _plan(*args: Any, reference: Callable[..., Any], form: Form, order: str) -> Plan:
     given = named(reference, args)
     q, k = given["q"], given["k"]
     width, per_program = q.shape[-1], rows_per_program()
@@ -247,7 +245,7 @@ def _plan(*args: Any, reference: Callable[..., Any], form: _Form, order: str) ->
     )
 
 
-def _table_strides(table: Tensor | None, x: Tensor, form: _Form) -> tuple[int, int, int]:
+def _table_strides(table: Tensor | None, x: Tensor, form: Form) -> tuple[int, int, int]:
     """(batch, token, head) strides of split tables, (batch, token, lane) of interleaved ones; 0 for absent tables."""
     if table is None:
         return 0, 0, 0
@@ -273,7 +271,7 @@ def _statistics(*args: Any, reference: Callable[..., Any], rstd: Callable[..., T
     return rstd(given["q"], given["q_weight"], eps), rstd(given["k"], given["k_weight"], eps)
 
 
-def _emulated(*args: Any, reference: Callable[..., Any], form: _Form) -> _Pair:
+def _emulated(*args: Any, reference: Callable[..., Any], form: Form) -> _Pair:
     """The reference's own steps, with the statistics in CUDA's order."""
     given = named(reference, args)
     outs = []
@@ -287,200 +285,23 @@ def _emulated(*args: Any, reference: Callable[..., Any], form: _Form) -> _Pair:
     return outs[0], outs[1]
 
 
-# -- when it doesn't fit -------------------------------------------------------------------------------------------------
-
-
-def _why_not(*args: Any, reference: Callable[..., Any], form: _Form) -> Iterator[str]:
-    given = named(reference, args)
-    tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
-    reasons = list(plain(tensors))
-    if not reasons:
-        reasons += fitting(reference, given, next(_misfits(given, form), None))
-    reasons += runnable(tensors)
-    q, width = given["q"], given["q"].shape[-1] if given["q"].ndim else 1
-    if q.dtype not in HALVES:
-        reasons.append(f"q is {q.dtype}; accepted: {', '.join(map(str, HALVES))}")
-    for name in ("k", "q_weight", "k_weight"):
-        if given[name].dtype != q.dtype:
-            reasons.append(f"{name} is {given[name].dtype} and q {q.dtype}; they must have one dtype")
-    for name in ("q", "k", "q_weight", "k_weight"):
-        if not given[name].is_contiguous():
-            reasons.append(f"{name} is not contiguous: its strides are {given[name].stride()}")
-    if width % 128 or width > 8192:
-        reasons.append(f"q is {width} wide; accepted: multiples of 128 up to 8192")
-    tables = {name: t for name, t in tensors.items() if name.endswith(("_cos", "_sin"))}
-    wanted = {q.dtype} if not form.in_fp32 else {torch.float32, torch.bfloat16, torch.float16}
-    for name, t in tables.items():
-        if t.dtype not in wanted or t.dtype != given["q_cos"].dtype:
-            accepted = (
-                "q's dtype" if not form.in_fp32 else "one of torch.float32, torch.bfloat16, torch.float16 for all"
-            )
-            reasons.append(f"{name} is {t.dtype}; accepted: {accepted}")
-        if form.turn == "halves" and t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1:
-            reasons.append(f"the last dimension of {name} has stride {t.stride(-1)}; accepted: 1")
-    if (max(q.numel(), given["k"].numel()) // max(1, width)) >= 2**30:
-        reasons.append(f"q {list(q.shape)} or k {list(given['k'].shape)} needs a larger grid than one launch has")
-    yield from reasons
-    product = torch.float32 if form.in_fp32 else q.dtype
-    if not reasons and form.turn == "halves" and addcmul_fuses(q.device, product) is None:
-        yield f"addcmul on {q.device} rounds neither once nor twice, so no kernel here equals it"
-
-
-def _misfits(given: dict[str, Any], form: _Form) -> Iterator[str]:
-    q, k = given["q"], given["k"]
-    if q.ndim != 3 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
-        yield f"q is {list(q.shape)} and k {list(k.shape)}; accepted: [B, T, N] and [B, S, N]"
-        return
-    for name in ("q_weight", "k_weight"):
-        if list(given[name].shape) != [q.shape[2]]:
-            yield f"{name} is {list(given[name].shape)}; accepted: [{q.shape[2]}]"
-    if form.misfit is None:
-        return
-    if (given["k_cos"] is None) != (given["k_sin"] is None):
-        yield "of k_cos and k_sin one is None; accepted: both or neither"
-        return
-    for side in "qk":
-        own = side if given[f"{side}_cos"] is not None else "q"
-        x, cos, sin = given[side], given[f"{own}_cos"], given[f"{own}_sin"]
-        if problem := form.misfit(x, cos, sin, form.in_fp32):
-            yield f"{side} and its tables: {problem}"
-
-
-# -- what a wrong kernel trips over, and geometries --------------------------------------------------------------------
-
-
-def _battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    given = named(reference, args)
-    device = given["q"].device
-    generator = torch.Generator(device).manual_seed(23)
-    shapes = {side: battery_shape(*given[side].shape[:2]) for side in "qk"}
-    batch = min(shape[0] for shape in shapes.values())
-    for family, draw in DRAWS.items():
-        found: list[Any] = []
-        for name, t in given.items():
-            if not isinstance(t, Tensor):
-                found.append(t)
-                continue
-            tokens = shapes[name[0]][1]
-            if name in ("q", "k"):
-                drawn = draw("x", [batch, tokens, t.shape[2]], t.dtype, generator, device)
-            elif t.ndim == 1:
-                drawn = draw("value", list(t.shape), t.dtype, generator, device)
-            else:
-                shape = list(t.shape)
-                shape[0], shape[-2] = (batch if shape[0] > 1 else 1), (tokens if shape[-2] > 1 else 1)
-                drawn = draw("value", shape, t.dtype, generator, device)
-                if family in ("live", "absorption", "special rows"):
-                    angle = 1e3 * torch.randn(shape, generator=generator, device=device)
-                    drawn = angle.cos() if name.endswith("cos") else angle.sin()
-            found.append(lookalike(t, drawn.to(t.dtype)))
-        yield family, tuple(found)
-
-
-@dataclass(frozen=True)
-class QKCase:
-    """A geometry: queries and keys like two `RotaryCase`s of one width. `real` marks those that LTX-2 hosts run."""
-
-    name: str
-    queries: RotaryCase
-    key_tokens: int | None = None  # None: as many as queries, which share their tables
-    turned: bool = True
-    misaligned: bool = False
-    real: bool = False
-
-    def arguments(self, device: torch.device | str, tokens: int | None = None, seed: int = 0) -> tuple[Any, ...]:
-        q, q_cos, q_sin = self.queries.arguments(device, tokens, seed)
-        keys = self.queries if self.key_tokens is None else replace(self.queries, tokens=self.key_tokens)
-        k, k_cos, k_sin = keys.arguments(device, tokens, seed + 1)
-        generator = torch.Generator(device).manual_seed(seed + 2)
-        weights = (
-            (1 + 0.1 * torch.randn(q.shape[2], generator=generator, device=device)).to(q.dtype) for _ in range(2)
-        )
-        if not self.turned:
-            return (q, k, *weights, 1e-6)
-        own = (None, None) if self.key_tokens is None else (k_cos, k_sin)
-        return (q, k, *weights, q_cos, q_sin, *own, 1e-6)
-
-
-def _cases(form: _Form) -> tuple[QKCase, ...]:
-    bf16, fp16 = torch.bfloat16, torch.float16
-
-    def case(
-        name: str, tokens: int, heads: int, head_dim: int, keys: int | None = None, real: bool = False, **kwargs: Any
-    ) -> QKCase:
-        dtype = kwargs.setdefault("x_dtype", bf16)
-        kwargs.setdefault("table_dtype", torch.float32 if form.in_fp32 else dtype)
-        of = RotaryCase(name, tokens, heads, head_dim, interleaved=form.turn == "neighbours", **kwargs)
-        if form.turn == "none" and keys is None:
-            keys = tokens
-        return QKCase(name, of, keys, turned=form.turn != "none", real=real)
-
-    return (
-        case("video self-attention, 768x512x121", 6144, 32, 128, real=True),
-        case("the same, batch 2 (guidance)", 6144, 32, 128, batch=2, real=True),
-        case("audio to video", 6144, 32, 64, keys=126, real=True),
-        case("video to audio", 126, 32, 64, keys=6144, real=True),
-        case("audio self-attention, 5 s", 126, 32, 64, real=True),
-        case("1536x1024x121", 24576, 32, 128, real=True),
-        case("to the text", 6144, 32, 128, keys=1024, real=True),
-        case("text connector, 30 heads", 1024, 30, 128, real=True),
-        case("small", 21, 4, 64, batch=2, keys=40),
-        case("1920 wide", 24, 30, 64),
-        case("head size 96", 17, 4, 96),
-        case("one token", 1, 32, 128, keys=3),
-        case("misaligned", 37, 4, 64, x_form="misaligned"),
-        case("fp16", 37, 4, 64, x_dtype=fp16),
-    )
-
-
 # -- the operators -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Form:
-    """How the rows are turned: TURN of the kernel, whether in fp32, the eager chain, and what its shapes must be."""
-
-    turn: str
-    in_fp32: bool = False
-    reference: _Turn | None = None
-    misfit: Callable[[Tensor, Tensor, Tensor, bool], str | None] | None = None
-
-
-def _mutants(form: _Form) -> tuple[Mutant, ...]:
-    halves = form.turn == "halves"
-    normed = "round_to(w1 * (rstd * x1), dtype)" if halves else "round_to(w * (rstd * x), dtype)"
-    bare = normed[len("round_to(") : -len(", dtype)")]
-    x = "x1" if halves else "x"
-    found = [
-        *fold_mutants(native=True),
-        Mutant("the weight before the statistic", ((bare, bare.replace(f"w{x[1:]} * (rstd * {x})", f"(w{x[1:]} * {x}) * rstd")),)),
-        Mutant("rounded before the weight", ((bare, bare.replace(f"(rstd * {x})", f"round_to(rstd * {x}, dtype)")),)),
-        Mutant("subnormals flushed", ((bare, bare.replace(f"* {x})", f"* tl.where(tl.abs({x}) < 1.1754943508222875e-38, {x} * 0.0, {x}))")),),
-               harmless_for=(torch.float16,)),
-        Mutant("the keys normed with the queries' weight", (("k_ptr, k_weight_ptr, k_rstd_ptr", "k_ptr, q_weight_ptr, k_rstd_ptr"),)),
-        Mutant("the last lane not written", (("here = inside & (lane < N", "here = inside & (lane + 1 < N"),)),
-    ]  # fmt: skip
-    if form.turn != "none":
-        found.append(Mutant("the norm not rounded", ((normed, bare),)))
-        found.append(Mutant("every token turned as token 0", (("batch * cos_batch + token * cos_token", "batch * cos_batch + token * 0"),)))  # fmt: skip
-    if halves:
-        found.append(Mutant("the sine's sign swapped", (("negate(s), x2", "s, x2"), ("(s, x1", "(negate(s), x1"))))
-    return tuple(found)
-
-
-def _operator(reference: Callable[..., Any], source: str, form: _Form) -> Operator:
+def _operator(reference: Callable[..., Any], source: str, form: Form) -> Operator:
     plan = partial(_plan, reference=reference, form=form)
     return Operator(
         reference,
         source,
-        why_not=partial(_why_not, reference=reference, form=form),
+        why_not=partial(why_not, reference=reference, form=form),
         tiers=(
             Tier("single pass", partial(plan, order=LAYER_NORM)),
             Tier("ATen's statistic", partial(plan, order=GIVEN)),
         ),
-        battery=partial(_battery, reference=reference),
-        cases=_cases(form),
-        mutants=_mutants(form),
+        battery=partial(battery, reference=reference),
+        cases=cases(form),
+        mutants=mutants(form),
+        audits=audits(form),
         emulated=partial(_emulated, reference=reference, form=form),
         witness=partial(_statistics, reference=reference, rstd=_rstd),
         emulated_witness=partial(_statistics, reference=reference, rstd=_emulated_rstd),
@@ -494,14 +315,14 @@ def _retiled(plan: Plan) -> Iterator[Plan]:
         yield replace(plan, grid=(2 * -(-rows // per_program), 1, 1), constants={**plan.constants, "ROWS": per_program})
 
 
-_HALVES_FP32 = _Form("halves", True, split_rotary_fp32, split_misfit)
-_HALVES_PER_OP = _Form("halves", False, split_rotary_per_op, split_misfit)
-_NEIGHBOURS_FP32 = _Form("neighbours", True, interleaved_rotary_fp32, interleaved_misfit)
-_NEIGHBOURS_PER_OP = _Form("neighbours", False, interleaved_rotary_per_op, interleaved_misfit)
+_HALVES_FP32 = Form("halves", True, split_rotary_fp32, split_misfit)
+_HALVES_PER_OP = Form("halves", False, split_rotary_per_op, split_misfit)
+_NEIGHBOURS_FP32 = Form("neighbours", True, interleaved_rotary_fp32, interleaved_misfit)
+_NEIGHBOURS_PER_OP = Form("neighbours", False, interleaved_rotary_per_op, interleaved_misfit)
 _DIFFUSERS = "diffusers 0.37-0.42.1: LTX2 attention processors"
 _LTX_CORE = "ltx-core, SGLang: attention"
 
-QK_RMS_NORM = _operator(qk_rms_norm, f"{_DIFFUSERS}; {_LTX_CORE}", _Form("none"))
+QK_RMS_NORM = _operator(qk_rms_norm, f"{_DIFFUSERS}; {_LTX_CORE}", Form("none"))
 QK_SPLIT_FP32 = _operator(qk_rms_norm_split_rotary_fp32, _DIFFUSERS, _HALVES_FP32)
 QK_SPLIT_PER_OP = _operator(qk_rms_norm_split_rotary_per_op, _LTX_CORE, _HALVES_PER_OP)
 QK_INTERLEAVED_FP32 = _operator(qk_rms_norm_interleaved_rotary_fp32, _DIFFUSERS, _NEIGHBOURS_FP32)
