@@ -75,6 +75,9 @@ class _ExactRounding:
         _LOCK.acquire()
         convert, fma = upstream._convert_float, upstream.InterpreterBuilder.create_fma
         self._saved = convert, fma
+        # A helper's call patches Triton's language and leaves it so (`InterpretedFunction.__call__`), as `tl.zeros`
+        owners = (tl, tl.core, tl.math, tl.dtype, tl.core.tensor, tl.core.tensor_descriptor_base)
+        self._language = [(owner, dict(vars(owner))) for owner in owners]
         self._errstate = np.errstate(all="ignore")  # inf - inf is data here, not a mistake
         self._errstate.__enter__()
         upstream._convert_float = lambda *args: _convert_float(*args, otherwise=convert)
@@ -82,6 +85,12 @@ class _ExactRounding:
 
     def __exit__(self, *exception: Any) -> None:
         upstream._convert_float, upstream.InterpreterBuilder.create_fma = self._saved
+        for owner, before in self._language:
+            for name, value in list(vars(owner).items()):
+                if name not in before:
+                    delattr(owner, name)
+                elif value is not before[name]:
+                    setattr(owner, name, before[name])
         self._errstate.__exit__(*exception)
         _LOCK.release()
 

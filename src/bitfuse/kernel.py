@@ -61,7 +61,7 @@ class Kernel:
         return tuple(inspect.signature(self.fn).parameters)
 
     def edited(self, *edits: tuple[str, str]) -> Kernel:
-        """A kernel whose source differs by these (old, new) texts, here or in a helper: a mutant for a battery to catch."""
+        """A kernel whose source differs by these (old, new) texts, here or in a helper: a mutant for batteries."""
         found = self._edited(edits, {})
         whole = "".join(k.source for k in self._tree())
         if missing := [old for old, _ in edits if old not in whole]:
@@ -132,9 +132,7 @@ class Kernel:
         return bound
 
 
-def kernel(
-    fn: Callable | None = None, *, do_not_specialize: tuple[str, ...] = (), twin: Callable | None = None
-) -> Any:
+def kernel(fn: Callable | None = None, *, do_not_specialize: tuple[str, ...] = (), twin: Callable | None = None) -> Any:
     """Decorator: what `@triton.jit` does, but not before the first launch.
 
     twin    the function to interpret instead, for one that uses what the interpreter lacks (inline assembly)

@@ -90,17 +90,18 @@ class _Processor:
         to_gate_logits = getattr(attn, "to_gate_logits", None)  # not in 0.37
         gate_logits = None if to_gate_logits is None else to_gate_logits(hidden_states)
         # The order of the projections is upstream's: gradients add up, and LoRA dropout draws, in that order.
-        value: Any = attn.to_v(context) if self.values_first and self.text is None else None
+        text = None if torch.compiler.is_compiling() else self.text
+        value: Any = attn.to_v(context) if self.values_first and text is None else None
         if all_perturbed:
             out = value  # spatio-temporal guidance: the values stand in for the attention
         else:
             query = attn.to_q(hidden_states)
-            if self.text is None:
+            if text is None:
                 key = attn.to_k(context)
                 value = attn.to_v(context) if value is None else value
             else:
                 weights = constant.weights(attn.to_k, attn.to_v)
-                key, value = self.text.of(context, weights, lambda: (attn.to_k(context), attn.to_v(context)))
+                key, value = text.of(context, weights, lambda: (attn.to_k(context), attn.to_v(context)))
             query, key = self._norm_and_turn(attn, query, key, query_rotary_emb, key_rotary_emb)
             out = upstream.dispatch_attention_fn(
                 query.unflatten(2, (attn.heads, -1)),
@@ -281,7 +282,8 @@ def _swap_class(module: Any, ours: type, handle: Handle) -> None:
     def undo() -> None:
         if type(module) is ours:
             module.__class__ = stock
-        module.__dict__.pop("_bitfuse", None)
+        if (kept := module.__dict__.pop("_bitfuse", None)) is not None:
+            kept.clear()
 
     handle.on_restore(undo)
 
@@ -291,7 +293,7 @@ class _Kept:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name != "_bitfuse"}
-        return copyreg.__newobj__, (type(self).__mro__[2],), state  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (type(self).__mro__[2], object, None), state  # type: ignore[attr-defined]
 
 
 class LTX2AudioVideoRotaryPosEmbed(_Kept, _Rope):  # the same name as upstream's

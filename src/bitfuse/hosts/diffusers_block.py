@@ -57,6 +57,11 @@ _SITES = {
 }
 
 
+def _sites(block: Any) -> dict[str, Any]:
+    modulated = getattr(block, "cross_attn_adaln", False)  # the text, in LTX-2.3
+    return {site: op for site, op in _SITES.items() if modulated or "text" not in site}
+
+
 class _Beside:
     """A second CUDA stream for the audio half of each block: its kernels are too small to fill a GPU by themselves.
 
@@ -114,9 +119,7 @@ class _State:
         self._children = [child for d in self._attributes for child in d["_modules"].values()]
         self.norms = [(norm, getattr(block, norm)) for norm in _VIDEO_NORMS + _AUDIO_NORMS]
         self.eps = self.norms[0][1].eps
-        self.sites = {site: Site(f"{name}.{site}", op.name) for site, op in _SITES.items()}
-        if not block.cross_attn_adaln:
-            del self.sites["text"], self.sites["audio_text"]
+        self.sites = {site: Site(f"{name}.{site}", op.name) for site, op in _sites(block).items()}
         handle.sites += self.sites.values()
 
     def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -152,7 +155,7 @@ class LTX2VideoTransformerBlock(_Stock):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy or a pickle of an accelerated block is a stock block."""
         state = {name: value for name, value in self.__dict__.items() if name != "_bitfuse"}
-        return copyreg.__newobj__, (_Stock,), state  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (_Stock, object, None), state  # type: ignore[attr-defined]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # a hook that wrapped this method may still call it when the block is stock again, or in a copy of it
@@ -201,7 +204,8 @@ class LTX2VideoTransformerBlock(_Stock):
         perturbed = perturbed if self.perturbed_attn else {}
         video = self._ada(self.scale_shift_table, temb)
         audio = self._ada(self.audio_scale_shift_table, temb_audio)
-        main, side = None, state.beside.of(x, state)
+        main: Any = None
+        side = state.beside.of(x, state)
         on_side: Any = contextlib.nullcontext() if side is None else torch.cuda.stream(side)
         if side is not None:
             main = torch.cuda.current_stream(x.device)
@@ -349,8 +353,7 @@ def accelerate(model: Any, handle: Handle, host: str) -> None:
         name = f"transformer_blocks.{index}"
         reason = next(_why_left_alone(block, host), None)
         if reason is not None:
-            for site, op in _SITES.items():
-                handle.sites.append(Site(f"{name}.{site}", op.name, reason))
+            handle.sites += [Site(f"{name}.{site}", op.name, reason) for site, op in _sites(block).items()]
             continue
         block._bitfuse = _State(block, name, values, beside, handle)
         block.__class__ = LTX2VideoTransformerBlock

@@ -1,4 +1,4 @@
-"""Geometries, batteries and mutants of the AdaLN operators: what LTX-2 hosts run, and what a wrong kernel trips over."""
+"""Geometries, batteries and mutants of the AdaLN operators: what LTX-2 hosts run, what wrong kernels trip over."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from bitfuse.proof import lookalike
 
 
 def families(*args: Any, names: tuple[str, ...], few: bool = False) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(family, arguments) with the same signature as `args`, whose `role`s their names tell; `battery_shape` by `few`."""
+    """(family, arguments) with the same signature as `args`, whose `role`s their names tell. few: `battery_shape`."""
     x = args[0]
     dtype, device = x.dtype, x.device
-    batch, tokens = battery_shape(*x.shape[:2], few)
+    batch, tokens = battery_shape(x.shape[0], x.shape[1], few)
     generator = torch.Generator(device).manual_seed(21)
     for family, draw in DRAWS.items():
         found: list[Any] = []
@@ -166,7 +166,7 @@ class Inputs:
         return self._randn(*shape)
 
     def value(self) -> Tensor:
-        """The next [B, T or 1, D] of a tensor of `ada_rows` of them side by side, as diffusers and ltx-core hold them."""
+        """The next [B, T or 1, D] of a tensor of `ada_rows` of them side by side, as hosts hold them."""
         self._taken = (self._taken + 1) % self.case.ada_rows
         return self._values.unflatten(-1, (self.case.ada_rows, -1))[:, :, self._taken]
 

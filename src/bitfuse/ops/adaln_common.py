@@ -145,7 +145,7 @@ def named(reference: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any
 
 
 def role(name: str) -> str:
-    """What the argument of this name is: x (rows that are normed), y (rows that are added), value, table, mask, other."""
+    """What the argument of this name is: x (rows that are normed), y (rows to add), value, table, mask, other."""
     if name in ("x", "y", "mask"):
         return name
     if name.endswith("_table"):

@@ -46,7 +46,7 @@ def _gated_residual_kernel(
     rows, tokens, gate_batch: tl.int64, gate_token: tl.int64, mask_batch: tl.int64,
     N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row, batch, token, start, lane, inside, here = tile_of_rows(rows, tokens, N, WIDTH, ROWS)
+    _row, batch, token, start, lane, inside, here = tile_of_rows(rows, tokens, N, WIDTH, ROWS)
     add_residual(
         x_ptr, y_ptr, gate_ptr, gate_table_ptr, mask_ptr, out_ptr, start,
         batch * gate_batch + token * gate_token, batch * mask_batch, lane, inside, here, x_ptr.dtype.element_ty,

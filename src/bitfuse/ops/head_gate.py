@@ -97,7 +97,7 @@ def _misfits(out: Tensor, logits: Tensor) -> Iterator[str]:
     if out.ndim != 3 or logits.ndim != 3:
         yield f"out is {list(out.shape)} and logits {list(logits.shape)}; accepted: [B, T, H*D] and [B, T, H]"
     elif out.shape[:2] != logits.shape[:2] or (logits.shape[2] and out.shape[2] % logits.shape[2]):
-        yield f"logits is {list(logits.shape)}; accepted with out {list(out.shape)}: its B and T, and a divisor of its width"
+        yield f"logits is {list(logits.shape)}; accepted with out {list(out.shape)}: its B and T, and a divisor of its width"  # noqa: E501
 
 
 def _battery(out: Tensor, logits: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
@@ -158,11 +158,11 @@ HEAD_GATE = Operator(
         HeadGateCase("one token", 1, 32, 128),
     ),
     mutants=(
-        Mutant("the sigmoid not rounded", (("round_to(divide(1.0, 1.0 + exponential(negate(logit))), dtype)", "divide(1.0, 1.0 + exponential(negate(logit)))"),)),
+        Mutant("the sigmoid not rounded", (("round_to(divide(1.0, 1.0 + exponential(negate(logit))), dtype)", "divide(1.0, 1.0 + exponential(negate(logit)))"),)),  # noqa: E501
         Mutant("the sigmoid of the negative", (("exponential(negate(logit))", "exponential(logit)"),)),
         Mutant("not doubled", (("2.0 * sigmoid", "sigmoid"),)),
         Mutant("subnormals flushed", (("x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)",
-                                       "x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)\n    x = tl.where(tl.abs(x) < 1.1754943508222875e-38, x * 0.0, x)"),)),
+                                       "x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)\n    x = tl.where(tl.abs(x) < 1.1754943508222875e-38, x * 0.0, x)"),)),  # noqa: E501
         Mutant("the last lane not written", (("lane < HEAD_DIM", "lane < HEAD_DIM - 1"),)),
     ),
     audits=(Audit(

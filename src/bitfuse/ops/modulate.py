@@ -67,7 +67,7 @@ def _modulate_kernel(
     rows, tokens, scale_batch: tl.int64, scale_token: tl.int64, shift_batch: tl.int64, shift_token: tl.int64,
     N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    row, batch, token, start, lane, inside, here = tile_of_rows(rows, tokens, N, WIDTH, ROWS)
+    _row, batch, token, start, lane, _inside, here = tile_of_rows(rows, tokens, N, WIDTH, ROWS)
     n = tl.load(x_ptr + start + lane, mask=here, other=0.0).to(tl.float32)
     store_modulated(
         n, out_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr, start,
@@ -84,7 +84,7 @@ def _modulate_normed_kernel(
     N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The same for rows that ATen has normed; x itself is not read."""
-    row, batch, token, start, lane, inside, here = tile_of_rows(rows, tokens, N, WIDTH, ROWS)
+    _row, batch, token, start, lane, _inside, here = tile_of_rows(rows, tokens, N, WIDTH, ROWS)
     n = tl.load(normed_ptr + start + lane, mask=here, other=0.0).to(tl.float32)
     store_modulated(
         n, out_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr, start,

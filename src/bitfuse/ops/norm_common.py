@@ -24,7 +24,7 @@ from bitfuse.reduction import GIVEN, LAYER_NORM, MEAN, layer_norm_mean_square, m
 _Norm = Callable[[Tensor, float], Tensor]
 
 
-# -- the norms, eager ---------------------------------------------------------------------------------------------------
+# -- the norms, eager --------------------------------------------------------------------------------------------------
 
 
 def native(x: Tensor, eps: float) -> Tensor:
@@ -187,7 +187,7 @@ def mutants(native: bool, residual: bool) -> tuple[Mutant, ...]:
     )
 
 
-# -- operators -----------------------------------------------------------------------------------------------------------
+# -- operators ---------------------------------------------------------------------------------------------------------
 
 _RSTD = {True: _rstd_native, False: _rstd_composed}
 _EMULATED_RSTD = {True: _emulated_rstd_native, False: _emulated_rstd_composed}

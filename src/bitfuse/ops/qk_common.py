@@ -34,7 +34,7 @@ class Form:
     misfit: Callable[[Tensor, Tensor, Tensor, bool], str | None] | None = None
 
 
-# -- when it doesn't fit -------------------------------------------------------------------------------------------------
+# -- when it doesn't fit -----------------------------------------------------------------------------------------------
 
 
 def why_not(*args: Any, reference: Callable[..., Any], form: Form) -> Iterator[str]:
@@ -187,16 +187,16 @@ def mutants(form: Form) -> tuple[Mutant, ...]:
     x = "x1" if halves else "x"
     found = [
         *fold_mutants(native=True),
-        Mutant("the weight before the statistic", ((bare, bare.replace(f"w{x[1:]} * (rstd * {x})", f"(w{x[1:]} * {x}) * rstd")),)),
+        Mutant("the weight before the statistic", ((bare, bare.replace(f"w{x[1:]} * (rstd * {x})", f"(w{x[1:]} * {x}) * rstd")),)),  # noqa: E501
         Mutant("rounded before the weight", ((bare, bare.replace(f"(rstd * {x})", f"round_to(rstd * {x}, dtype)")),)),
-        Mutant("subnormals flushed", ((bare, bare.replace(f"* {x})", f"* tl.where(tl.abs({x}) < 1.1754943508222875e-38, {x} * 0.0, {x}))")),),
+        Mutant("subnormals flushed", ((bare, bare.replace(f"* {x})", f"* tl.where(tl.abs({x}) < 1.1754943508222875e-38, {x} * 0.0, {x}))")),),  # noqa: E501
                harmless_for=(torch.float16,)),
-        Mutant("the keys normed with the queries' weight", (("k_ptr, k_weight_ptr, k_rstd_ptr", "k_ptr, q_weight_ptr, k_rstd_ptr"),)),
+        Mutant("the keys normed with the queries' weight", (("k_ptr, k_weight_ptr, k_rstd_ptr", "k_ptr, q_weight_ptr, k_rstd_ptr"),)),  # noqa: E501
         Mutant("the last lane not written", (("here = inside & (lane < N", "here = inside & (lane + 1 < N"),)),
     ]  # fmt: skip
     if form.turn != "none":
         found.append(Mutant("the norm not rounded", ((normed, bare),)))
-        found.append(Mutant("every token turned as token 0", (("batch * cos_batch + token * cos_token", "batch * cos_batch + token * 0"),)))  # fmt: skip
+        found.append(Mutant("every token turned as token 0", (("batch * cos_batch + token * cos_token", "batch * cos_batch + token * 0"),)))  # fmt: skip  # noqa: E501
     if halves:
         found.append(Mutant("the sine's sign swapped", (("negate(s), x2", "s, x2"), ("(s, x1", "(negate(s), x1"))))
     return tuple(found)

@@ -75,7 +75,7 @@ def _rms_norm_modulate_kernel(
     N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    row, batch, token, start, lane, inside, here = tile_of_rows(rows, tokens, N, WIDTH, ROWS)
+    row, batch, token, start, lane, _inside, here = tile_of_rows(rows, tokens, N, WIDTH, ROWS)
     x = tl.load(x_ptr + start + lane, mask=here, other=0.0).to(tl.float32)
     rstd = row_rstd(x_ptr + start, rstd_ptr, row, rows, eps, N, ROWS, ORDER, LANES)
     n = round_to(x * rstd, dtype)  # r1
