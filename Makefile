@@ -9,7 +9,7 @@ demo: $(READY)
 	$(VENV)/bin/bitfuse demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n auto
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 test-gpu: $(READY)
 	$(VENV)/bin/python -m pytest -m gpu

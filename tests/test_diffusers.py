@@ -259,11 +259,7 @@ def test_restore_puts_every_attribute_back(config, device):
     assert {key[1] for key in changed} == {"processor", "__class__", "_bitfuse"}
     touched = {(key[1], _without_layer(key[0])) for key in changed}
     ropes = {("__class__", name) for name in ("rope", "audio_rope", "cross_attn_rope", "cross_attn_audio_rope")}
-    kept = (
-        ropes
-        if config == "2.3"
-        else ropes | {("__class__", "caption_projection"), ("__class__", "audio_caption_projection")}
-    )
+    kept = ropes
     kept.add(("__class__", "block"))
     assert touched == {("processor", f"block.{a}") for a in ATTENTIONS} | kept | {("_bitfuse", n) for _, n in kept}
     run(model)
@@ -1089,7 +1085,7 @@ def test_what_is_kept_is_not_used_after_a_change(change, device):
     stock, model = make(device=device), make(device=device)
     fed = [_with_coords(stock), _with_coords(model)]
     before = _call(stock, fed[0])
-    bitfuse.accelerate(model)
+    bitfuse.accelerate(model, keep_text=True)
     for _ in range(2):
         assert_same(before, _call(model, fed[1]))
     kept = _kept(model)
@@ -1111,7 +1107,7 @@ def test_two_prompts_in_turn_are_both_kept(device):
     fed[1]["encoder_hidden_states"] = -fed[1]["encoder_hidden_states"]
     expected = [_call(model, f) for f in fed]
     assert_differ(*expected)
-    bitfuse.accelerate(model)
+    bitfuse.accelerate(model, keep_text=True)
     for _ in range(3):
         for f, wanted in zip(fed, expected, strict=True):
             assert_same(wanted, _call(model, f))
@@ -1121,7 +1117,7 @@ def test_two_prompts_in_turn_are_both_kept(device):
 
 def test_what_is_kept_goes_with_its_prompt_and_on_restore(device):
     model = make(device=device)
-    handle = bitfuse.accelerate(model)
+    handle = bitfuse.accelerate(model, keep_text=True)
     fed = _with_coords(model)
     _call(model, fed)
     kept = _kept(model)
@@ -1139,7 +1135,7 @@ def test_nothing_is_kept_in_inference_mode(device):
     model = make(device=device)
     fed = _with_coords(model)
     expected = _call(model, fed)
-    handle = bitfuse.accelerate(model)
+    handle = bitfuse.accelerate(model, keep_text=True)
     with torch.inference_mode():
         inside = _with_coords(model)
         for _ in range(2):
@@ -1148,9 +1144,18 @@ def test_nothing_is_kept_in_inference_mode(device):
     assert {n for n, c in _kept(model).items() if c._kept or c.hits} == set()
 
 
+def test_the_text_is_kept_only_where_asked_for(device):
+    model = make(device=device)
+    handle = bitfuse.accelerate(model)
+    assert {name for name in _kept(model) if "rope" not in name} == set()
+    handle.restore()
+    bitfuse.accelerate(model, keep_text=True)
+    assert len({name for name in _kept(model) if "rope" not in name}) == 2 + 2 * LAYERS
+
+
 def test_the_text_of_a_model_that_modulates_it_is_not_kept(device):
     model = make(V23, device=device)
-    bitfuse.accelerate(model)
+    bitfuse.accelerate(model, keep_text=True)
     assert {name for name in _kept(model) if "rope" not in name} == set()
 
 

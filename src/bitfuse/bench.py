@@ -333,7 +333,7 @@ def _plain(
 
     resting = torch.cuda.memory_allocated()  # what bitfuse keeps from step to step counts as its own
     start = time.perf_counter()
-    handle = undo.enter_context(bitfuse.accelerate(model))
+    handle = undo.enter_context(bitfuse.accelerate(model, keep_text=True))
     out = trial.step()
     torch.cuda.synchronize()
     first = time.perf_counter() - start
@@ -358,7 +358,7 @@ def _graph(trial: _Trial, model: Any, expected: Any, undo: contextlib.ExitStack)
     import bitfuse
 
     before = reserved()
-    handle = undo.enter_context(bitfuse.accelerate(model, cuda_graph=True))
+    handle = undo.enter_context(bitfuse.accelerate(model, cuda_graph=True, keep_text=True))
     for _ in range(2):  # an eager step, and the one that captures
         trial.judge(expected, trial.step())
     held = reserved() - before

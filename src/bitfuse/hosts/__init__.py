@@ -15,12 +15,15 @@ _log = logging.getLogger("bitfuse")
 _active: weakref.WeakKeyDictionary[Any, Handle] = weakref.WeakKeyDictionary()
 
 
-def accelerate(target: Any, *, strict: bool = False, cuda_graph: bool = False) -> Handle:
+def accelerate(target: Any, *, strict: bool = False, cuda_graph: bool = False, keep_text: bool = False) -> Handle:
     """Run the elementwise chains of an LTX-2 model through fused kernels, in place, with the same bits.
 
     target        a diffusers LTX-2 pipeline, or an `LTX2VideoTransformer3DModel` (diffusers 0.37 or newer)
     strict        raise `NotFused` where something would fall back to the PyTorch chain
     cuda_graph    replay the whole forward as one CUDA graph, from the third call of a shape on
+    keep_text     LTX-2.0: keep the text's projections, keys and values from step to step (1.2 GB for a prompt of
+                  1024 tokens). Only where no weight is written through `.data` meanwhile, as peft does when it merges
+                  a LoRA: PyTorch counts no version for that, so such a write would not be noticed
 
     No weight is copied and no module replaced: state-dict keys, LoRA, hooks and `set_attention_backend` keep
     working. Each kernel is proved against the PyTorch chain in this process before its first use; whatever
@@ -34,16 +37,17 @@ def accelerate(target: Any, *, strict: bool = False, cuda_graph: bool = False) -
         raise TypeError(f"target is a {kind}; accepted: a diffusers LTX-2 pipeline or an LTX2VideoTransformer3DModel")
     if models[0] in _active:
         handle = _active[models[0]]
-        if (handle.strict, handle.cuda_graph) != (strict, cuda_graph):
+        if (handle.strict, handle.cuda_graph, handle.keep_text) != (strict, cuda_graph, keep_text):
             raise ValueError(
-                f"the model is accelerated already, with strict={handle.strict}, cuda_graph={handle.cuda_graph}; "
-                f"given strict={strict}, cuda_graph={cuda_graph}; restore() the first handle before"
+                f"the model is accelerated already, with strict={handle.strict}, cuda_graph={handle.cuda_graph}, "
+                f"keep_text={handle.keep_text}; given strict={strict}, cuda_graph={cuda_graph}, "
+                f"keep_text={keep_text}; restore() the first handle before"
             )
         return handle
 
     from bitfuse.hosts import diffusers as adapter
 
-    handle = Handle(adapter.NAME, strict, cuda_graph)
+    handle = Handle(adapter.NAME, strict, cuda_graph, keep_text)
     for model in models:
         adapter.accelerate(model, handle)
         _active[model] = handle
@@ -70,7 +74,7 @@ def _forget(handle: Handle) -> None:
 
 
 def accelerated(
-    target: Any, *, strict: bool = False, cuda_graph: bool = False
+    target: Any, *, strict: bool = False, cuda_graph: bool = False, keep_text: bool = False
 ) -> contextlib.AbstractContextManager[Handle]:
     """`with bitfuse.accelerated(pipe) as handle: ...`: accelerate, and restore at the end of the block.
 
@@ -78,7 +82,7 @@ def accelerated(
     """
     outer = next((_active[model] for model in _find(target) if model in _active), None)
     if outer is None:
-        return accelerate(target, strict=strict, cuda_graph=cuda_graph)
+        return accelerate(target, strict=strict, cuda_graph=cuda_graph, keep_text=keep_text)
     return contextlib.nullcontext(outer)
 
 

@@ -2,9 +2,10 @@
 
 "The same" means the same tensor object, of the same PyTorch version counter (every in-place op counts it up), and
 weights of the same storage and version: a fact that costs no wait for the device. A write through `.data` counts up
-no version and is not seen. A result is dropped when its input is freed, when two newer ones have come, and on
-`restore()`. Nothing is kept or used where a tensor has no version counter (inference mode), a CUDA graph is captured
-(it must not remember an address that may be freed), or somebody watches the ops.
+no version and is not seen, so what depends on weights is kept only with `keep_text=True`. A result is dropped when its
+input is freed, when two newer ones have come, and on `restore()`. Nothing is kept or used where a tensor has no version
+counter (inference mode), a CUDA graph is captured (it must not remember an address that may be freed), or somebody
+watches the ops.
 """
 
 from __future__ import annotations

@@ -257,10 +257,12 @@ def accelerate(model: Any, handle: Handle) -> None:
 
 
 def _keep_what_is_constant(model: Any, handle: Handle) -> None:
-    """The rotary tables, and in LTX-2.0 the text: its projections, and every block's keys and values of it."""
+    """The rotary tables, and in LTX-2.0, where asked for, the text: projections, and every block's keys and values."""
     for rope in (model.rope, model.audio_rope, model.cross_attn_rope, model.cross_attn_audio_rope):
         if type(rope) is _Rope and "forward" not in rope.__dict__ and source_hash(_Rope.forward) in _READ["rope"]:
             _swap_class(rope, LTX2AudioVideoRotaryPosEmbed, handle)
+    if not handle.keep_text:
+        return  # weights written through `.data` would not be noticed: only where the user says that none is
     if getattr(model, "prompt_modulation", False) or not model.config.get("use_prompt_embeddings", True):
         return  # the text is modulated anew at every step
     for projection in (model.caption_projection, model.audio_caption_projection):

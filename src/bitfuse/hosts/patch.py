@@ -169,8 +169,8 @@ class Report:
 class Handle:
     """An acceleration in force: `report()` says what it does, `restore()` undoes it. Also a context manager."""
 
-    def __init__(self, host: str, strict: bool = False, cuda_graph: bool = False):
-        self.host, self.strict, self.cuda_graph = host, strict, cuda_graph
+    def __init__(self, host: str, strict: bool = False, cuda_graph: bool = False, keep_text: bool = False):
+        self.host, self.strict, self.cuda_graph, self.keep_text = host, strict, cuda_graph, keep_text
         self.sites: list[Site] = []
         self.graphs: list[Any] = []  # `bitfuse.graphs.GraphedForward`, one for each model
         self._undo: list[Callable[[], object]] = []
