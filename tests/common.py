@@ -11,6 +11,9 @@ from torch import Tensor
 from bitfuse import OPERATORS, Operator
 from bitfuse.ops.rotary_common import RotaryCase
 
+# What all operators share (routes, registration) is tested on one of each file: the first.
+ONE_OF_EACH_FILE = list({o.reference.__module__: o for o in reversed(OPERATORS.values())}.values())[::-1]
+
 ROTARY = [o for o in OPERATORS.values() if isinstance(o.cases[0], RotaryCase)]
 
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import bitfuse
 from bitfuse import compare, proof
-from common import ROTARY, on_tensors, small, tensors_of
+from common import ONE_OF_EACH_FILE, ROTARY, on_tensors, small, tensors_of
 
-OPERATORS = list(bitfuse.OPERATORS.values())
+OPERATORS = ONE_OF_EACH_FILE
 each = pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
 each_rotary = pytest.mark.parametrize("operator", ROTARY, ids=lambda o: o.name)
 

@@ -30,9 +30,9 @@ from bitfuse.kernel import Kernel
 from bitfuse.ops import rotary_common
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32, INTERLEAVED_PER_OP
 from bitfuse.ops.split_rotary import SPLIT_FP32, SPLIT_PER_OP
-from common import ROTARY, on_tensors, small, tensors_of
+from common import ONE_OF_EACH_FILE, ROTARY, on_tensors, small, tensors_of
 
-OPERATORS = list(bitfuse.OPERATORS.values())
+OPERATORS = ONE_OF_EACH_FILE
 each = pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
 each_rotary = pytest.mark.parametrize("operator", ROTARY, ids=lambda o: o.name)
 
