@@ -14,8 +14,10 @@ LLVM respells arithmetic without changing its bits, so spellings of one rounding
 - `sub` counts as `add`: one rounding of a + (-b).
 - From Triton 3.7 and sm_100 on, `add.rn.f32.bf16` and `fma.rn.f32.bf16` count as `add.rn.f32` and `fma.rn.f32`:
   they take an operand in bf16, which is exact in fp32, and round their fp32 result once.
-- sm_80 has neither `mul.rn.bf16` nor `add.rn.bf16`; there they are `fma.rn.bf16` with the addend -0.0 or the
-  factor 1.0 or -1.0.
+- `mul.rn.bf16` and `add.rn.bf16` count as the fp32 operation and `cvt.rn.bf16.f32`, as kernels here spell them: of
+  bf16 operands the fp32 product is exact, and a sum that fp32 rounds comes out the same (24 >= 2 * 8 + 2 bits).
+  Which ones LLVM shortens differs between Triton 3.6 and 3.7.
+- sm_80 has neither; there they are `fma.rn.bf16` with the addend -0.0 or the factor 1.0 or -1.0.
 
 `.rn` in a name matters: ptxas may contract `mul.f32` and `add.f32` into a fused multiply-add, but never
 `mul.rn.f32` and `add.rn.f32`. Triton drops the `.rn` where FP fusion is on.
@@ -178,8 +180,9 @@ def _rounding(instructions: list[_Instruction]) -> Counter[str]:
             continue
         lanes, lane_bits = _lanes(parts)
         if _rounds(parts):
-            name = _name(opcode, sources, literals)
-            found[name] += sum(bool(bits >> i * lane_bits & ((1 << lane_bits) - 1)) for i in range(lanes))
+            results = sum(bool(bits >> i * lane_bits & ((1 << lane_bits) - 1)) for i in range(lanes))
+            for name in _names(opcode, sources, literals):
+                found[name] += results
         for source in sources:
             if packing:
                 use(source, bits, _bits(parts[-1]) // len(source))
@@ -199,8 +202,8 @@ def _rounds(parts: list[str]) -> bool:
     return parts[0] != "cvt" or bool({"rn", "rna", "rz", "rm", "rp", "rs", "rni", "rzi", "rmi", "rpi"} & set(parts))
 
 
-def _name(opcode: str, sources: list[list[str]], literals: dict[str, str]) -> str:
-    """The instruction without packing, `sub` as `add`, and the bf16 operations of sm_80 by what they compute."""
+def _names(opcode: str, sources: list[list[str]], literals: dict[str, str]) -> tuple[str, ...]:
+    """The instruction without packing, `sub` as `add`, and operations on bf16 by the two roundings they spare."""
     name = re.sub(r"\b(\w+\d)x2\b", r"\1", opcode)  # not ex2
     name = re.sub(r"^sub\.", "add.", name)
     name = re.sub(r"^((?:add|fma)\.rn\.f32)\.(?:bf16|f16)$", r"\1", name)
@@ -208,10 +211,12 @@ def _name(opcode: str, sources: list[list[str]], literals: dict[str, str]) -> st
         copies = 0x10001 if "x2" in opcode else 1
         a, b, c = (_literal(source[0], literals) for source in sources)
         if c == 0x8000 * copies:
-            return "mul.rn.bf16"
-        if {a, b} & {0x3F80 * copies, 0xBF80 * copies}:
-            return "add.rn.bf16"
-    return name
+            name = "mul.rn.bf16"
+        elif {a, b} & {0x3F80 * copies, 0xBF80 * copies}:
+            name = "add.rn.bf16"
+    if name in ("mul.rn.bf16", "add.rn.bf16"):
+        return name.replace("bf16", "f32"), "cvt.rn.bf16.f32"
+    return (name,)
 
 
 def _literal(operand: str, literals: dict[str, str]) -> int | None:

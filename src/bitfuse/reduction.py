@@ -92,16 +92,17 @@ def mean_square(row_ptr, inside, rows, N: tl.constexpr, ROWS: tl.constexpr, ORDE
     rows      how many the whole tensor has (ATen's 1/N comes from counts of the whole tensor)
     """
     element = tl.arange(0, 4 * LANES)[None, :]
-    place_sum = tl.zeros((ROWS, 4 * LANES), tl.float32)
-    lane_sum = tl.zeros((ROWS, LANES), tl.float32)
+    lane_sum, place_sum = 0.0, 0.0
     for step in tl.static_range((N + 4 * LANES - 1) // (4 * LANES)):
         at = step * 4 * LANES + element
         x = tl.load(row_ptr + at, mask=inside & (at < N), other=0.0).to(tl.float32)
+        # the first step starts the sums: an addition to zeros would be dropped by Triton 3.6 and kept by 3.7
         if ORDER == "layer norm":
             square0, square1, square2, square3 = vector_places(x * x, ROWS, LANES)
-            lane_sum = (((lane_sum + square0) + square1) + square2) + square3
+            lane_sum = square0 if step == 0 else lane_sum + square0
+            lane_sum = ((lane_sum + square1) + square2) + square3
         else:
-            place_sum += x * x
+            place_sum = x * x if step == 0 else place_sum + x * x
     if ORDER == "layer norm":
         warp_sum = fold(tl.reshape(lane_sum, (ROWS * 4, 32)), ROWS * 4, 32)
         mean = divide(fold(tl.reshape(warp_sum, (ROWS, 4)), ROWS, 4), N * 1.0)

@@ -85,6 +85,6 @@ GATED_RESIDUAL = Operator(
     cases=geometry.cases(_of),
     mutants=geometry.residual_mutants(in_norm=False),
     # r1, r4; r2. Four operands of 32 elements, 8 at a time
-    audits=(Audit("video, 768x512x121", {"add.rn.bf16": 2, "mul.rn.bf16": 1}, loads={16: 16}),),
+    audits=(Audit("video, 768x512x121", {"add.rn.f32": 2, "mul.rn.f32": 1, "cvt.rn.bf16.f32": 3}, loads={16: 16}),),
     retiled=common.retiled,
 )

@@ -135,7 +135,7 @@ def _operator(reference: Any, source: str, tier: str) -> Operator:
         cases=geometry.cases(_of),
         mutants=geometry.modulation_mutants(normed=reference is layer_norm_modulate),
         # r1 twice, r2, r4; r3. Five operands of 32 elements, 8 at a time
-        audits=(Audit("video, 768x512x121", {"add.rn.bf16": 4, "mul.rn.bf16": 1}, loads={16: 20}),),
+        audits=(Audit("video, 768x512x121", {"add.rn.f32": 4, "mul.rn.f32": 1, "cvt.rn.bf16.f32": 5}, loads={16: 20}),),
         retiled=common.retiled,
     )
 

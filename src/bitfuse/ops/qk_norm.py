@@ -203,8 +203,8 @@ def _qk_rms_norm_rotary_kernel(
         rstd = row_rstd(x_ptr + start, rstd_ptr, row, rows, eps, N, ROWS, ORDER, LANES)
         out = round_to(w * (rstd * x), dtype)  # r1
         if TURN == "neighbours":
-            c = tl.load(cos_ptr + cos_at + lane * cos_head, mask=here, other=0.0).to(tl.float32)
-            s = tl.load(sin_ptr + sin_at + lane * sin_head, mask=here, other=0.0).to(tl.float32)
+            c = tl.load(cos_ptr + cos_at + lane, mask=here, other=0.0).to(tl.float32)
+            s = tl.load(sin_ptr + sin_at + lane, mask=here, other=0.0).to(tl.float32)
             out = turn_neighbours(out, c, s, ROWS, WIDTH, PRODUCT)
         tl.store(out_ptr + start + lane, out.to(dtype), mask=here)
 
@@ -246,12 +246,12 @@ def _plan(*args: Any, reference: Callable[..., Any], form: Form, order: str) -> 
 
 
 def _table_strides(table: Tensor | None, x: Tensor, form: Form) -> tuple[int, int, int]:
-    """(batch, token, head) strides of split tables, (batch, token, lane) of interleaved ones; 0 for absent tables."""
+    """(batch, token, head) strides of split tables, (batch, token, 0) of interleaved ones; 0 for absent tables."""
     if table is None:
         return 0, 0, 0
     if form.turn == "neighbours":
-        batch, token, lane = strides(table.expand(x.shape))
-        return batch, token, lane
+        batch, token, _ = strides(table.expand(x.shape))
+        return batch, token, 0
     _, heads, tokens, half = table.shape
     batch, head, token, _ = strides(table.expand(x.shape[0], heads, tokens, half))
     return batch, token, head
