@@ -211,6 +211,11 @@ class Mutant:
         return replace(plan, kernel=_edited(plan.kernel, self.edits), options=self.options)
 
 
+def flushed(name: str) -> str:
+    """For mutants: source of a value of this name whose subnormals in fp32 are set to zero."""
+    return f"tl.where(tl.abs({name}) < 1.1754943508222875e-38, {name} * 0.0, {name})"
+
+
 @functools.cache
 def _edited(kernel: Kernel, edits: tuple[tuple[str, str], ...]) -> Kernel:
     return kernel.edited(*edits)

@@ -29,6 +29,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n: what the sides of a tile must be."""
+    return 1 << (n - 1).bit_length()
+
+
 @contextlib.contextmanager
 def interpreter() -> Iterator[None]:
     """Within this block kernels take CPU tensors and run in Triton's interpreter, as under TRITON_INTERPRET=1."""

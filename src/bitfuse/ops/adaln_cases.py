@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitfuse import values
-from bitfuse.contract import Mutant
+from bitfuse.contract import Mutant, flushed
 from bitfuse.ops.adaln_common import FLOATS, battery_shape, role
 from bitfuse.proof import lookalike
 
@@ -179,9 +179,6 @@ class Inputs:
             return None
         return (torch.arange(self.case.batch, device=self.device) % 2).to(self.case.dtype)[:, None, None]
 
-    def vector(self, scale: float = 1.0) -> Tensor:
-        return self._randn(self.case.width, scale=scale)
-
 
 @dataclass(frozen=True)
 class AdalnCase:
@@ -278,8 +275,8 @@ def _table_mutant() -> Mutant:
 
 
 def _flushed(line: str, name: str) -> Mutant:
-    flush = f"{name} = tl.where(tl.abs({name}) < 1.1754943508222875e-38, {name} * 0.0, {name})"
-    return Mutant("subnormals flushed", ((line, f"{line}\n    {flush}"),), harmless_for=(torch.float16,))
+    edit = (line, f"{line}\n    {name} = {flushed(name)}")
+    return Mutant("subnormals flushed", (edit,), harmless_for=(torch.float16,))
 
 
 def last_lane() -> Mutant:

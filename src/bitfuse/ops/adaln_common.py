@@ -8,15 +8,15 @@ the timestep's value, rounded to their dtype, which is how the hosts form it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bitfuse.contract import Plan, fitting, plain, runnable
-from bitfuse.kernel import interpreting, kernel
+from bitfuse.contract import Plan, fitting, on_meta, outputs_like, plain, runnable
+from bitfuse.kernel import interpreting, kernel, power_of_2
 from bitfuse.numerics import round_to
 from bitfuse.proof import strides
 
@@ -40,9 +40,36 @@ def rows_per_program() -> int:
     return _INTERPRETED_ROWS if interpreting() else ROWS
 
 
-def power_of_2(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
+def rows_plan(
+    launched: Any,
+    reference: Callable[..., Any],
+    args: tuple[Any, ...],
+    scalars: tuple[float, ...] = (),
+    constants: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Plan:
+    """One launch over the rows of x [B, T, D], for kernels whose scalars and constants are
+
+    rows, tokens, `scalars`, (batch, token) strides of gate, batch stride of mask, (batch, token) strides of scale,
+    shift, scale2, shift2, as far as the reference has them; N, WIDTH, ROWS, `constants`
+    """
+    given = named(reference, args)
+    x = given["x"]
+    _, tokens, width = x.shape
+    rows, per_program = x.numel() // width, rows_per_program()
+    strides_of: list[int] = []
+    for name in ("gate", "mask", "scale", "shift", "scale2", "shift2"):
+        if name in given:
+            strides_of += mask_stride(given[name]) if name == "mask" else row_strides(given[name], x)
+    return Plan(
+        launched,
+        (-(-rows // per_program), 1, 1),
+        (rows, tokens, *scalars, *strides_of),
+        {"N": width, "WIDTH": power_of_2(width), "ROWS": per_program, **(constants or {})},
+        WARPS,
+        outputs_like(on_meta(reference, *args)),
+        **more,
+    )
 
 
 def retiled(plan: Plan) -> Iterable[Plan]:
@@ -228,9 +255,9 @@ def row_strides(value: Tensor | None, x: Tensor) -> tuple[int, int]:
     return (0 if value.shape[0] == 1 else batch), (0 if value.shape[1] == 1 else token)
 
 
-def mask_stride(mask: Tensor | None) -> int:
+def mask_stride(mask: Tensor | None) -> tuple[int]:
     """Batch stride of a perturbation mask, 0 where one serves all."""
-    return 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
+    return (0 if mask is None or mask.shape[0] == 1 else mask.stride(0),)
 
 
 def battery_shape(batch: int, tokens: int, few: bool = False) -> tuple[int, int]:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bitfuse.contract import Audit, Operator, Plan, Tier, on_meta, outputs_like
+from bitfuse.contract import Audit, Operator, Plan, Tier
 from bitfuse.kernel import kernel
 from bitfuse.ops import adaln_cases as geometry
 from bitfuse.ops import adaln_common as common
-from bitfuse.ops.adaln_common import add_residual, power_of_2, residual_sum, row_strides, rows_per_program, tile_of_rows
+from bitfuse.ops.adaln_common import add_residual, residual_sum, rows_plan, tile_of_rows
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -54,18 +54,7 @@ def _gated_residual_kernel(
 
 
 def _plan(*args: Any) -> Plan:
-    named = common.named(gated_residual, args)
-    x, mask = named["x"], named["mask"]
-    _, tokens, width = x.shape
-    rows, per_program = x.numel() // width, rows_per_program()
-    return Plan(
-        _gated_residual_kernel,
-        (-(-rows // per_program), 1, 1),
-        (rows, tokens, *row_strides(named["gate"], x), common.mask_stride(mask)),
-        {"N": width, "WIDTH": power_of_2(width), "ROWS": per_program},
-        common.WARPS,
-        outputs_like(on_meta(gated_residual, *args)),
-    )
+    return rows_plan(_gated_residual_kernel, gated_residual, args)
 
 
 def _why_not(*args: Any) -> Iterator[str]:

@@ -22,8 +22,20 @@ import torch
 from torch import Tensor
 
 from bitfuse import values
-from bitfuse.contract import Audit, Mutant, Operator, Plan, Tier, fitting, on_meta, outputs_like, plain, runnable
-from bitfuse.kernel import interpreting, kernel
+from bitfuse.contract import (
+    Audit,
+    Mutant,
+    Operator,
+    Plan,
+    Tier,
+    fitting,
+    flushed,
+    on_meta,
+    outputs_like,
+    plain,
+    runnable,
+)
+from bitfuse.kernel import interpreting, kernel, power_of_2
 from bitfuse.numerics import divide, exponential, negate, round_to
 from bitfuse.proof import lookalike
 
@@ -63,7 +75,7 @@ def _head_gate_kernel(
 
 def _plan(out: Tensor, logits: Tensor) -> Plan:
     head_dim = out.shape[2] // logits.shape[2]
-    lanes = 1 << (head_dim - 1).bit_length()
+    lanes = power_of_2(head_dim)
     per_program = max(1, (_INTERPRETED_ELEMENTS if interpreting() else _ELEMENTS) // lanes)
     constants = {"HEAD_DIM": head_dim, "LANES": lanes, "HEADS": per_program}
     grid = (-(-logits.numel() // per_program), 1, 1)
@@ -161,8 +173,7 @@ HEAD_GATE = Operator(
         Mutant("the sigmoid not rounded", (("round_to(divide(1.0, 1.0 + exponential(negate(logit))), dtype)", "divide(1.0, 1.0 + exponential(negate(logit)))"),)),  # noqa: E501
         Mutant("the sigmoid of the negative", (("exponential(negate(logit))", "exponential(logit)"),)),
         Mutant("not doubled", (("2.0 * sigmoid", "sigmoid"),)),
-        Mutant("subnormals flushed", (("x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)",
-                                       "x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)\n    x = tl.where(tl.abs(x) < 1.1754943508222875e-38, x * 0.0, x)"),)),  # noqa: E501
+        Mutant("subnormals flushed", (("(x * (2.0 * sigmoid)", f"({flushed('x')} * (2.0 * sigmoid)"),)),
         Mutant("the last lane not written", (("lane < HEAD_DIM", "lane < HEAD_DIM - 1"),)),
     ),
     audits=(Audit(

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bitfuse.contract import Audit, Mutant, Operator, Plan, Tier, on_meta, outputs_like
-from bitfuse.kernel import kernel, triton_dtype
+from bitfuse.contract import Audit, Mutant, Operator, Plan, Tier, flushed, on_meta, outputs_like
+from bitfuse.kernel import kernel, power_of_2, triton_dtype
 from bitfuse.ops.rotary_common import (
     WARPS,
     Reference,
@@ -31,7 +31,6 @@ from bitfuse.ops.rotary_common import (
     cases,
     families,
     interleaved_misfit,
-    power_of_2,
     retiled,
     tile,
     turn_neighbours,
@@ -164,7 +163,7 @@ def _mutants(in_fp32: bool) -> tuple[Mutant, ...]:
         Mutant("-x as 0 - x", (("negate(odd)", "(0.0 - odd)"),)),
         Mutant(
             "subnormals flushed",
-            (("even, odd =", "x = tl.where(tl.abs(x) < 1.1754943508222875e-38, x * 0.0, x)\n    even, odd ="),),
+            (("even, odd =", f"x = {flushed('x')}\n    even, odd ="),),
             harmless_for=(fp16,),
         ),
         Mutant("the last channel not written", (("lane < WIDTH", "lane < WIDTH - 1"),)),

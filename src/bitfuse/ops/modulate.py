@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.contract import Audit, Operator, Plan, Tier, on_meta, outputs_like
+from bitfuse.contract import Audit, Operator, Plan, Tier
 from bitfuse.kernel import kernel
 from bitfuse.ops import adaln_cases as geometry
 from bitfuse.ops import adaln_common as common
-from bitfuse.ops.adaln_common import modulated, power_of_2, row_strides, rows_per_program, store_modulated, tile_of_rows
+from bitfuse.ops.adaln_common import modulated, rows_plan, store_modulated, tile_of_rows
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -60,6 +60,21 @@ def layer_norm_modulate(
     return modulated(F.layer_norm(x, x.shape[-1:], eps=eps), scale, shift, scale_table, shift_table)
 
 
+@kernel
+def _modulate_rows(
+    n_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr, out_ptr,
+    rows, tokens, scale_batch, scale_token, shift_batch, shift_token,
+    N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    _row, batch, token, start, lane, _inside, here = tile_of_rows(rows, tokens, N, WIDTH, ROWS)
+    n = tl.load(n_ptr + start + lane, mask=here, other=0.0).to(tl.float32)
+    store_modulated(
+        n, out_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr, start,
+        batch * scale_batch + token * scale_token, batch * shift_batch + token * shift_token, lane, here,
+        n_ptr.dtype.element_ty,
+    )  # fmt: skip
+
+
 @kernel(do_not_specialize=("rows", "tokens"))
 def _modulate_kernel(
     x_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr,
@@ -67,12 +82,9 @@ def _modulate_kernel(
     rows, tokens, scale_batch: tl.int64, scale_token: tl.int64, shift_batch: tl.int64, shift_token: tl.int64,
     N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    _row, batch, token, start, lane, _inside, here = tile_of_rows(rows, tokens, N, WIDTH, ROWS)
-    n = tl.load(x_ptr + start + lane, mask=here, other=0.0).to(tl.float32)
-    store_modulated(
-        n, out_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr, start,
-        batch * scale_batch + token * scale_token, batch * shift_batch + token * shift_token, lane, here,
-        x_ptr.dtype.element_ty,
+    _modulate_rows(
+        x_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr, out_ptr,
+        rows, tokens, scale_batch, scale_token, shift_batch, shift_token, N, WIDTH, ROWS,
     )  # fmt: skip
 
 
@@ -84,31 +96,16 @@ def _modulate_normed_kernel(
     N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The same for rows that ATen has normed; x itself is not read."""
-    _row, batch, token, start, lane, _inside, here = tile_of_rows(rows, tokens, N, WIDTH, ROWS)
-    n = tl.load(normed_ptr + start + lane, mask=here, other=0.0).to(tl.float32)
-    store_modulated(
-        n, out_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr, start,
-        batch * scale_batch + token * scale_token, batch * shift_batch + token * shift_token, lane, here,
-        x_ptr.dtype.element_ty,
+    _modulate_rows(
+        normed_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr, out_ptr,
+        rows, tokens, scale_batch, scale_token, shift_batch, shift_token, N, WIDTH, ROWS,
     )  # fmt: skip
 
 
 def _plan(*args: Any, reference: Any) -> Plan:
-    named = common.named(reference, args)
-    x = named["x"]
-    _, tokens, width = x.shape
-    rows, per_program = x.numel() // width, rows_per_program()
-    normed = reference is layer_norm_modulate
-    return Plan(
-        _modulate_normed_kernel if normed else _modulate_kernel,
-        (-(-rows // per_program), 1, 1),
-        (rows, tokens, *row_strides(named["scale"], x), *row_strides(named["shift"], x)),
-        {"N": width, "WIDTH": power_of_2(width), "ROWS": per_program},
-        common.WARPS,
-        outputs_like(on_meta(reference, *args)),
-        before=_layer_norm if normed else None,
-        extras=(x.dtype,) if normed else (),
-    )
+    if reference is modulate:
+        return rows_plan(_modulate_kernel, reference, args)
+    return rows_plan(_modulate_normed_kernel, reference, args, before=_layer_norm, extras=(args[0].dtype,))
 
 
 def _layer_norm(*args: Any) -> tuple[Tensor]:

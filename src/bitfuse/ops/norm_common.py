@@ -8,6 +8,7 @@ statistic of the single pass is not ATen's (an order that is not known, a CPU), 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.contract import Audit, Mutant, Operator, Out, Plan, Tier, on_meta, outputs_like
+from bitfuse.contract import Audit, Mutant, Operator, Out, Plan, Tier, flushed
 from bitfuse.ops import adaln_cases as geometry
 from bitfuse.ops import adaln_common as common
-from bitfuse.ops.adaln_common import HALVES, WARPS, modulated, power_of_2, residual_sum, row_strides, rows_per_program
+from bitfuse.ops.adaln_common import HALVES, modulated, residual_sum, rows_plan
 from bitfuse.reduction import GIVEN, LAYER_NORM, MEAN, layer_norm_mean_square, mean_lanes, mean_mean_square
 
 _Norm = Callable[[Tensor, float], Tensor]
@@ -41,31 +42,15 @@ def composed(x: Tensor, eps: float) -> Tensor:
 
 def _plan(*args: Any, reference: Callable[..., Any], launched: Any, order: str, rstd: _Norm) -> Plan | str:
     named = common.named(reference, args)
-    x, eps = named["x"], named["eps"]
-    _, tokens, width = x.shape
-    rows = x.numel() // width
-    lanes = mean_lanes(rows, width) if order == MEAN else 128
+    batch, tokens, width = named["x"].shape
+    lanes = mean_lanes(batch * tokens, width) if order == MEAN else 128
     if lanes is None:
         return f"ATen splits rows of {width} between warps, in an order that is not reproduced here"
-    per_program = rows_per_program()
-    constants = {"N": width, "WIDTH": power_of_2(width), "ROWS": per_program, "ORDER": order, "LANES": lanes}
-    strides: list[int] = []
-    if "y" in named:
-        strides += (*row_strides(named["gate"], x), common.mask_stride(named["mask"]))
-    for name in ("scale", "shift", "scale2", "shift2"):
-        strides += row_strides(named[name], x) if name in named else ()
-    given = order == GIVEN
-    return Plan(
-        launched,
-        (-(-rows // per_program), 1, 1),
-        (rows, tokens, eps, *strides),
-        constants,
-        WARPS,
-        outputs_like(on_meta(reference, *args)),
-        witnesses=() if given else (Out((*x.shape[:2], 1), (tokens, 1, 1), torch.float32),),
-        before=partial(_statistic, reference=reference, rstd=rstd) if given else None,
-        extras=(torch.float32,) if given else (),
-    )
+    plan = rows_plan(launched, reference, args, (named["eps"],), {"ORDER": order, "LANES": lanes})
+    if order == GIVEN:
+        statistic = partial(_statistic, reference=reference, rstd=rstd)
+        return replace(plan, before=statistic, extras=(torch.float32,))
+    return replace(plan, witnesses=(Out((batch, tokens, 1), (tokens, 1, 1), torch.float32),))
 
 
 def _statistic(*args: Any, reference: Callable[..., Any], rstd: _Norm) -> tuple[Tensor]:
@@ -177,11 +162,10 @@ def fold_mutants(native: bool) -> tuple[Mutant, ...]:
 
 def mutants(native: bool, residual: bool) -> tuple[Mutant, ...]:
     normed = "n = round_to(x * rstd, dtype)"
-    flushed = "n = round_to(tl.where(tl.abs(x) < 1.1754943508222875e-38, x * 0.0, x) * rstd, dtype)"
     return (
         *fold_mutants(native),
         Mutant("the norm not rounded", ((normed, "n = x * rstd"),)),
-        Mutant("subnormals flushed", ((normed, flushed),), harmless_for=(torch.float16,)),
+        Mutant("subnormals flushed", ((normed, normed.replace("x", flushed("x"))),), harmless_for=(torch.float16,)),
         geometry.last_lane(),
         *geometry.step_mutants(),
         *(geometry.residual_mutants(in_norm=True) if residual else ()),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfuse.contract import Audit, Mutant, fitting, plain, runnable
+from bitfuse.contract import Audit, Mutant, fitting, flushed, plain, runnable
 from bitfuse.numerics import addcmul_fuses
 from bitfuse.ops.adaln_cases import DRAWS
 from bitfuse.ops.adaln_common import HALVES, battery_shape, named
@@ -189,7 +189,7 @@ def mutants(form: Form) -> tuple[Mutant, ...]:
         *fold_mutants(native=True),
         Mutant("the weight before the statistic", ((bare, bare.replace(f"w{x[1:]} * (rstd * {x})", f"(w{x[1:]} * {x}) * rstd")),)),  # noqa: E501
         Mutant("rounded before the weight", ((bare, bare.replace(f"(rstd * {x})", f"round_to(rstd * {x}, dtype)")),)),
-        Mutant("subnormals flushed", ((bare, bare.replace(f"* {x})", f"* tl.where(tl.abs({x}) < 1.1754943508222875e-38, {x} * 0.0, {x}))")),),  # noqa: E501
+        Mutant("subnormals flushed", ((bare, bare.replace(f"* {x})", f"* {flushed(x)})")),),
                harmless_for=(torch.float16,)),
         Mutant("the keys normed with the queries' weight", (("k_ptr, k_weight_ptr, k_rstd_ptr", "k_ptr, q_weight_ptr, k_rstd_ptr"),)),  # noqa: E501
         Mutant("the last lane not written", (("here = inside & (lane < N", "here = inside & (lane + 1 < N"),)),

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitfuse.contract import Operator, Out, Plan, Tier, on_meta, outputs_like
-from bitfuse.kernel import kernel, triton_dtype
+from bitfuse.kernel import kernel, power_of_2, triton_dtype
 from bitfuse.numerics import addcmul_fuses, round_to
-from bitfuse.ops.adaln_common import WARPS, named, power_of_2, rows_per_program
+from bitfuse.ops.adaln_common import WARPS, named, rows_per_program
 from bitfuse.ops.interleaved_rotary import interleaved_rotary_fp32, interleaved_rotary_per_op
 from bitfuse.ops.qk_common import Form, Turn, audits, battery, cases, mutants, why_not
 from bitfuse.ops.rotary_common import interleaved_misfit, split_misfit, turn_halves, turn_neighbours
@@ -257,7 +257,7 @@ def _table_strides(table: Tensor | None, x: Tensor, form: Form) -> tuple[int, in
     return batch, token, head
 
 
-def _rstd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rstd(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # with the weight: where that lies decides the order, too
     return torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight, eps)[1]
 
 

@@ -38,11 +38,6 @@ def tile() -> int:
     return _INTERPRETED_TILE if interpreting() else _TILE
 
 
-def power_of_2(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
-
-
 def retiled(plan: Plan) -> Iterator[Plan]:
     """The launch with few rows and with many in a program; how many there are is its first scalar."""
     for lanes in (1 << 7, 1 << 12):

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bitfuse.contract import Audit, Mutant, Operator, Plan, Tier, on_meta, outputs_like
-from bitfuse.kernel import kernel, triton_dtype
+from bitfuse.contract import Audit, Mutant, Operator, Plan, Tier, flushed, on_meta, outputs_like
+from bitfuse.kernel import kernel, power_of_2, triton_dtype
 from bitfuse.numerics import addcmul_fuses
 from bitfuse.ops.rotary_common import (
     WARPS,
@@ -34,7 +34,6 @@ from bitfuse.ops.rotary_common import (
     as_tokens,
     cases,
     families,
-    power_of_2,
     retiled,
     split_misfit,
     tile,
@@ -224,7 +223,7 @@ def _mutants(in_fp32: bool) -> tuple[Mutant, ...]:
         Mutant("-s as 0 - s", (("negate(s)", "(0.0 - s)"),)),
         Mutant(
             "subnormals flushed",
-            (("p1 = ", "x1 = tl.where(tl.abs(x1) < 1.1754943508222875e-38, x1 * 0.0, x1)\n    p1 = "),),
+            (("p1 = ", f"x1 = {flushed('x1')}\n    p1 = "),),
             harmless_for=(fp16,),
         ),
         Mutant("the last lane not written", (("lane < HALF", "lane < HALF - 1"),)),
