@@ -38,6 +38,8 @@ def _read_switch() -> bool:
 
 _on = _read_switch()
 
+condemned = 0  # kernels condemned after their proof, by audits: what was captured before that is not to be replayed
+
 # What may change what a PyTorch op does, read at every call: cheap, private names for public questions.
 _autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -171,6 +173,7 @@ class Route:
     mismatch       set where they are not fused and a kernel was seen to differ from the reference
     tier           the name of the operator's tier that they are fused by
     passed_over    why the tiers before that one were not taken
+    signature      of the kernel that they are fused by: what was proved, and may be condemned
     """
 
     run: Callable[..., Any]
@@ -178,6 +181,7 @@ class Route:
     mismatch: proof.Mismatch | None = None
     tier: str | None = None
     passed_over: tuple[str, ...] = ()
+    signature: tuple | None = None
 
     @property
     def fused(self) -> bool:
@@ -343,6 +347,25 @@ class Operator:
         self._routes.clear()
         self._launches.clear()
 
+    def condemn(self, route: Route, mismatch: proof.Mismatch) -> bool:
+        """Use the kernel of a fused route no more in this process: it was seen to differ after it had been proved.
+
+        Calls of its signature, of whatever layout, are decided anew: by the next tier that is proved, else by the
+        reference, with the mismatch's sentence. False where that had been done before.
+        """
+        tier = next(tier for tier in self.tiers if tier.name == route.tier)
+        assert route.signature is not None, "only a fused route has a kernel to condemn"
+        verdict = proof.known(self, tier, route.signature)
+        if verdict is not None and not verdict.equal:
+            return False
+        global condemned
+        condemned += 1
+        proof.condemn(self, tier, route.signature, mismatch)
+        for key, other in list(self._routes.items()):
+            if (other.tier, other.signature) == (route.tier, route.signature):
+                del self._routes[key]
+        return True
+
     def verdict(self, *args: Any) -> proof.Verdict:
         """The proof for the kernel that these arguments would launch: from this process's memory, or made now."""
         for tier in self.tiers:
@@ -390,11 +413,11 @@ class Operator:
         for tier in self.tiers:
             plan, verdict, new = self._proved(tier, args)
             if isinstance(plan, Plan) and verdict.equal:
-                run = self._runner(plan, args)
+                run, signature = self._runner(plan, args), plan.signature(args)
                 live = proof.compare_live(self, run, args) if new else None
                 if live is None:
-                    return Route(run, tier=tier.name, passed_over=tuple(passed_over)), final
-                verdict = proof.condemn(self, tier, plan.signature(args), live)
+                    return Route(run, tier=tier.name, passed_over=tuple(passed_over), signature=signature), final
+                verdict = proof.condemn(self, tier, signature, live)
             passed_over.append(verdict.sentence if len(self.tiers) == 1 else f"{tier.name}: {verdict.sentence}")
             mismatch, final = verdict.mismatch or mismatch, final and verdict.final
         return Route(self.reference, "; ".join(passed_over), mismatch), final

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Outputs = Tensor | tuple[Tensor, ...]
 """What a reference returns: a tensor, or a tuple of two or more."""
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size: integers of as many bytes
 _POISON = 0x7FA5  # a NaN no kernel writes: an output element left unwritten can't pass for a right one
 
 
@@ -72,19 +72,31 @@ def compare(expected: Outputs, found: Outputs) -> Mismatch | None:
         return Mismatch(f"there are {len(others)} outputs where the reference has {len(several)}")
     for i, (a, b) in enumerate(zip(several, others, strict=True)):
         if mismatch := _compare(a, b):
-            which = f"output {i}" if mismatch.count else f"of output {i}"
-            return replace(mismatch, sentence=f"{which} {mismatch.sentence}", output=i)
+            return of_output(i, mismatch)
     return None
 
 
-def _compare(expected: Tensor, found: Tensor) -> Mismatch | None:
+def of_output(i: int, mismatch: Mismatch) -> Mismatch:
+    """The mismatch, said of one output of several."""
+    which = f"output {i}" if mismatch.count else f"of output {i}"
+    return replace(mismatch, sentence=f"{which} {mismatch.sentence}", output=i)
+
+
+def form_mismatch(expected: Tensor, found: Tensor) -> Mismatch | None:
+    """What differs but for the bits: dtype, shape, device or strides. Doesn't wait for the device."""
     for what in ("dtype", "shape", "device"):
         a, b = getattr(expected, what), getattr(found, what)
         if a != b:
             return Mismatch(f"the {what} is {b} where the reference has {a}")
     if _strides(expected) != _strides(found):
         return Mismatch(f"the strides are {found.stride()} where the reference has {expected.stride()}")
-    bits = _BITS[expected.element_size()]
+    return None
+
+
+def _compare(expected: Tensor, found: Tensor) -> Mismatch | None:
+    if (mismatch := form_mismatch(expected, found)) is not None:
+        return mismatch
+    bits = BITS[expected.element_size()]
     differs = expected.view(bits) != found.view(bits)
     if expected.is_floating_point():
         differs &= ~(expected.isnan() & found.isnan())
@@ -92,11 +104,20 @@ def _compare(expected: Tensor, found: Tensor) -> Mismatch | None:
     if not count:
         return None
     flat = int(differs.reshape(-1).to(torch.uint8).argmax())
-    index = tuple(flat // math.prod(expected.shape[dim + 1 :]) % n for dim, n in enumerate(expected.shape))
-    digits = 2 * expected.element_size()
-    a, b = (f"0x{int(t[index].view(bits)) & (16**digits - 1):0{digits}x}" for t in (expected, found))
+    a, b = (int(t.reshape(-1)[flat].view(bits)) for t in (expected, found))
+    return bits_mismatch(expected.shape, expected.element_size(), flat, a, b, count)
+
+
+def bits_mismatch(shape: tuple[int, ...], size: int, flat: int, expected: int, found: int, count: int) -> Mismatch:
+    """Of a tensor of this shape and element size in bytes: `count` elements differ, the first at the flat index.
+
+    expected, found    its bits there, as integers of either sign
+    """
+    index = tuple(flat // math.prod(shape[dim + 1 :]) % n for dim, n in enumerate(shape))
+    digits = 2 * size
+    a, b = (f"0x{bits & (16**digits - 1):0{digits}x}" for bits in (expected, found))
     where = f"[{', '.join(map(str, index))}]"
-    sentence = f"differs at {where}: {b} where the reference has {a} ({count} of {expected.numel()} elements)"
+    sentence = f"differs at {where}: {b} where the reference has {a} ({count} of {math.prod(shape)} elements)"
     return Mismatch(sentence, index, a, b, count)
 
 
@@ -192,7 +213,7 @@ def compare_live(operator: Operator, run: Any, args: tuple[Any, ...]) -> Mismatc
 def poisoned(t: Tensor) -> Tensor:
     """Fill with a NaN pattern, in place."""
     if t.numel():
-        t.view(_BITS[t.element_size()]).fill_(_POISON if t.element_size() == 2 else 0x7FA5A5A5)
+        t.view(BITS[t.element_size()]).fill_(_POISON if t.element_size() == 2 else 0x7FA5A5A5)
     return t
 
 

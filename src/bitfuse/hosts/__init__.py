@@ -7,15 +7,24 @@ import functools
 import logging
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
-from bitfuse.hosts.patch import Handle, NotFused
+from bitfuse.hosts.patch import Handle, Options
 
 _log = logging.getLogger("bitfuse")
 _active: weakref.WeakKeyDictionary[Any, Handle] = weakref.WeakKeyDictionary()
 
 
-def accelerate(target: Any, *, strict: bool = False, cuda_graph: bool = False, keep_text: bool = False) -> Handle:
+def accelerate(
+    target: Any,
+    *,
+    strict: bool = False,
+    cuda_graph: bool = False,
+    keep_text: bool = False,
+    audit: int | None = None,
+    require: Sequence[str] = (),
+) -> Handle:
     """Run the elementwise chains of an LTX-2 model through fused kernels, in place, with the same bits.
 
     target        a diffusers LTX-2 pipeline, or an `LTX2VideoTransformer3DModel` (diffusers 0.37 or newer)
@@ -24,43 +33,63 @@ def accelerate(target: Any, *, strict: bool = False, cuda_graph: bool = False, k
     keep_text     LTX-2.0: keep the text's projections, keys and values from step to step (1.2 GB for a prompt of
                   1024 tokens). Only where no weight is written through `.data` meanwhile, as peft does when it merges
                   a LoRA: PyTorch counts no version for that, so such a write would not be noticed
+    audit         compute one fused call in so many again with the PyTorch chain, and compare every bit, without
+                  waiting for the device (`audit=64`, say). The report counts; a mismatch warns (`BitfuseWarning`) and
+                  takes that kernel out of use. Replays of a CUDA graph run no Python and are not audited
+    require       names of operators and sites, as in the report, or patterns with `*`: raise `NotFused` where one of
+                  these would fall back or was left alone
 
     No weight is copied and no module replaced: state-dict keys, LoRA, hooks and `set_attention_backend` keep
     working. Each kernel is proved against the PyTorch chain in this process before its first use; whatever
     can't be fused runs the PyTorch chain, and the handle's `report()` says why. `handle.restore()` undoes it.
-    Accelerating a model again returns the handle that is in force; ValueError where that was made with other options.
-    Raises TypeError for any other target.
+    Accelerating a model again returns the handle that is in force; ValueError where that was made with other options,
+    where an option is bad, and where `require` names nothing of this model. Raises TypeError for any other target.
     """
+    options = Options(strict=strict, cuda_graph=cuda_graph, keep_text=keep_text, audit=audit, require=require)
+    return _accelerate(target, options)
+
+
+def accelerated(target: Any, **options: Any) -> contextlib.AbstractContextManager[Handle]:
+    """`with bitfuse.accelerated(pipe) as handle: ...`: accelerate, and restore at the end of the block.
+
+    options    those of `accelerate`
+
+    Inside an acceleration that is already in force it changes nothing, and leaves that one in force.
+    """
+    wanted = Options(**options)
+    outer = next((_active[model] for model in _find(target) if model in _active), None)
+    return _accelerate(target, wanted) if outer is None else contextlib.nullcontext(outer)
+
+
+def _accelerate(target: Any, options: Options) -> Handle:
     models = _find(target)
     if not models:
         kind = f"{type(target).__module__}.{type(target).__qualname__}"
         raise TypeError(f"target is a {kind}; accepted: a diffusers LTX-2 pipeline or an LTX2VideoTransformer3DModel")
     if models[0] in _active:
         handle = _active[models[0]]
-        if (handle.strict, handle.cuda_graph, handle.keep_text) != (strict, cuda_graph, keep_text):
+        if handle.options != options:
             raise ValueError(
-                f"the model is accelerated already, with strict={handle.strict}, cuda_graph={handle.cuda_graph}, "
-                f"keep_text={handle.keep_text}; given strict={strict}, cuda_graph={cuda_graph}, "
-                f"keep_text={keep_text}; restore() the first handle before"
+                f"the model is accelerated already, with {handle.options}; given {options}; "
+                "restore() the first handle before"
             )
         return handle
 
     from bitfuse.hosts import diffusers as adapter
 
-    handle = Handle(adapter.NAME, strict, cuda_graph, keep_text)
-    for model in models:
-        adapter.accelerate(model, handle)
-        _active[model] = handle
+    handle = Handle(adapter.NAME, options)
     handle.on_restore(functools.partial(_forget, handle))
-    declined = [site for site in handle.sites if site.declined is not None]
-    if strict and declined:
+    try:
+        for model in models:
+            adapter.accelerate(model, handle)
+            _active[model] = handle
+        handle.watch_sites()
+    except BaseException:
         handle.restore()
-        raise NotFused(f"{declined[0].name}: {declined[0].declined}")
-    for site in handle.sites:
-        site.strict = strict
+        raise
     _log.info(
         "bitfuse: %d of %d sites taken over in %s; handle.restore() or BITFUSE=0 switches it off",
-        len(handle.sites) - len(declined),
+        sum(site.declined is None for site in handle.sites),
         len(handle.sites),
         adapter.NAME,
     )
@@ -71,19 +100,6 @@ def _forget(handle: Handle) -> None:
     # by the handle: one that held its model would keep 19 billion parameters alive through the registry
     for model in [model for model, active in _active.items() if active is handle]:
         del _active[model]
-
-
-def accelerated(
-    target: Any, *, strict: bool = False, cuda_graph: bool = False, keep_text: bool = False
-) -> contextlib.AbstractContextManager[Handle]:
-    """`with bitfuse.accelerated(pipe) as handle: ...`: accelerate, and restore at the end of the block.
-
-    Inside an acceleration that is already in force it changes nothing, and leaves that one in force.
-    """
-    outer = next((_active[model] for model in _find(target) if model in _active), None)
-    if outer is None:
-        return accelerate(target, strict=strict, cuda_graph=cuda_graph, keep_text=keep_text)
-    return contextlib.nullcontext(outer)
 
 
 def _find(target: Any) -> list[Any]:

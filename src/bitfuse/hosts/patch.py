@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import html
 import inspect
+import itertools
 import textwrap
+import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
-from bitfuse.contract import Operator
+from bitfuse.audit import Auditor
+from bitfuse.contract import Operator, Route
 
 
 def source_hash(fn: Callable) -> str | None:
@@ -34,7 +40,33 @@ def hooked(module: Any) -> bool:
 
 
 class NotFused(RuntimeError):
-    """With `strict=True`: the site that would have run the PyTorch chain, and why."""
+    """With `strict=True`, or of what `require` names: the site that would have run the PyTorch chain, and why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `bitfuse.accelerate` was asked for; its docstring says what each means. ValueError where one is bad."""
+
+    strict: bool = False
+    cuda_graph: bool = False
+    keep_text: bool = False
+    audit: int | None = None
+    require: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        audit, require = self.audit, self.require
+        if audit is not None and (not isinstance(audit, int) or isinstance(audit, bool) or audit < 1):
+            raise ValueError(f"audit is {audit!r}; accepted: None (off), or an int of at least 1: one call in so many")
+        names = tuple(require) if isinstance(require, Iterable) and not isinstance(require, str) else (None,)
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"require is {require!r}; accepted: a list of names of operators and sites")
+        object.__setattr__(self, "require", names)  # hashable, and equal where the names are
+
+    def __str__(self) -> str:
+        return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
+
+
+Observer = Callable[["Site", Operator, Route, tuple[Any, ...], Any], None]
 
 
 @dataclass
@@ -46,6 +78,7 @@ class Site:
     fallen      calls that ran the PyTorch chain, by the reason
     tiers       the ways in which calls were fused (`Operator.tiers`)
     strict      raise `NotFused` instead of running the PyTorch chain
+    observers   called after each call, on its stream, with (site, operator, route, arguments, result)
     """
 
     name: str
@@ -55,6 +88,7 @@ class Site:
     fallen: Counter[str] = field(default_factory=Counter)
     tiers: set[str] = field(default_factory=set)
     strict: bool = False
+    observers: tuple[Observer, ...] = ()
 
     def call(self, operator: Operator, *args: Any) -> Any:
         """Run the operator and note which way the call went."""
@@ -67,7 +101,10 @@ class Site:
                 self.tiers.add(str(route.tier))
         else:
             self.fall(route.reason)
-        return route.run(*args)
+        result = route.run(*args)
+        for observe in self.observers:
+            observe(self, operator, route, args, result)
+        return result
 
     def fall(self, reason: str) -> None:
         """Note a call that is not fused, or raise where that is not wanted."""
@@ -96,13 +133,41 @@ class Site:
         return "partly fused" if self.fused else "fallen back"
 
 
-class Report:
-    """What was fused of what was seen, and why the rest was not. Prints as a table; `as_dict()` is for programs."""
+_NUMBERS = _FUSED, _FALLEN, _SHARE = "calls fused", "fallen back", "time share"  # columns of the table
 
-    def __init__(self, host: str, sites: list[Site], graphs: list[Any] | None = None):
+
+def kind_of(name: str) -> str:
+    """A site's name with its block's number left open: `transformer_blocks.*.attn1`."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each site's calls, by its name, while something ran that took `total` seconds."""
+
+    sites: dict[str, float]
+    total: float
+
+
+class Report:
+    """What was fused of what was seen, and why the rest was not.
+
+    A table in a terminal that rich prints to, in a notebook, and as text; `as_dict()` is for programs.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        sites: list[Site],
+        graphs: list[Any] | None = None,
+        auditor: Auditor | None = None,
+        times: Times | None = None,
+    ):
         self.host = host
         self.sites = sites
         self.graphs = graphs or []
+        self.auditor = auditor
+        self.times = times
 
     @property
     def seen(self) -> int:
@@ -114,63 +179,191 @@ class Report:
         return sum(site.state == "fused" for site in self.sites)
 
     def as_dict(self) -> dict[str, Any]:
-        return {
+        """All of it as JSON takes it. Times are in seconds, `time_share` from 0 to 1; both only where asked for.
+
+        `audit` is None where it is off; `Auditor` says what is in it.
+        """
+        found: dict[str, Any] = {
             "host": self.host,
             "sites_seen": self.seen,
             "sites_fused": self.fused,
             "graphs": [
                 {"captures": g.captures, "replays": g.replays, "calls_without": dict(g.reasons)} for g in self.graphs
             ],
-            "sites": [
-                {
-                    "name": site.name,
-                    "operator": site.operator,
-                    "state": site.state,
-                    "calls_fused": site.fused,
-                    "calls_fallen_back": sum(site.fallen.values()),
-                    "reasons": site.reasons,
-                    "tiers": sorted(site.tiers),
-                }
-                for site in self.sites
-            ],
+            "audit": self.auditor.as_dict() if self.auditor else None,
+            "sites": [self._site(site) for site in self.sites],
         }
+        if self.times:
+            found["seconds"] = self.times.total
+        return found
+
+    def _site(self, site: Site) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "name": site.name,
+            "operator": site.operator,
+            "state": site.state,
+            "calls_fused": site.fused,
+            "calls_fallen_back": sum(site.fallen.values()),
+            "reasons": site.reasons,
+            "tiers": sorted(site.tiers),
+        }
+        if self.times:
+            found["seconds"] = self.times.sites.get(site.name, 0.0)
+            found["time_share"] = found["seconds"] / self.times.total
+        return found
 
     def kinds(self) -> list[dict[str, Any]]:
         """`as_dict()["sites"]` with the sites that differ in their block's number only as one row, counted.
 
-        So 48 blocks show as one block does.
+        So 48 blocks show as one block does; their calls and times are summed.
         """
         kinds: dict[tuple, dict[str, Any]] = {}
-        for site in self.as_dict()["sites"]:
-            name = ".".join("*" if part.isdigit() else part for part in site["name"].split("."))
+        summed = ("calls_fused", "calls_fallen_back", *(("seconds", "time_share") if self.times else ()))
+        for site in map(self._site, self.sites):
+            name = kind_of(site["name"])
             key = (name, site["operator"], site["state"], tuple(site["reasons"]), tuple(site["tiers"]))
-            kind = kinds.setdefault(key, {**site, "name": name, "count": 0, "calls_fused": 0, "calls_fallen_back": 0})
+            kind = kinds.setdefault(key, {**site, "name": name, "count": 0, **dict.fromkeys(summed, 0)})
             kind["count"] += 1
-            kind["calls_fused"] += site["calls_fused"]
-            kind["calls_fallen_back"] += site["calls_fallen_back"]
+            for what in summed:
+                kind[what] += site[what]
         return list(kinds.values())
+
+    @property
+    def title(self) -> str:
+        return f"{self.fused} of {self.seen} sites fused in {self.host}"
 
     def __str__(self) -> str:
         kinds = self.kinds()
         width = max((len(kind["name"]) for kind in kinds), default=0)
-        lines = [f"{self.fused} of {self.seen} sites fused in {self.host}"]
+        lines = [self.title]
         for kind in kinds:
             calls = f"{kind['calls_fused']} calls fused, {kind['calls_fallen_back']} not"
+            share = f", {kind['time_share']:.1%} of the time" if self.times else ""
             why = f": {'; '.join(kind['reasons'])}" if kind["reasons"] else ""
             site = f"{kind['name']:<{width}}  {kind['count']:>3} x {kind['operator']}"
-            tier = f" by {kind['tiers'][0]}" if kind["tiers"] else ""
-            lines.append(f"  {site}  {kind['state']}{tier} ({calls}){why}")
+            tier = f" by {', '.join(kind['tiers'])}" if kind["tiers"] else ""
+            lines.append(f"  {site}  {kind['state']}{tier} ({calls}{share}){why}")
+        return "\n".join([*lines, *(f"  {note}" for note in self._notes())])
+
+    __repr__ = __str__
+
+    def __rich__(self) -> Any:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text  # not markup: a reason may hold brackets
+
+        columns, *rows = self._table()
+        heads = zip(*(name.split(".")[:-1] for name, *_ in rows), strict=False)
+        common = ".".join(parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, heads))
+        table = Table(title=Text(self.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in columns:
+            narrow = column in _NUMBERS
+            header = column.replace(" ", "\n") if narrow else column
+            header = f"site of {common}" if common and column == "site" else header
+            table.add_column(Text(header), overflow="fold", justify="right" if narrow else "left")
+        for name, *rest in rows:
+            table.add_row(*map(Text, (name.removeprefix(f"{common}."), *rest)))
+        return Group(table, *map(Text, self._notes()))
+
+    def _repr_html_(self) -> str:
+        def row(tag: str, cells: list[str]) -> str:
+            return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+        columns, *rows = self._table()
+        head = f"<caption>{html.escape(self.title)}</caption><thead>{row('th', columns)}</thead>"
+        body = "".join(row("td", cells) for cells in rows)
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        return f"<table>{head}<tbody>{body}</tbody></table>{notes}"
+
+    def _table(self) -> list[list[str]]:
+        """The column's names, and a row for each kind; without the reasons where there is none."""
+        share = [_SHARE] if self.times else []
+        table = [["site", "operator", "tier", _FUSED, _FALLEN, *share, "reasons"]]
+        for kind in self.kinds():
+            name = f"{kind['name']} x {kind['count']}" if kind["count"] > 1 else kind["name"]
+            calls = [str(kind["calls_fused"]), str(kind["calls_fallen_back"])]
+            share = [f"{kind['time_share']:.1%}"] if self.times else []
+            why = [kind["state"]] if kind["state"] in ("left alone", "not called yet") else []
+            why += ["; ".join(kind["reasons"])] if kind["reasons"] else []
+            table.append([name, kind["operator"], ", ".join(kind["tiers"]), *calls, *share, ": ".join(why)])
+        return table if any(row[-1] for row in table[1:]) else [row[:-1] for row in table]
+
+    def _notes(self) -> list[str]:
+        notes = []
         for graph in self.graphs:  # replays run no Python, so the sites above don't count them
-            lines.append(f"  CUDA graph: {graph.captures} captured, {graph.replays} replays")
-            lines += [f"    {count} calls without: {reason}" for reason, count in graph.reasons.items()]
-        return "\n".join(lines)
+            notes.append(f"CUDA graph: {graph.captures} captured, {graph.replays} replays")
+            notes += [f"  {count} calls without: {reason}" for reason, count in graph.reasons.items()]
+        if self.auditor:
+            notes += str(self.auditor).splitlines()
+            if self.graphs:
+                notes.append(
+                    "  replays of a CUDA graph run no Python and are not audited; "
+                    "each graph is compared with the forward before its first use"
+                )
+        if self.times:
+            sites = sum(self.times.sites.values())
+            notes.append(f"time: {self.times.total:.4g} s in all, {sites:.4g} s at these sites")
+            if not self.times.sites:
+                notes.append("  no site was called: a CUDA graph was replayed, or something else ran")
+        return notes
+
+
+def measure(sites: list[Site], run: Callable[[], Any]) -> Times:
+    """Run something once, and time each call at these sites, fused or not, on the stream that it is on.
+
+    On CUDA a call's time is that between two events around its kernels, so where the CPU sets the pace the GPU's
+    waiting is in it; and what two streams do at the same time counts twice. Waits for the device at the end only. Of a
+    call that is left to the host's own modules (`Site.leave`) nothing is timed.
+    """
+    spans: list[tuple[str, torch.device, Any, Any]] = []
+
+    def timed(site: Site, operator: Operator, x: Any, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return Site.call(site, operator, x, *args)
+        start = _mark(x.device)
+        result = Site.call(site, operator, x, *args)
+        spans.append((site.name, x.device, start, _mark(x.device)))
+        return result
+
+    for site in sites:
+        site.__dict__["call"] = functools.partial(timed, site)  # before the class's own, which pays nothing for it
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        for device in {device for _, device, _, _ in spans if device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+        total = time.perf_counter() - start
+    finally:
+        for site in sites:
+            site.__dict__.pop("call", None)
+    seconds: Counter[str] = Counter()
+    for name, device, before, after in spans:
+        seconds[name] += before.elapsed_time(after) / 1000 if device.type == "cuda" else after - before
+    return Times(dict(seconds), total)
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    with torch.cuda.device(device):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+    return event
 
 
 class Handle:
     """An acceleration in force: `report()` says what it does, `restore()` undoes it. Also a context manager."""
 
-    def __init__(self, host: str, strict: bool = False, cuda_graph: bool = False, keep_text: bool = False):
-        self.host, self.strict, self.cuda_graph, self.keep_text = host, strict, cuda_graph, keep_text
+    def __init__(self, host: str, options: Options | None = None):
+        self.host = host
+        self.options = options or Options()
+        self.cuda_graph, self.keep_text = self.options.cuda_graph, self.options.keep_text  # what adapters look at
+        self.auditor = Auditor(self.options.audit) if self.options.audit else None
         self.sites: list[Site] = []
         self.graphs: list[Any] = []  # `bitfuse.graphs.GraphedForward`, one for each model
         self._undo: list[Callable[[], object]] = []
@@ -178,13 +371,53 @@ class Handle:
     def on_restore(self, undo: Callable[[], object]) -> None:
         self._undo.append(undo)
 
-    def report(self) -> Report:
-        return Report(self.host, self.sites, self.graphs)
+    def watch_sites(self) -> None:
+        """Put the options into force at all sites, once they are known.
+
+        Raises `NotFused` where one that must be fused was left alone; ValueError where `require` names nothing here.
+        """
+        for name in self.options.require:
+            if not any(_named(name, site) for site in self.sites):
+                operators = sorted({site.operator for site in self.sites})
+                kinds = dict.fromkeys(kind_of(site.name) for site in self.sites)
+                raise ValueError(
+                    f"require names {name!r}, which is nothing here; accepted: operators ({', '.join(operators)}), "
+                    f"sites ({', '.join(kinds)}), and patterns of both with *"
+                )
+        for site in self.sites:
+            site.strict = self.options.strict or any(_named(name, site) for name in self.options.require)
+            if self.auditor:
+                site.observers += (self.auditor,)
+        if alone := [site for site in self.sites if site.strict and site.declined]:
+            more = f" (and {len(alone) - 1} more sites)" if len(alone) > 1 else ""
+            raise NotFused(f"{alone[0].name}: {alone[0].declined}{more}")
+
+    def report(self, time_share_of: Callable[[], Any] | None = None) -> Report:
+        """What was fused and what was not, so far. Waits for audits that are under way.
+
+        time_share_of    called once, to time each site's calls in it: `lambda: pipe(prompt, num_inference_steps=1)`.
+                         Its shares are of the whole call's time, and of the calls fused or not; `measure` says how
+                         they are taken. TypeError where it can't be called
+        """
+        times = None
+        if time_share_of is not None:
+            if not callable(time_share_of):
+                kind = type(time_share_of).__qualname__
+                raise TypeError(f"time_share_of is a {kind}; accepted: something to call, such as lambda: pipe(prompt)")
+            times = measure(self.sites, time_share_of)
+        if self.auditor:
+            self.auditor.settle()
+        return self._report(times)
+
+    def _report(self, times: Times | None = None) -> Report:
+        return Report(self.host, self.sites, self.graphs, self.auditor, times)
 
     def restore(self) -> None:
-        """Put every attribute back. Safe to call twice."""
+        """Put every attribute back, and wait for audits that are under way. Safe to call twice."""
         while self._undo:
             self._undo.pop()()
+        if self.auditor:
+            self.auditor.settle()
 
     def __enter__(self) -> Handle:
         return self
@@ -193,4 +426,8 @@ class Handle:
         self.restore()
 
     def __repr__(self) -> str:
-        return f"<bitfuse.Handle: {str(self.report()).splitlines()[0]}>"
+        return f"<bitfuse.Handle: {self._report().title}>"
+
+
+def _named(name: str, site: Site) -> bool:
+    return fnmatchcase(site.name, name) or fnmatchcase(site.operator, name)
