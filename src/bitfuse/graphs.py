@@ -153,15 +153,15 @@ class _Cuda:
 # -- tensors that stay where they are -----------------------------------------------------------------------------
 
 
-def _flat(t: Tensor) -> Tensor:
-    """All memory from the tensor's first element to its last, gaps included: as it is, whatever the strides."""
+def flat(t: Tensor) -> Tensor:
+    """All memory from a tensor's first element to its last, gaps included: as it is, whatever the strides."""
     extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
     return t.as_strided((extent,), (1,))
 
 
-def _twin(t: Tensor) -> tuple[Tensor, Tensor]:
+def stand_in(t: Tensor) -> tuple[Tensor, Tensor]:
     """A new tensor with the same strides and base alignment, on which kernels are chosen; and its memory, flat."""
-    n, size = _flat(t).numel(), t.element_size()
+    n, size = flat(t).numel(), t.element_size()
     memory = torch.empty(n + _ALIGNED // size, dtype=t.dtype, device=t.device)
     memory = memory[(t.data_ptr() - memory.data_ptr()) % _ALIGNED // size :][:n]
     return memory.as_strided(t.shape, t.stride()), memory
@@ -171,8 +171,8 @@ def _copy(t: Tensor) -> Tensor:
     # Tensor by tensor: torch._foreach_copy_ may go through float32, which changes the payloads of NaNs.
     if t.is_contiguous() and t.data_ptr() % _ALIGNED == 0:
         return t.clone()
-    twin, memory = _twin(t)
-    memory.copy_(_flat(t))
+    twin, memory = stand_in(t)
+    memory.copy_(flat(t))
     return twin
 
 
@@ -422,10 +422,14 @@ def _is_plain(module: nn.Module) -> bool:
 
 @dataclasses.dataclass
 class _Graph:
+    """A captured forward, and before it what it computes of inputs that stay the same (`prelude`, in a graph too)."""
+
     graph: Any
     inputs: list[Tensor]  # the memory that it reads them from
     outputs: list[Tensor]
     rebuild: Callable[[list[Tensor]], Any]
+    prelude: Any = None
+    prelude_graph: Any = None
 
 
 @dataclasses.dataclass
@@ -451,6 +455,8 @@ class GraphedForward:
     on_capture       called with (args, kwargs) before a capture, for a host that prepares what the graph will read
     before_replay    called with (args, kwargs) after that and before each replay, to refresh such things in place
     settings         whatever else kernels are chosen by in the host, as a hashable value: part of the key
+    prelude          makes what notes the parts of a forward that need no replay while their inputs are the same, and
+                     hands them to the capture: `bitfuse.hosts.constant.Prelude`
 
     `on_capture` and `before_replay` may return a sentence: why this call is to run without a graph.
 
@@ -469,6 +475,7 @@ class GraphedForward:
         *,
         after: int = 1,
         settings: Callable[[], Hashable] | None = None,
+        prelude: Callable[[], Any] | None = None,
     ):
         if limit < 1 or after < 1:
             raise ValueError(f"limit is {limit} and after is {after}; both must be at least 1")
@@ -479,10 +486,12 @@ class GraphedForward:
         self._forward = forward
         self._limit, self._after = limit, after
         self._on_capture, self._before_replay, self._host_settings = on_capture, before_replay, settings
+        self._prelude = prelude
         self._names = list(inspect.signature(forward).parameters)
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
         self._watch: _Watch | None = None
         self._retired: str | None = None
+        self._condemned = contract.condemned
         self._news: str | None = None  # how the model has changed since the call before, if so
         self._lock = threading.Lock()
         self._cuda = _Cuda()
@@ -493,9 +502,10 @@ class GraphedForward:
         return sum(entry.graph is not None for entry in self._entries.values())
 
     def memory(self) -> int:
-        """Bytes that the graphs keep: their pool, which nothing else can use meanwhile, and their inputs."""
+        """Bytes that the graphs keep: their pool, which nothing else can use meanwhile, inputs and preludes."""
         graphs = [entry.graph for entry in self._entries.values() if entry.graph]
-        return self._cuda.pool_bytes() + sum(t.nbytes for graph in graphs for t in graph.inputs)
+        preludes = sum(graph.prelude.nbytes for graph in graphs if graph.prelude)
+        return self._cuda.pool_bytes() + preludes + sum(t.nbytes for graph in graphs for t in graph.inputs)
 
     def reset(self) -> None:
         """Drop all graphs and give their memory back. Further calls start over."""
@@ -532,6 +542,9 @@ class GraphedForward:
     def _look(self, args: tuple, kwargs: dict) -> _Call | str:
         """The call taken apart, or why it runs without a graph."""
         model = self._model()
+        if self._condemned != contract.condemned:  # a kernel that the graphs may replay was seen to differ
+            self._condemned = contract.condemned
+            self._drop_all()
         if self._retired or model is None:
             return self._retired or "the model is gone"
         if (reason := next(self._around(), None)) is not None:
@@ -594,11 +607,12 @@ class GraphedForward:
             while len(self._entries) > _KEYS_KEPT:
                 self._drop(self._entries.popitem(last=False)[1])
             return self._eagerly(self._news or "a first call with these inputs and settings", args, kwargs, alone=True)
-        offset = self._cuda.drawn(call.device)
-        result = self._eagerly(None, args, kwargs, alone=True)
+        offset, prelude = self._cuda.drawn(call.device), self._prelude() if self._prelude else None
+        with prelude.noting() if prelude else contextlib.nullcontext():
+            result = self._eagerly(None, args, kwargs, alone=True)
         if self._cuda.drawn(call.device) != offset:
             entry.refused = "the forward draws random numbers"
-        reason = entry.refused or self._capture(entry, call, args, kwargs, result)
+        reason = entry.refused or self._capture(entry, call, args, kwargs, result, prelude)
         if reason:
             self.reasons[reason] += 1
         return result
@@ -615,7 +629,9 @@ class GraphedForward:
         self._drop_all()  # out here, where the traceback no longer holds what the forward had allocated
         return self._forward(*args, **kwargs)
 
-    def _capture(self, entry: _Entry, call: _Call, args: tuple, kwargs: dict, expected: Any) -> str | None:
+    def _capture(
+        self, entry: _Entry, call: _Call, args: tuple, kwargs: dict, expected: Any, prelude: Any
+    ) -> str | None:
         """Give the entry a graph, compared with what the forward has just returned; or say why not."""
         model = self._model()
         if self._watch is None or model is None:
@@ -626,7 +642,7 @@ class GraphedForward:
             if prepare and (reason := prepare(args, kwargs)):
                 return reason
         try:
-            entry.refused = self._try_capture(entry, call, expected)
+            entry.refused = self._try_capture(entry, call, expected, prelude)
             return entry.refused
         except torch.OutOfMemoryError:
             pass  # its traceback holds memory, so the rest is out here
@@ -638,7 +654,7 @@ class GraphedForward:
         self._entries[call.key] = _Entry(10 * entry.wait)
         return "there was no memory left for a capture"
 
-    def _try_capture(self, entry: _Entry, call: _Call, expected: Any) -> str | None:
+    def _try_capture(self, entry: _Entry, call: _Call, expected: Any, prelude: Any) -> str | None:
         of_eager, of_graph = _Parts(self._cuda.holds, 0), _Parts(self._cuda.holds, 0)
         try:
             of_eager.take(expected, "the result")
@@ -647,14 +663,25 @@ class GraphedForward:
         if any(t.element_size() > 8 for t in of_eager.tensors):
             return "a result has elements of more than 8 bytes, which can't be compared"
         with torch.inference_mode(False), torch.no_grad():  # plain tensors, which count how often they are written to
-            twins = [_twin(t) for t in call.tensors]
+            twins = [stand_in(t) for t in call.tensors]
+            if prelude:
+                prelude.lay_out(call.tensors, [twin for twin, _ in twins])
         with self._cuda.turn(call.device):
             for (_, memory), t in zip(twins, call.tensors, strict=True):
-                memory.copy_(_flat(t))
+                memory.copy_(flat(t))
         static_args, static_kwargs = call.rebuild([twin for twin, _ in twins])
         versions = [twin._version for twin, _ in twins]
-        graph, result = self._cuda.capture(call.device, lambda: self._forward(*static_args, **static_kwargs))
+
+        def forward() -> Any:
+            with prelude.serving() if prelude else contextlib.nullcontext():
+                return self._forward(*static_args, **static_kwargs)
+
+        captured: list[Any] = []
         try:
+            if prelude and prelude.arguments:
+                captured.append(self._cuda.capture(call.device, prelude.fill)[0])
+            graph, result = self._cuda.capture(call.device, forward)
+            captured.append(graph)
             for name, (twin, _), version in zip(call.names, twins, versions, strict=True):
                 if twin._version != version:
                     return f"the forward writes into {name}"
@@ -663,17 +690,20 @@ class GraphedForward:
             except _CannotKey as error:
                 return str(error)
             made = _Graph(graph, [memory for _, memory in twins], of_graph.tensors, rebuild)
+            if len(captured) > 1:
+                made.prelude, made.prelude_graph = prelude, captured[0]
             found = _Parts(self._cuda.holds, 0)
             found.take(self._replay(made, call), "the result")
             if mismatch := proof.compare(tuple(of_eager.tensors), tuple(found.tensors)):
                 return f"a replay is not the forward: {mismatch.sentence}"
             if _without_addresses(found.key) != _without_addresses(of_eager.key):
                 return "a replay returns another structure than the forward"
-            entry.graph, graph = made, None
+            entry.graph = made
         finally:
-            if graph is not None:
+            if entry.graph is None and captured:
                 self._cuda.wait(call.device)
-                self._cuda.drop(graph)
+                for one in captured:
+                    self._cuda.drop(one)
         self.captures += 1
         while self.graphs > self._limit:  # after the capture, so that the pool is never empty in between
             oldest = next(e for e in self._entries.values() if e.graph)
@@ -682,9 +712,16 @@ class GraphedForward:
         return None
 
     def _replay(self, graph: _Graph, call: _Call) -> Any:
+        prelude = graph.prelude
+        stale = prelude is not None and prelude.stale(call.tensors)
+        same = prelude.arguments if prelude is not None and not stale else ()
         with self._cuda.turn(call.device):
-            for memory, t in zip(graph.inputs, call.tensors, strict=True):
-                memory.copy_(_flat(t))
+            for i, (memory, t) in enumerate(zip(graph.inputs, call.tensors, strict=True)):
+                if i not in same:
+                    memory.copy_(flat(t))
+            if stale:
+                self._cuda.replay(graph.prelude_graph)
+                prelude.filled(call.tensors)
             self._cuda.replay(graph.graph)
             return graph.rebuild([_copy(t) for t in graph.outputs])
 
@@ -692,7 +729,9 @@ class GraphedForward:
         if entry.graph is not None:
             # for replays under way on any stream: their memory is about to be given away
             self._cuda.wait(entry.graph.inputs[0].device)
-            self._cuda.drop(entry.graph.graph)
+            for graph in (entry.graph.graph, entry.graph.prelude_graph):
+                if graph is not None:
+                    self._cuda.drop(graph)
             entry.graph = None
 
     def _drop_all(self) -> None:

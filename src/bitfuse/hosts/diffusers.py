@@ -23,7 +23,7 @@ from bitfuse import proof
 from bitfuse.contract import Operator
 from bitfuse.graphs import graph_forward
 from bitfuse.hosts import constant, diffusers_block
-from bitfuse.hosts.constant import Constant
+from bitfuse.hosts.constant import Constant, Prelude
 from bitfuse.hosts.patch import Handle, Site, hooked, source_hash
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32
@@ -101,7 +101,7 @@ class _Processor:
                 value = attn.to_v(context) if value is None else value
             else:
                 weights = constant.weights(attn.to_k, attn.to_v)
-                key, value = text.of(context, weights, lambda: (attn.to_k(context), attn.to_v(context)))
+                key, value = text.of(context, weights, lambda text: (attn.to_k(text), attn.to_v(text)))
             query, key = self._norm_and_turn(attn, query, key, query_rotary_emb, key_rotary_emb)
             out = upstream.dispatch_attention_fn(
                 query.unflatten(2, (attn.heads, -1)),
@@ -252,6 +252,7 @@ def accelerate(model: Any, handle: Handle) -> None:
         graph_forward(
             model,
             handle,
+            prelude=Prelude,
             settings=lambda: (registry.get_active_backend()[0], *(id(getattr(upstream, f)) for f in functions)),
         )
 
@@ -304,7 +305,7 @@ class LTX2AudioVideoRotaryPosEmbed(_Kept, _Rope):  # the same name as upstream's
             return _Rope.forward(self, coords, device)
         plain = (int, float, str, tuple, list)
         settings = tuple((name, repr(value)) for name, value in self.__dict__.items() if isinstance(value, plain))
-        return self._bitfuse.of(coords, (str(device), settings), lambda: _Rope.forward(self, coords, device))
+        return self._bitfuse.of(coords, (str(device), settings), lambda coords: _Rope.forward(self, coords, device))
 
 
 class PixArtAlphaTextProjection(_Kept, _Projection):  # the same name as upstream's
@@ -312,7 +313,7 @@ class PixArtAlphaTextProjection(_Kept, _Projection):  # the same name as upstrea
         if torch.compiler.is_compiling() or hooked(self) or "_bitfuse" not in self.__dict__:
             return _Projection.forward(self, caption)
         weights = constant.weights(self.linear_1, self.linear_2)
-        return self._bitfuse.of(caption, weights, lambda: _Projection.forward(self, caption))
+        return self._bitfuse.of(caption, weights, lambda caption: _Projection.forward(self, caption))
 
 
 def _attentions(model: Any) -> Iterator[tuple[str, Any]]:
