@@ -177,8 +177,8 @@ def no_cuda_needed(monkeypatch):
     monkeypatch.setattr(bench, "kernel_ms", lambda step: (step(), measure.by_class([("nvjet", 1.0), ("flash", 1.0)])))
     stock_accelerate = bitfuse.accelerate
 
-    def accelerate(target, cuda_graph=False):
-        handle = stock_accelerate(target)
+    def accelerate(target, cuda_graph=False, **options):
+        handle = stock_accelerate(target, **options)
         if cuda_graph:  # what is asked of a GraphedForward
             target.forward = functools.partial(target.forward)
             target.forward.replays, target.forward.captures, target.forward.reasons = 1, 1, {}
@@ -212,11 +212,12 @@ def test_a_step_in_every_way(version):
     assert document["equal"] is True
     assert row["mismatch"] is None
     assert row["sites_fused"] > 0
-    assert list(row["ms"]) == ["stock", "bitfuse", "graph", "compiled", "compiled + graph"]
+    kept = ["text kept"] if version == "2.0" else []
+    assert list(row["ms"]) == ["stock", "bitfuse", *kept, "graph", "compiled", "compiled + graph"]
     assert all(t["p10"] <= t["median"] <= t["p90"] for t in row["ms"].values())
     assert row["speed_up"] == row["ms"]["stock"]["median"] / row["ms"]["bitfuse"]["median"]
     assert row["against_compiled_graph"] == row["ms"]["compiled + graph"]["median"] / row["ms"]["graph"]["median"]
-    assert set(row["peak_gb"]) == {"stock", "bitfuse", "graph"}
+    assert set(row["peak_gb"]) == {"stock", "bitfuse", *kept, "graph"}
     floor = row["floor"]
     assert floor["bytes"] == sum(o["bytes"] for o in floor["operators"].values()) > 0
     assert floor["ms"] == pytest.approx(0.002 + floor["bytes"] / floor["copy_gb_per_s"] / 1e6)
@@ -244,7 +245,7 @@ def test_a_flipped_bit_gets_no_time(monkeypatch):
             nonlocal calls
             calls += 1
             video, audio = step()
-            if index == 2 and calls == 5:  # stock, bitfuse, graph, compiled; three calls come before the rounds
+            if index == 3 and calls == 6:  # stock, two plain ways, graph, compiled; three calls come before the rounds
                 video.view(torch.int16).view(-1)[7] ^= 1
             return video, audio
 
@@ -257,7 +258,7 @@ def test_a_flipped_bit_gets_no_time(monkeypatch):
     assert document["equal"] is False
     assert re.match(r"output 0 differs at \[0, 0, 7\]", row["mismatch"])
     assert row["not_timed"]["graph"] == row["mismatch"]
-    assert list(row["ms"]) == ["stock", "bitfuse"]
+    assert list(row["ms"]) == ["stock", "bitfuse", "text kept"]
     assert not {"floor", "of_floor", "against_compiled_graph"} & set(row)
     assert "not timed" in printed
 
@@ -267,8 +268,8 @@ def test_a_flipped_bit_gets_no_time(monkeypatch):
 def test_a_step_that_was_not_replayed_is_not_timed_as_a_graph(monkeypatch):
     accelerate = bitfuse.accelerate
 
-    def without_graph(target, cuda_graph=False):
-        handle = accelerate(target, cuda_graph)
+    def without_graph(target, cuda_graph=False, **options):
+        handle = accelerate(target, cuda_graph, **options)
         if cuda_graph:
             target.forward.replays, target.forward.reasons = 0, {"a hook is registered": 3}
         return handle
@@ -277,7 +278,7 @@ def test_a_step_that_was_not_replayed_is_not_timed_as_a_graph(monkeypatch):
     monkeypatch.setattr(bench, "_COMPILE", {"backend": "no such backend"})
     (row,) = _run()[0]["model"]
     assert row["mismatch"] == row["not_timed"]["graph"] == "no graph was replayed: a hook is registered"
-    assert list(row["ms"]) == ["stock", "bitfuse"]
+    assert list(row["ms"]) == ["stock", "bitfuse", "text kept"]
 
 
 @needs_diffusers
@@ -291,7 +292,7 @@ def test_nothing_fused_gets_no_time():
     (row,) = document["model"]
     assert document["equal"] is False
     assert row["mismatch"].startswith("nothing was fused: bitfuse is off")
-    assert set(row["not_timed"]) == {"bitfuse", "graph"}
+    assert set(row["not_timed"]) == {"bitfuse", "text kept", "graph"}
     assert list(row["speed_ups"]) == ["compiled", "compiled + graph"]
 
 
@@ -301,7 +302,7 @@ def test_a_compiler_that_fails_costs_only_its_own_times(monkeypatch):
     monkeypatch.setattr(bench, "_COMPILE", {"backend": "no such backend"})
     (row,) = _run()[0]["model"]
     assert row["mismatch"] is None
-    assert list(row["ms"]) == ["stock", "bitfuse", "graph"]
+    assert list(row["ms"]) == ["stock", "bitfuse", "text kept", "graph"]
     assert set(row["not_timed"]) == {"compiled", "compiled + graph"}
     assert "against_compiled_graph" not in row
     assert row["of_floor"]
@@ -507,7 +508,7 @@ def test_the_model_table(tables):
     ]
     lines = tables.model(documents).splitlines()
     assert lines[2] == (
-        "| 1536 | 480 ms | 320 ms, 1.50x | 300 ms, 1.60x | 330 ms | 1.10x | 2.0 GB, -25%, -15% "
+        "| 1536 | 480 ms | 320 ms, 1.50x | - | 300 ms, 1.60x | 330 ms | 1.10x | 2.0 GB, -25%, -15% "
         "| identical in every bit |"
     )
     assert lines[3].startswith("| 24576 |")
@@ -573,5 +574,5 @@ def test_rounds_stop_where_steps_take_long(monkeypatch):
     out = (torch.zeros(1), torch.zeros(1))
     trials = {"stock": bench._Trial(lambda: out), "refused": bench._Trial(lambda: out, reason="no")}
     bench._time(trials, out, rounds=8)
-    assert [len(trial.ms) for trial in trials.values()] == [3, 0]
+    assert [len(trial.ms) for trial in trials.values()] == [4, 0]
     assert bench._figures(trials)["not_timed"] == {"refused": "no"}
