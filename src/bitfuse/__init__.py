@@ -6,7 +6,9 @@ handle.restore()  # and `with bitfuse.accelerated(pipe): ...`
 """
 
 import bitfuse.ops  # noqa: F401  (defines the operators)
+from bitfuse.audit import BitfuseWarning
 from bitfuse.contract import OPERATORS, Operator, disable, enable, explain
+from bitfuse.divergence import Divergence, trace
 from bitfuse.hosts import accelerate, accelerated
 from bitfuse.hosts.patch import Handle, NotFused, Report
 from bitfuse.ops.split_rotary import _ltx2_split_rotary_kernel, apply_ltx2_split_rotary_emb, apply_split_rotary_emb
@@ -16,6 +18,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "OPERATORS",
+    "BitfuseWarning",
+    "Divergence",
     "Handle",
     "Mismatch",
     "NotFused",
@@ -30,4 +34,5 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "trace",
 ]
