@@ -7,6 +7,7 @@ import torch
 # Triton reads this when it is imported and bitfuse at every launch, so it is set before either is.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)  # pytest-xdist has a process for each core; more threads only wait for each other
 
 import hypothesis
 import pytest

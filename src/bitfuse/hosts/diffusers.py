@@ -9,22 +9,23 @@ in place, and the report says why. The rest of a block is in `diffusers_block.py
 from __future__ import annotations
 
 import copy
-import copyreg
 import functools
 from collections.abc import Iterator
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.models import activations
 from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from bitfuse import proof
-from bitfuse.contract import Operator
+from bitfuse.contract import Operator, around
 from bitfuse.graphs import graph_forward
 from bitfuse.hosts import constant, diffusers_block
 from bitfuse.hosts.constant import Constant, Prelude
-from bitfuse.hosts.patch import Handle, Site, hooked, source_hash
+from bitfuse.hosts.patch import Handle, Site, Swapped, hooked, source_hash, swap_class
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_RMS_NORM, QK_SPLIT_FP32
@@ -34,6 +35,7 @@ NAME = f"diffusers {diffusers.__version__}"
 
 _Rope: Any = upstream.LTX2AudioVideoRotaryPosEmbed
 _Projection: Any = upstream.PixArtAlphaTextProjection
+_GELU: Any = activations.GELU
 
 _OPERATORS = {"split": SPLIT_FP32, "interleaved": INTERLEAVED_FP32}
 _QK_OPERATORS = {"split": QK_SPLIT_FP32, "interleaved": QK_INTERLEAVED_FP32}
@@ -50,6 +52,8 @@ _READ = {
     "LTX2PerturbedAttnProcessor": {"4561ef5c659b4df1"},  # 0.38 to 0.42.1
     "rope": {"7bc6591c85ff4955"},  # LTX2AudioVideoRotaryPosEmbed.forward, 0.37 to 0.42.1
     "projection": {"4d14e462258d31c2"},  # PixArtAlphaTextProjection.forward, 0.37 to 0.42.1
+    "GELU.forward": {"3640c152cb8c0d01", "d6728e812cd51ebb"},  # 0.37 to 0.40; 0.41 to 0.42.1
+    "GELU.gelu": {"9688d8847aaf631e"},  # 0.37 to 0.42.1
 }
 
 
@@ -245,6 +249,7 @@ def accelerate(model: Any, handle: Handle) -> None:
             _replace_processor(attn, site, gate_site, handle)
     diffusers_block.accelerate(model, handle, NAME)
     _keep_what_is_constant(model, handle)
+    _activate_in_place(model, handle)
     if handle.cuda_graph:
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
@@ -261,7 +266,7 @@ def _keep_what_is_constant(model: Any, handle: Handle) -> None:
     """The rotary tables, and in LTX-2.0, where asked for, the text: projections, and every block's keys and values."""
     for rope in (model.rope, model.audio_rope, model.cross_attn_rope, model.cross_attn_audio_rope):
         if type(rope) is _Rope and "forward" not in rope.__dict__ and source_hash(_Rope.forward) in _READ["rope"]:
-            _swap_class(rope, LTX2AudioVideoRotaryPosEmbed, handle)
+            swap_class(rope, LTX2AudioVideoRotaryPosEmbed, Constant(), handle)
     if not handle.keep_text:
         return  # weights written through `.data` would not be noticed: only where the user says that none is
     if getattr(model, "prompt_modulation", False) or not model.config.get("use_prompt_embeddings", True):
@@ -269,7 +274,7 @@ def _keep_what_is_constant(model: Any, handle: Handle) -> None:
     for projection in (model.caption_projection, model.audio_caption_projection):
         known = source_hash(_Projection.forward) in _READ["projection"]
         if known and type(projection) is _Projection and "forward" not in projection.__dict__:
-            _swap_class(projection, PixArtAlphaTextProjection, handle)
+            swap_class(projection, PixArtAlphaTextProjection, Constant(), handle)
     for block in model.transformer_blocks:
         for attn in (block.attn2, block.audio_attn2):
             if isinstance(attn.processor, _Processor):
@@ -277,29 +282,17 @@ def _keep_what_is_constant(model: Any, handle: Handle) -> None:
                 handle.on_restore(attn.processor.text.clear)
 
 
-def _swap_class(module: Any, ours: type, handle: Handle) -> None:
-    stock = type(module)
-    module._bitfuse = Constant()
-    module.__class__ = ours
-
-    def undo() -> None:
-        if type(module) is ours:
-            module.__class__ = stock
-        if (kept := module.__dict__.pop("_bitfuse", None)) is not None:
-            kept.clear()
-
-    handle.on_restore(undo)
+def _activate_in_place(model: Any, handle: Handle) -> None:
+    """The feed-forwards' GELU, into the memory of its input: the widest tensor of a block, held once and not twice."""
+    known = source_hash(_GELU.forward) in _READ["GELU.forward"] and source_hash(_GELU.gelu) in _READ["GELU.gelu"]
+    for block in model.transformer_blocks if known else ():
+        for feed_forward in (block.ff, block.audio_ff):
+            activation = next(iter(getattr(feed_forward, "net", ())), None)
+            if type(activation) is _GELU and not {"forward", "gelu"} & activation.__dict__.keys():
+                swap_class(activation, GELU, None, handle)
 
 
-class _Kept:
-    """A module whose results are kept while their input is the same; a copy or a pickle of it is the stock module."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {name: value for name, value in self.__dict__.items() if name != "_bitfuse"}
-        return copyreg._reconstructor, (type(self).__mro__[2], object, None), state  # type: ignore[attr-defined]
-
-
-class LTX2AudioVideoRotaryPosEmbed(_Kept, _Rope):  # the same name as upstream's
+class LTX2AudioVideoRotaryPosEmbed(Swapped, _Rope):  # the same name as upstream's
     def forward(self, coords: Tensor, device: Any = None) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling() or hooked(self) or "_bitfuse" not in self.__dict__:
             return _Rope.forward(self, coords, device)
@@ -308,12 +301,23 @@ class LTX2AudioVideoRotaryPosEmbed(_Kept, _Rope):  # the same name as upstream's
         return self._bitfuse.of(coords, (str(device), settings), lambda coords: _Rope.forward(self, coords, device))
 
 
-class PixArtAlphaTextProjection(_Kept, _Projection):  # the same name as upstream's
+class PixArtAlphaTextProjection(Swapped, _Projection):  # the same name as upstream's
     def forward(self, caption: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or hooked(self) or "_bitfuse" not in self.__dict__:
             return _Projection.forward(self, caption)
         weights = constant.weights(self.linear_1, self.linear_2)
         return self._bitfuse.of(caption, weights, lambda caption: _Projection.forward(self, caption))
+
+
+class GELU(Swapped, _GELU):  # the same name as upstream's
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        proj = self.proj
+        ours = type(proj) is torch.nn.Linear and "gelu" not in self.__dict__
+        # a gradient needs what proj gives, and so may whoever watches
+        watched = torch.is_grad_enabled() or hooked(proj) or _has_any_global_hook() or next(around(), None) is not None
+        if not ours or watched or "_bitfuse" not in self.__dict__:
+            return _GELU.forward(self, hidden_states)
+        return torch.ops.aten.gelu_(proj(hidden_states), approximate=self.approximate)
 
 
 def _attentions(model: Any) -> Iterator[tuple[str, Any]]:

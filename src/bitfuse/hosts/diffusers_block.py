@@ -9,7 +9,6 @@ keep working, and so does whatever finds blocks by their class or its name.
 from __future__ import annotations
 
 import contextlib
-import copyreg
 import operator
 import weakref
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from diffusers.models import normalization
 from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
-from bitfuse.hosts.patch import Handle, Site, hooked, source_hash
+from bitfuse.hosts.patch import Handle, Site, Swapped, hooked, source_hash, swap_class
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
 from bitfuse.ops.residual_rms_norm import (
@@ -147,15 +146,10 @@ class _State:
             site.fall(reason)
 
 
-class LTX2VideoTransformerBlock(_Stock):
+class LTX2VideoTransformerBlock(Swapped, _Stock):
     """Upstream's block, of the same name, with its elementwise chains fused."""
 
     _bitfuse: _State
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy or a pickle of an accelerated block is a stock block."""
-        state = {name: value for name, value in self.__dict__.items() if name != "_bitfuse"}
-        return copyreg._reconstructor, (_Stock, object, None), state  # type: ignore[attr-defined]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # a hook that wrapped this method may still call it when the block is stock again, or in a copy of it
@@ -355,15 +349,7 @@ def accelerate(model: Any, handle: Handle, host: str) -> None:
         if reason is not None:
             handle.sites += [Site(f"{name}.{site}", op.name, reason) for site, op in _sites(block).items()]
             continue
-        block._bitfuse = _State(block, name, values, beside, handle)
-        block.__class__ = LTX2VideoTransformerBlock
-
-        def undo(block: Any = block) -> None:
-            if type(block) is LTX2VideoTransformerBlock:
-                block.__class__ = _Stock
-            block.__dict__.pop("_bitfuse", None)
-
-        handle.on_restore(undo)
+        swap_class(block, LTX2VideoTransformerBlock, _State(block, name, values, beside, handle), handle)
 
 
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:

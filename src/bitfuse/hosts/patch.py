@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import hashlib
 import html
@@ -37,6 +38,36 @@ def hooked(module: Any) -> bool:
     """Whether somebody is called when this module is, or instead of it: torch's hooks, or a replaced forward."""
     found = module.__dict__
     return bool(found["_forward_hooks"] or found["_forward_pre_hooks"] or "forward" in found)
+
+
+class Swapped:
+    """First base of a class that a module is given in place of its own, which is the second base.
+
+    Such a class has the name of the stock one, for whoever finds modules by it, and a `forward` of its own: torch's
+    hooks, which sit in `__call__`, keep working. A copy or a pickle of such a module is the stock module.
+    """
+
+    _bitfuse: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name != "_bitfuse"}
+        return copyreg._reconstructor, (type(self).__mro__[2], object, None), state  # type: ignore[attr-defined]
+
+
+def swap_class(module: Any, ours: type, state: Any, handle: Handle) -> None:
+    """Give the module our class and, as `_bitfuse`, our state, until the handle is restored."""
+    stock = type(module)
+    module._bitfuse = state
+    module.__class__ = ours
+
+    def undo() -> None:
+        if type(module) is ours:
+            module.__class__ = stock
+        kept = module.__dict__.pop("_bitfuse", None)
+        if hasattr(kept, "clear"):
+            kept.clear()
+
+    handle.on_restore(undo)
 
 
 class NotFused(RuntimeError):
