@@ -213,6 +213,7 @@ def cases(of: Callable[[Inputs], tuple[Any, ...]], dtypes: tuple[torch.dtype, ..
         case("video, guidance, 9 AdaLN rows", 6144, 4096, batch=2, ada_rows=9, real=True),
         case("image to video: AdaLN per token", 6144, 4096, per_token=True, ada_rows=9, real=True),
         case("audio, 5 s", 126, 2048, real=True),
+        case("audio, 245 s", 6144, 2048, real=True),
         case("video, 1536x1024x121", 24576, 4096, real=True),
         case(
             "ltx-core: AdaLN per token, no tables", 6144, 4096, per_token=True, ada_rows=3, with_tables=False, real=True
