@@ -1370,19 +1370,23 @@ def test_guidance_and_isolation_of_the_transformer_are_in_the_key(transformer):
     assert replay.captures == replay.graphs == len(kinds)
 
 
-def test_watching_the_real_transformer_costs_a_millisecond():
-    seeded = pytest.importorskip("bitfuse.seeded")
+def test_watching_the_real_transformer_takes_less_than_a_walk_over_its_parameters():
+    """A millisecond or two. Measured against something else in the same run: CI's machine may be busy."""
     pytest.importorskip("diffusers", minversion="0.37")
     model = seeded._on_meta(seeded.REAL)
     watch = graphs._Watch(model, None, lambda t: True)
     assert watch.reason is None
     assert watch.changed(model) is None
-    times = []
-    for _ in range(20):
+
+    def seconds(look):
         start = time.process_time()
-        watch.changed(model)
-        times.append(time.process_time() - start)
-    assert min(times) < 5e-3  # measured: about 1e-3; the rest is for slow machines
+        look()
+        return time.process_time() - start
+
+    looks = (lambda: watch.changed(model), lambda: list(model.named_parameters()))
+    pairs = [tuple(map(seconds, looks)) for _ in range(20)]
+    watching, walking = map(min, zip(*pairs, strict=True))
+    assert watching < walking
     block = model.transformer_blocks[40]
     block.attn1.to_q.weight = nn.Parameter(block.attn1.to_q.weight)
     assert watch.changed(model) == "transformer_blocks.40.attn1.to_q"
