@@ -14,8 +14,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from bitfuse.seeded import Denoising, Geometry
 
-_STREAMS = ("video", "audio")
-
 
 # -- in the terminal --------------------------------------------------------------------------------------------------
 
@@ -58,6 +56,18 @@ def render(
     document: dict[str, Any], kinds: list[dict[str, Any]], geometry: Geometry, stock: Denoising, fused: Denoising
 ) -> str:
     """report.html for a demo's document, its sites folded (`Report.kinds`), and the latents of both runs."""
+    return fill(
+        "demo.html.j2",
+        command="demo",
+        document=document,
+        pictures=latent_pictures(geometry, stock, fused),
+        kinds=kinds,
+        charts=charts(document["steps"]),
+    )
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page made from one of the package's templates; what it needs and is not given is an error."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -67,25 +77,17 @@ def render(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("demo.html.j2").render(
-        document=document,
-        streams=_STREAMS,
-        pictures=_pictures(geometry, stock, fused),
-        kinds=kinds,
-        charts={
-            mode: _chart(document["steps"], colour) for mode, colour in (("light", "#57606a"), ("dark", "#9aa4af"))
-        },
-    )
+    return environment.get_template(template).render(**values)
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------
 
 
-def _pictures(geometry: Geometry, stock: Denoising, fused: Denoising) -> dict[str, dict[str, Any]]:
+def latent_pictures(geometry: Geometry, stock: Denoising, fused: Denoising) -> dict[str, dict[str, Any]]:
     """Per stream: what is shown, and the panels by caption. One pixel per latent position; the page enlarges them."""
     shape = (geometry.frames, geometry.height, geometry.width, geometry.channels)
     video, video_fused = (run.video[-1][0].reshape(shape) for run in (stock, fused))
-    differs = _differs(video, video_fused)
+    differs = differing(video, video_fused)
     wrong_frames = differs.flatten(1).any(1).nonzero()
     frame = int(wrong_frames[0]) if len(wrong_frames) else geometry.frames // 2
     audio, audio_fused = (run.audio[-1][0].T for run in (stock, fused))  # time runs to the right
@@ -103,15 +105,16 @@ def _pictures(geometry: Geometry, stock: Denoising, fused: Denoising) -> dict[st
             "panels": {
                 "stock": _png(_unit(audio, audio), "magma"),
                 "with bitfuse": _png(_unit(audio_fused, audio), "magma"),
-                "difference": _png(_differs(audio, audio_fused).double()),
+                "difference": _png(differing(audio, audio_fused).double()),
             },
         },
     }
 
 
-def _differs(expected: Tensor, found: Tensor) -> Tensor:
-    """Where the bit patterns differ; the stock latents are finite, so there is no NaN to make an exception for."""
-    return expected.view(torch.int32) != found.view(torch.int32)
+def differing(expected: Tensor, found: Tensor) -> Tensor:
+    """Where the bit patterns differ and not both are NaN, for a picture: the verdict is `bitfuse.compare`'s."""
+    bits = {2: torch.int16, 4: torch.int32}[expected.element_size()]
+    return (expected.view(bits) != found.view(bits)) & ~(expected.isnan() & found.isnan())
 
 
 def _unit(values: Tensor, scale_of: Tensor) -> Tensor:
@@ -130,7 +133,12 @@ def _png(values: Tensor, colours: str = "gray") -> str:
 
     file = io.BytesIO()
     imsave(file, values.numpy(), cmap=colours, vmin=0, vmax=1, format="png")
-    return _data_uri(file)
+    return data_uri(file.getvalue(), "image/png")
+
+
+def charts(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The chart of `runs.compare_steps`'s times for a light and for a dark page, as data URIs."""
+    return {"light": _chart(rows, "#57606a"), "dark": _chart(rows, "#9aa4af")}
 
 
 def _chart(rows: list[dict[str, Any]], ink: str) -> str:
@@ -159,8 +167,9 @@ def _chart(rows: list[dict[str, Any]], ink: str) -> str:
     axes.legend(frameon=False, labelcolor=ink, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     file = io.BytesIO()
     figure.savefig(file, format="png", transparent=True)
-    return _data_uri(file)
+    return data_uri(file.getvalue(), "image/png")
 
 
-def _data_uri(file: io.BytesIO) -> str:
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+def data_uri(content: bytes, kind: str) -> str:
+    """`content` as a page holds it: `kind` is its media type."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

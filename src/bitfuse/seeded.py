@@ -208,12 +208,16 @@ def make_inputs(model: Any, geometry: Geometry, device: torch.device, seed: int)
 
 @dataclass
 class Denoising:
-    """One run of the loop: both latents after each step (on the CPU), the step's noise level and its time."""
+    """One run of the loop: both latents after each step (on the CPU), the step's noise level and its time.
+
+    decoded    what a pipeline made of the last latents, by name and on the CPU; nothing without a pipeline
+    """
 
     video: list[Tensor] = field(default_factory=list)
     audio: list[Tensor] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
     ms: list[float] = field(default_factory=list)
+    decoded: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def median_ms(self) -> float:
@@ -259,11 +263,11 @@ def denoise(model: Any, geometry: Geometry, inputs: dict[str, Any], on_step: Cal
     video, audio = inputs["latents"], inputs["audio_latents"]
     schedulers = [_scheduler(geometry, video.device) for _ in range(2)]
     for i, t in enumerate(schedulers[0].timesteps):
-        start = _now(video.device)
+        start = now(video.device)
         of_video, of_audio = velocity(video, audio, t.expand(1))
         video = schedulers[0].step(of_video.float(), t, video, return_dict=False)[0]
         audio = schedulers[1].step(of_audio.float(), t, audio, return_dict=False)[0]
-        run.ms.append(1e3 * (_now(video.device) - start))
+        run.ms.append(1e3 * (now(video.device) - start))
         run.sigmas.append(float(schedulers[0].sigmas[i]))
         run.video.append(video.cpu())
         run.audio.append(audio.cpu())
@@ -285,7 +289,8 @@ def _scheduler(geometry: Geometry, device: torch.device) -> Any:
     return scheduler
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
