@@ -1,30 +1,33 @@
 """Check operators on this machine: every case bit for bit, and wrong kernels that the battery must catch.
 
 `check` is the one comparison that tests, `bitfuse verify` and the benchmark share. A green table would mean
-little if nothing could turn it red, so `verify` also runs each operator's mutants through its battery.
+little if nothing could turn it red, so `verify` also runs each operator's mutants through its battery. With `deep`
+the long sweeps follow (`bitfuse.deep`). What was found is kept as a document (`bitfuse.document`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from torch import Tensor
 
+from bitfuse import deep as sweeps
 from bitfuse import proof
-from bitfuse.contract import OPERATORS, Operator
+from bitfuse.contract import OPERATORS, Operator, Plan
 from bitfuse.kernel import interpreter
-from bitfuse.machine import machine
 
 # The interpreter runs about a million elements a second: real geometries are cut to this many tokens there.
 INTERPRETED_TOKENS = 64
@@ -60,26 +63,50 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Batteries:
+    """What one tier of one operator was proved by in this process: how many kernels were, by how many inputs.
+
+    kernels     signatures, each proved on its own; `equal` of them were
+    families    inputs of one kind, over all of them; `elements` of outputs were compared
+    """
+
+    operator: str
+    tier: str
+    kernels: int
+    equal: int
+    families: int
+    elements: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Result:
+    """What `run` found. `operators` and `cases` are those that it was asked for, None: all."""
+
+    device: str
+    operators: list[str] | None
+    cases: list[str] | None
+    deep: bool
     checks: list[Check]
     controls: list[Control]
-    interpreted: bool
+    batteries: list[Batteries]
+    sweeps: list[sweeps.Sweep]
+
+    @property
+    def interpreted(self) -> bool:
+        return self.device == "cpu"
 
     @property
     def exit_code(self) -> int:
         """0: all equal, all mutants caught. 1: a difference, or a mutant survived. 2: nothing could be fused."""
-        if any(c.outcome == "differs" for c in self.checks) or not all(c.caught for c in self.controls):
-            return 1
-        return 0 if any(c.outcome == "equal" for c in self.checks) else 2
+        outcomes = [c.outcome for c in self.checks] + [s.outcome for s in self.sweeps]
+        return exit_code(outcomes, [c.caught for c in self.controls])
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "machine": machine(),
-            "interpreted": self.interpreted,
-            "exit_code": self.exit_code,
-            "checks": [asdict(c) for c in self.checks],
-            "controls": [asdict(c) for c in self.controls],
-        }
+
+def exit_code(outcomes: Iterable[str], caught: Iterable[bool]) -> int:
+    """Of these outcomes of checks and sweeps, and of whether each mutant was caught."""
+    seen = set(outcomes)
+    return 1 if "differs" in seen or not all(caught) else 0 if "equal" in seen else 2
 
 
 def check(operator: Operator, case: Any, device: torch.device | str, tokens: int | None = None) -> Check:
@@ -121,31 +148,103 @@ def control(operator: Operator, device: torch.device | str) -> Iterator[Control]
         yield Control(operator.name, mutant.name, verdict.mismatch is not None, verdict.sentence)
 
 
-def run(console: Console, operators: Iterable[str] | None = None, device: str | None = None) -> Result:
-    """Check the named operators (all by default) on a device ("cuda" where there is one) and print the tables."""
-    chosen = [OPERATORS[name] for name in operators or OPERATORS]
+def run(
+    console: Console,
+    operators: Iterable[str] | None = None,
+    device: str | None = None,
+    cases: Iterable[str] | None = None,
+    deep: bool = False,
+) -> Result:
+    """Check the named operators (all by default) on a device ("cuda" where there is one) and print the tables.
+
+    cases    names of cases: only these, of operators that have them, and only those operators
+    deep     the long sweeps too: all there is on a GPU (minutes), a small sample in the interpreter
+    """
+    asked, wanted = (None if names is None else list(names) for names in (operators, cases))
+    chosen = {
+        operator: [case for case in operator.cases if wanted is None or case.name in wanted]
+        for operator in (OPERATORS[name] for name in asked or OPERATORS)
+    }
+    chosen = {operator: found for operator, found in chosen.items() if found}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     interpreted = device == "cpu"
     tokens = INTERPRETED_TOKENS if interpreted else None
-    checks: list[Check] = []
-    controls: list[Control] = []
+    result = Result(device, asked, wanted, deep, [], [], [], [])
     with interpreter() if interpreted else contextlib.nullcontext(), _progress(console) as progress:
-        task = progress.add_task("checking", total=sum(len(o.cases) + 1 for o in chosen))
-        for operator in chosen:
+        if not interpreted:
+            _compile_ahead(_kernels(chosen, device, deep), progress)
+        task = progress.add_task("checking", total=sum(len(found) + 1 for found in chosen.values()))
+        for operator, found in chosen.items():
             progress.update(task, description=operator.name)
-            for case in operator.cases:
-                checks.append(check(operator, case, device, tokens))
+            for case in found:
+                result.checks.append(check(operator, case, device, tokens))
                 progress.advance(task)
-            controls += control(operator, device)
+            result.controls.extend(control(operator, device))
             progress.advance(task)
-    result = Result(checks, controls, interpreted)
+        if deep:
+            progress.remove_task(task)
+            jobs = list(sweeps.jobs(list(chosen), torch.device(device)))
+            task = progress.add_task("sweeping", total=sum(job.calls for job in jobs))
+            done = 0
+            for number, job in enumerate(jobs, start=1):
+                what = f"sweep {number} of {len(jobs)}: {job.sweep.operator or job.sweep.name}, {job.sweep.kind}"
+                progress.update(task, description=what)
+                for _ in job.go():
+                    progress.advance(task)
+                result.sweeps.append(job.sweep)
+                done += job.calls  # one that differs stops early
+                progress.update(task, completed=done)
+    result.batteries.extend(_batteries(list(chosen)))
     _print(console, result)
     return result
 
 
+def _kernels(
+    chosen: dict[Operator, list[Any]], device: str, deep: bool
+) -> Iterator[tuple[Plan | str, tuple[Any, ...]]]:
+    """The launches that are to come, on few tokens: cases, mutants and, for the sweeps, random forms."""
+    for operator, found in chosen.items():
+        for case in found:
+            args = case.arguments(device, tokens=INTERPRETED_TOKENS)
+            yield operator.tiers[0].plan(*args), args
+        for mutant in operator.mutants:
+            case = next((c for c in operator.cases if c.name == mutant.case), operator.cases[0])
+            args = case.arguments(device, tokens=INTERPRETED_TOKENS)
+            yield mutant.plan(operator, *args), args
+        if deep:
+            yield from sweeps.kernels(operator, torch.device(device))
+
+
+def _compile_ahead(kernels: Iterable[tuple[Plan | str, tuple[Any, ...]]], progress: Progress) -> None:
+    """Compile on all cores what one core would need most of the time for, one kernel after the other.
+
+    For all operators these are 222 kernels and 193 mutants, 0.25 s each (Triton 3.6, sm_90, 2026-11-24); passes and
+    ptxas run outside of Python's lock. An error is not lost: it shows again where the kernel is proved.
+    """
+    distinct = {(id(p.kernel), p.signature(args)): (p, args) for p, args in kernels if isinstance(p, Plan)}
+    task = progress.add_task("compiling", total=len(distinct))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for plan, args in distinct.values():
+            done = pool.submit(plan.bind, args, plan.empty(args[0].device))
+            done.add_done_callback(lambda _: progress.advance(task))
+    progress.remove_task(task)
+
+
+def _batteries(chosen: list[Operator]) -> Iterator[Batteries]:
+    names = {operator.name for operator in chosen}
+    found: dict[tuple[str, str], list[proof.Verdict]] = {}
+    for (name, tier, _), verdict in proof.verdicts().items():
+        if name in names:
+            found.setdefault((name, tier), []).append(verdict)
+    for (name, tier), verdicts in found.items():
+        counts = (sum(getattr(v, what) for v in verdicts) for what in ("equal", "families", "elements", "seconds"))
+        yield Batteries(name, tier, len(verdicts), *counts)
+
+
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)
+    left = (TextColumn("left:"), TimeRemainingColumn())
+    return Progress(*columns, *left, console=console, transient=True)
 
 
 _COLOURS = {"equal": "green", "differs": "bold red", "declined": "yellow"}
@@ -175,6 +274,8 @@ def _print(console: Console, result: Result) -> None:
     for wrong in result.controls:
         if not wrong.caught:
             console.print(f"[bold red]missed[/] {wrong.operator}: the battery let a wrong kernel pass: {wrong.mutant}")
+    if result.sweeps:
+        _print_sweeps(console, result)
     equal = sum(c.outcome == "equal" for c in result.checks)
     elements = sum(c.elements for c in result.checks if c.outcome == "equal")
     caught = sum(c.caught for c in result.controls)
@@ -182,6 +283,29 @@ def _print(console: Console, result: Result) -> None:
         f"{equal} of {len(result.checks)} checks fused and equal in every bit ({elements:,} elements); "
         f"{caught} of {len(result.controls)} wrong kernels caught"
     )
+
+
+def _print_sweeps(console: Console, result: Result) -> None:
+    table = Table("sweep", "operator", Column("tried", justify="right"), Column("", justify="right"), "outcome")
+    table.title = "sweeps, kernel against PyTorch chain, every bit"
+    for s in result.sweeps:
+        what = f"{s.kind}: {s.name}"
+        share = "all" if s.done == s.of else f"of {s.of:,}"
+        table.add_row(what, s.operator or "", f"{s.done:,}", share, f"[{_COLOURS[s.outcome]}]{s.outcome}[/]")
+    console.print(table)
+    for s in result.sweeps:
+        if s.reason:
+            where = f"{s.operator or 'primitive'}, {s.kind}, {s.name}: "
+            console.print(f"[{_COLOURS[s.outcome]}]{s.outcome}[/] {where}", end="")
+            console.print(s.reason, markup=False)
+    cases = sum(s.done for s in result.sweeps if s.kind == "shapes")
+    declined = sum(n for s in result.sweeps for _, n in s.declined)
+    console.print(
+        f"{cases - declined:,} of {cases:,} random cases fused and equal, {declined:,} declined with a reason"
+    )
+    elements, seconds = (sum(getattr(s, what) for s in result.sweeps) for what in ("elements", "seconds"))
+    equal = sum(s.outcome == "equal" for s in result.sweeps)
+    console.print(f"{equal} of {len(result.sweeps)} sweeps equal in every bit ({elements:,} elements, {seconds:.0f} s)")
 
 
 def _broken(name: str) -> str:

@@ -1,0 +1,223 @@
+"""The proof document: what `bitfuse verify` found, as JSON to keep and share and as a page to read.
+
+A document is a record. It is compared with a machine and its code on request (`compare`), and nothing that is read
+from one ever lets a kernel run: each process proves its kernels anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bitfuse
+from bitfuse import deep, page
+from bitfuse.machine import machine
+from bitfuse.seeded import CannotRun
+from bitfuse.verify import Result, exit_code
+
+FORMAT, VERSION = "bitfuse proof", 1
+_PACKAGE = Path(bitfuse.__file__).parent
+# What decides what is computed, and what decided how it was judged
+_MODULES = ("contract", "deep", "interpreter", "kernel", "numerics", "proof", "reduction", "values", "verify")
+_HOSTS = ("diffusers", "ltx-core", "sglang", "comfyui")
+_MOST_BYTES = 64 << 20  # a document of all operators with all sweeps has less than one of these MiB
+
+
+# -- making one --------------------------------------------------------------------------------------------------------
+
+
+def make(result: Result) -> dict[str, Any]:
+    """The document of a result, as plain JSON values, for `schema`."""
+    found = {name: [asdict(one) for one in getattr(result, name)] for name in ("checks", "controls", "batteries")}
+    sweeps = [asdict(sweep) for sweep in result.sweeps]
+    for sweep in sweeps:
+        sweep["declined"] = [{"reason": reason, "count": n} for reason, n in sweep["declined"]]
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "machine": machine(result.device),
+        "hosts": hosts(),
+        "sources": sources(),
+        "asked": {"operators": result.operators, "cases": result.cases, "deep": result.deep},
+        "interpreted": result.interpreted,
+        "exit_code": result.exit_code,
+        "seeds": {"cases": 0, "sweeps": deep.SEED},
+        **found,
+        "sweeps": sweeps,
+    }
+    return json.loads(json.dumps(document | {"digest": digest(document)}))
+
+
+def hosts() -> dict[str, str | None]:
+    """Versions of the frameworks that bitfuse accelerates, None for those that are not installed."""
+    found: dict[str, str | None] = dict.fromkeys(_HOSTS)
+    for package in _HOSTS:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def sources() -> dict[str, str]:
+    """SHA-256 of the package's files that decide what is computed or how it is judged, by their paths in it."""
+    files = [*sorted((_PACKAGE / "ops").glob("*.py")), *(_PACKAGE / f"{name}.py" for name in _MODULES)]
+    return {f.relative_to(_PACKAGE).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def digest(document: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of everything but the digest itself."""
+    content = {name: value for name, value in document.items() if name != "digest"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def schema() -> dict[str, Any]:
+    """The published JSON Schema (draft 2020-12) of version 1."""
+    return json.loads((_PACKAGE / "schemas" / "proof.schema.json").read_text())
+
+
+# -- reading one -------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The document in a file, valid by the schema; CannotRun, with one sentence, for whatever else is there."""
+    need("jsonschema", "--check")
+    import jsonschema
+
+    try:
+        if not path.is_file():
+            raise CannotRun(f"{path} is no file; accepted: a JSON file that bitfuse verify --json wrote")
+        if path.stat().st_size > _MOST_BYTES:
+            raise CannotRun(f"{path} has more than {_MOST_BYTES >> 20} MiB; a proof document has less than one")
+        text = path.read_bytes().decode()
+        document = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_once)
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise CannotRun(f"{path} is no proof document; accepted: a JSON file that bitfuse verify --json wrote")
+        if document.get("version") != VERSION:
+            raise CannotRun(f"{path} is a proof document of another version; this bitfuse reads version {VERSION}")
+        if wrong := next(jsonschema.Draft202012Validator(schema()).iter_errors(document), None):
+            raise CannotRun(f"{path} is no valid proof document: {wrong.json_path}: {wrong.message[:200]}")
+    except OSError as error:
+        raise CannotRun(f"{path} can't be read: {error.strerror or error}") from None
+    except ValueError as error:  # bytes that are no UTF-8 and numbers too long to parse are among them
+        raise CannotRun(f"{path} is no JSON: {str(error)[:200]}") from None
+    except RecursionError:
+        raise CannotRun(f"{path} is no proof document: it is nested too deeply") from None
+    return document
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number of JSON's")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return number
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) != len(pairs):
+        raise ValueError(f"{next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)!r} twice")
+    return found
+
+
+def need(package: str, what: str) -> None:
+    """CannotRun, naming the extra, where a package is missing that `what` needs."""
+    if importlib.util.find_spec(package) is None:
+        raise CannotRun(f"{what} needs {package}, which is not installed: pip install 'bitfuse[demo]'")
+
+
+# -- comparing one with this machine -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """One fact, as the document has it and as it is here."""
+
+    name: str
+    document: Any
+    here: Any
+
+    @property
+    def matches(self) -> bool:
+        return self.document == self.here
+
+    @property
+    def sentence(self) -> str:
+        """One line in ASCII, whatever stands in the document."""
+        if self.matches:
+            return f"matches  {self.name}: {_shown(self.here)}"
+        return f"differs  {self.name}: the document has {_shown(self.document)}, this machine {_shown(self.here)}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def compare(document: dict[str, Any], device: str | None = None) -> list[Item]:
+    """A valid document's facts beside those of this machine and this code: all must match for it to speak of them.
+
+    device    "cuda" or "cpu"; by default the document's own kind, where it is there
+    """
+    if device is None:
+        device = "cuda" if document["machine"]["device_type"] == "cuda" and torch.cuda.is_available() else "cpu"
+    here, theirs = json.loads(json.dumps(machine(device))), document["machine"]  # plain values: torch's version is none
+    outcomes = [one["outcome"] for one in (*document["checks"], *document["sweeps"])]
+    content = exit_code(outcomes, [one["caught"] for one in document["controls"]])
+    items = [
+        Item("digest of the content", document["digest"], digest(document)),
+        Item("exit code of the content", document["exit_code"], content),
+    ]
+    names = ("device", "device_type", "capability", "driver", "torch", "torch_git", "cuda", "triton", "bitfuse")
+    items += [Item(name.replace("_", " "), theirs[name], here[name]) for name in names]
+    for title, given, found in (
+        ("version of", document["hosts"], hosts()),
+        ("SHA-256 of", document["sources"], sources()),
+    ):
+        items += [Item(f"{title} {name}", given.get(name), found.get(name)) for name in sorted({*given, *found})]
+    return items
+
+
+# -- in words, and as a page -------------------------------------------------------------------------------------------
+
+
+def verdict(document: dict[str, Any]) -> str:
+    """What the document says, in one sentence."""
+    d = document
+    checks, sweeps = (Counter(one["outcome"] for one in d[what]) for what in ("checks", "sweeps"))
+    caught = sum(control["caught"] for control in d["controls"])
+    parts = [f"{checks['equal']} of {len(d['checks'])} checks fused and equal in every bit"]
+    if d["sweeps"]:
+        parts.append(f"{sweeps['equal']} of {len(d['sweeps'])} long sweeps equal")
+    parts.append(f"{caught} of {len(d['controls'])} wrong kernels caught")
+    differing = checks["differs"] + sweeps["differs"]
+    return "; ".join([f"{differing} differ", *parts] if differing else parts) + "."
+
+
+def render(document: dict[str, Any]) -> str:
+    """The document as one HTML page that fetches nothing; CannotRun where Jinja is not installed."""
+    need("jinja2", "--html")
+    operators: dict[str, dict[str, list[Any]]] = {}
+    for what in ("checks", "controls", "batteries"):
+        for one in document[what]:
+            of = operators.setdefault(one["operator"], {"checks": [], "controls": [], "batteries": []})
+            of[what].append(one)
+    return page.fill(
+        "verify.html.j2",
+        command="verify",
+        document=document | {"verdict": verdict(document)},
+        operators=operators,
+        kinds=("pairs", "values", "arguments", "shapes"),
+    )
