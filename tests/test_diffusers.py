@@ -440,7 +440,7 @@ def test_a_pipeline_is_found_by_its_components(device):
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_another_target_is_a_type_error_that_names_it(target, name):
-    with pytest.raises(TypeError, match="accepted: a diffusers LTX-2 pipeline or an LTX2VideoTransformer3DModel") as e:
+    with pytest.raises(TypeError, match="accepted: a diffusers LTX-2 pipeline or LTX2VideoTransformer3DModel") as e:
         bitfuse.accelerate(target)
     assert name in str(e.value)
 

@@ -107,6 +107,7 @@ MAY_IMPORT = {
     "measure.py": {"bitfuse.proof", "bitfuse.contract"},
     "audit.py": {"bitfuse.proof", "bitfuse.contract", "bitfuse.kernel"},
     "hosts/patch.py": {"bitfuse.contract", "bitfuse.audit"},
+    "hosts/common.py": {"bitfuse.contract", "bitfuse.proof"},
     "hosts/constant.py": {"bitfuse.contract", "bitfuse.graphs", "bitfuse.hosts.patch", "bitfuse.proof"},
 }
 
@@ -116,8 +117,9 @@ def test_thin_modules_import_only_thinner_ones(name):
     assert _imports(PACKAGE / name) <= MAY_IMPORT[name]
 
 
-def test_the_block_knows_only_operators_and_what_a_site_is():
-    found = _imports(PACKAGE / "hosts" / "diffusers_block.py") - {"bitfuse.hosts.patch"}
+@pytest.mark.parametrize("name", ["diffusers_block.py", "ltx_core_block.py"])
+def test_a_block_knows_only_operators_and_what_hosts_share(name):
+    found = _imports(PACKAGE / "hosts" / name) - {"bitfuse.hosts.patch", "bitfuse.hosts.common"}
     assert found
     assert all(name.startswith("bitfuse.ops.") and name not in SHARED for name in found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import sys
 import weakref
@@ -13,6 +14,17 @@ from typing import Any
 from bitfuse.hosts.patch import Handle, Options
 
 _log = logging.getLogger("bitfuse")
+# An adapter has NAME, transformers(target) -> list of models, and accelerate(model, handle).
+# By a module of the host that has been imported where there is a model of it.
+_ADAPTERS = {
+    "diffusers": "diffusers",
+    "ltx_core": "ltx_core",
+    "sglang.multimodal_gen.runtime.models.dits.ltx_2": "sglang",
+}
+_ACCEPTED = (
+    "a diffusers LTX-2 pipeline or LTX2VideoTransformer3DModel, or an ltx-core LTXModel or X0Model, "
+    "or an SGLang LTX2VideoTransformer3DModel"
+)
 _active: weakref.WeakKeyDictionary[Any, Handle] = weakref.WeakKeyDictionary()
 
 
@@ -27,7 +39,8 @@ def accelerate(
 ) -> Handle:
     """Run the elementwise chains of an LTX-2 model through fused kernels, in place, with the same bits.
 
-    target        a diffusers LTX-2 pipeline, or an `LTX2VideoTransformer3DModel` (diffusers 0.37 or newer)
+    target        a diffusers LTX-2 pipeline, or an `LTX2VideoTransformer3DModel` (diffusers 0.37 or newer); or an
+                  ltx-core `LTXModel` or `X0Model`; or an SGLang `LTX2VideoTransformer3DModel`
     strict        raise `NotFused` where something would fall back to the PyTorch chain
     cuda_graph    replay the whole forward as one CUDA graph, from the third call of a shape on
     keep_text     LTX-2.0: keep the text's projections, keys and values from step to step (1.2 GB for a prompt of
@@ -57,15 +70,15 @@ def accelerated(target: Any, **options: Any) -> contextlib.AbstractContextManage
     Inside an acceleration that is already in force it changes nothing, and leaves that one in force.
     """
     wanted = Options(**options)
-    outer = next((_active[model] for model in _find(target) if model in _active), None)
+    outer = next((_active[model] for model in _find(target)[1] if model in _active), None)
     return _accelerate(target, wanted) if outer is None else contextlib.nullcontext(outer)
 
 
 def _accelerate(target: Any, options: Options) -> Handle:
-    models = _find(target)
-    if not models:
+    adapter, models = _find(target)
+    if adapter is None:
         kind = f"{type(target).__module__}.{type(target).__qualname__}"
-        raise TypeError(f"target is a {kind}; accepted: a diffusers LTX-2 pipeline or an LTX2VideoTransformer3DModel")
+        raise TypeError(f"target is a {kind}; accepted: {_ACCEPTED}")
     if models[0] in _active:
         handle = _active[models[0]]
         if handle.options != options:
@@ -74,8 +87,6 @@ def _accelerate(target: Any, options: Options) -> Handle:
                 "restore() the first handle before"
             )
         return handle
-
-    from bitfuse.hosts import diffusers as adapter
 
     handle = Handle(adapter.NAME, options)
     handle.on_restore(functools.partial(_forget, handle))
@@ -102,11 +113,15 @@ def _forget(handle: Handle) -> None:
         del _active[model]
 
 
-def _find(target: Any) -> list[Any]:
-    if "diffusers" not in sys.modules:  # then target can't be a diffusers model
-        return []
-    try:
-        from bitfuse.hosts import diffusers as adapter
-    except ImportError:  # a diffusers without LTX-2
-        return []
-    return adapter.transformers(target)
+def _find(target: Any) -> tuple[Any, list[Any]]:
+    """The adapter of the target's host, and the models of it; (None, []) where it is no host's."""
+    for package, adapter in _ADAPTERS.items():
+        if package not in sys.modules:  # then target can't be one of its models
+            continue
+        try:
+            found = importlib.import_module(f"bitfuse.hosts.{adapter}")
+        except ImportError:  # a version without LTX-2, or without something that it needs
+            continue
+        if models := found.transformers(target):
+            return found, models
+    return None, []

@@ -20,12 +20,12 @@ from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from bitfuse import proof
-from bitfuse.contract import Operator, around
+from bitfuse.contract import around
 from bitfuse.graphs import graph_forward
 from bitfuse.hosts import constant, diffusers_block
+from bitfuse.hosts.common import rotary_difference
 from bitfuse.hosts.constant import Constant, Prelude
-from bitfuse.hosts.patch import Handle, Site, Swapped, hooked, source_hash, swap_class
+from bitfuse.hosts.patch import Handle, Site, Swapped, hooked, source_hash, swap_class, why_norms_are_called
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_RMS_NORM, QK_SPLIT_FP32
@@ -139,7 +139,7 @@ class _Processor:
         if turned and function is not self.host_function:
             reason = f"{_HOST_FUNCTIONS[attn.rope_type]} of {NAME} was replaced meanwhile"
         else:
-            reason = next(_why_norms_are_called(attn), None)
+            reason = next(why_norms_are_called(norm_q=attn.norm_q, norm_k=attn.norm_k), None)
         if reason is None:
             norms = (attn.norm_q.weight, attn.norm_k.weight)
             if query_rotary_emb is None:
@@ -157,19 +157,6 @@ class _Processor:
         self.site.fall(reason)  # the norms; the turns are fused by themselves
         operator = _OPERATORS[attn.rope_type]
         return operator(query, *query_rotary_emb), operator(key, *key_rotary_emb)
-
-
-def _why_norms_are_called(attn: Any) -> Iterator[str]:
-    """Why norm_q and norm_k must be called as modules."""
-    for name, norm in (("norm_q", attn.norm_q), ("norm_k", attn.norm_k)):
-        if type(norm) is not torch.nn.RMSNorm:
-            yield f"{name} is a {type(norm).__module__}.{type(norm).__qualname__}, not torch.nn.RMSNorm"
-        elif hooked(norm):
-            yield f"a hook is attached to {name}, which is not called when it is fused"
-        elif norm.weight is None or norm.eps is None:
-            yield f"{name} has no weight or no eps of its own"
-        elif norm.eps != attn.norm_q.eps:
-            yield f"the eps of norm_k is {norm.eps} and that of norm_q {attn.norm_q.eps}"
 
 
 class AudioVideoProcessor(_Processor, upstream.LTX2AudioVideoAttnProcessor):
@@ -351,17 +338,17 @@ def _why_left_alone(attn: Any) -> Iterator[str]:
 def _differs_from_host(
     rope_type: str, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """The host's own function against the operator's reference, in this process, on the battery's inputs."""
-    operator: Operator = _OPERATORS[rope_type]
     host = getattr(upstream, _HOST_FUNCTIONS[rope_type])
-    like = torch.empty(2, 5, heads * head_dim, dtype=dtype, device=device)
-    table = torch.empty(like.shape if rope_type == "interleaved" else (2, 5, heads, head_dim // 2), device=device)
-    table = table if rope_type == "interleaved" else table.swapaxes(1, 2)
-    with torch.no_grad():
-        for family, (x, cos, sin) in operator.battery(like, table, table):
-            if mismatch := proof.compare(host(x, (cos, sin)), operator.reference(x, cos, sin)):
-                return f"{mismatch.sentence}, on the battery's '{family}' inputs"
-    return None
+    return rotary_difference(
+        lambda x, cos, sin: host(x, (cos, sin)),
+        _OPERATORS[rope_type],
+        rope_type == "interleaved",
+        heads,
+        head_dim,
+        dtype,
+        torch.float32,
+        device,
+    )
 
 
 def _replace_processor(attn: Any, site: Site, gate_site: Site, handle: Handle) -> None:

@@ -9,8 +9,6 @@ keep working, and so does whatever finds blocks by their class or its name.
 from __future__ import annotations
 
 import contextlib
-import operator
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +17,7 @@ from diffusers.models import normalization
 from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
+from bitfuse.hosts.common import ABSENT, Ada, Beside, Quiet, Values, modulation
 from bitfuse.hosts.patch import Handle, Site, Swapped, hooked, source_hash, swap_class
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
@@ -29,7 +28,6 @@ from bitfuse.ops.residual_rms_norm import (
 from bitfuse.ops.rms_norm_modulate import RMS_NORM_MODULATE_COMPOSED
 
 _Stock: Any = upstream.LTX2VideoTransformerBlock
-_Ada = tuple[Tensor, Tensor | None]  # an AdaLN value [B, T or 1, D] and the table row [D] that is added to it
 
 # Upstream sources that were read and are restated here (`source_hash`).
 _READ = {
@@ -61,61 +59,12 @@ def _sites(block: Any) -> dict[str, Any]:
     return {site: op for site, op in _SITES.items() if modulated or "text" not in site}
 
 
-class _Beside:
-    """A second CUDA stream for the audio half of each block: its kernels are too small to fill a GPU by themselves.
-
-    Streams change when a kernel runs, not which kernel, so no bit. The second stream forks off at the start of a
-    block, meets the first where video and audio look at each other, and joins it at the end. Whatever it allocates
-    is freed to itself, and it allocates nothing before it has waited for the first stream: so no memory is used
-    again while the other stream still reads it, without `record_stream`.
-
-    Not where somebody is called along the way (hooks, LoRA's included, see streams as they please), and not for few
-    tokens unless a CUDA graph is captured: there the CPU sets the pace, and switching streams takes its time.
-    """
-
-    MIN_ROWS = 4096
-
-    def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-
-    def of(self, x: Tensor, block: _State) -> Any:
-        """The second stream, where it pays and is safe, else None."""
-        if not x.is_cuda or torch.is_grad_enabled():
-            return None
-        few = x.shape[0] * x.shape[1] < self.MIN_ROWS
-        if (few and not torch.cuda.is_current_stream_capturing()) or not block.quiet():
-            return None
-        if x.device not in self._streams:
-            self._streams[x.device] = torch.cuda.Stream(x.device)
-        return self._streams[x.device]
-
-
-class _Values:
-    """The AdaLN values of the step under way, as views; one object serves all blocks of a model.
-
-    All blocks of a step are handed the same `temb`, so its views are made once. They live as long as it does.
-    """
-
-    def __init__(self) -> None:
-        self._views: dict[int, tuple[weakref.ref, tuple[Tensor, ...]]] = {}
-
-    def of(self, temb: Tensor, count: int) -> tuple[Tensor, ...]:
-        key = id(temb)
-        found = self._views.get(key)
-        if found is None or found[0]() is not temb or len(found[1]) != count:
-            views = temb.unflatten(-1, (count, -1)).unbind(dim=2)  # never a copy, so on no stream
-            self._views[key] = found = (weakref.ref(temb, lambda _: self._views.pop(key, None)), views)
-        return found[1]
-
-
 class _State:
     """What a block carries while it is accelerated."""
 
-    def __init__(self, block: Any, name: str, values: _Values, beside: _Beside, handle: Handle):
+    def __init__(self, block: Any, name: str, values: Values, beside: Beside, handle: Handle):
         self.values, self.beside = values, beside
-        self._attributes = [module.__dict__ for module in block.modules()]
-        self._sizes = [len(attributes) for attributes in self._attributes]
-        self._children = [child for d in self._attributes for child in d["_modules"].values()]
+        self.quiet = Quiet(block)
         self.norms = [(norm, getattr(block, norm)) for norm in _VIDEO_NORMS + _AUDIO_NORMS]
         self.eps = self.norms[0][1].eps
         self.sites = {site: Site(f"{name}.{site}", op.name) for site, op in _sites(block).items()}
@@ -133,13 +82,6 @@ class _State:
             if hooked(norm):
                 return f"a hook is attached to {name}, which is not called when it is fused"
         return None
-
-    def quiet(self) -> bool:
-        """Whether no module of the block has got a hook or another forward since the block was taken over."""
-        if any(d["_forward_hooks"] or d["_forward_pre_hooks"] for d in self._attributes):
-            return False
-        children = [child for d in self._attributes for child in d["_modules"].values()]
-        return list(map(len, self._attributes)) == self._sizes and all(map(operator.is_, children, self._children))
 
     def leave(self, reason: str) -> None:
         for site in self.sites.values():
@@ -199,14 +141,14 @@ class LTX2VideoTransformerBlock(Swapped, _Stock):
         video = self._ada(self.scale_shift_table, temb)
         audio = self._ada(self.audio_scale_shift_table, temb_audio)
         main: Any = None
-        side = state.beside.of(x, state)
+        side = state.beside.of(x, state.quiet)
         on_side: Any = contextlib.nullcontext() if side is None else torch.cuda.stream(side)
         if side is not None:
             main = torch.cuda.current_stream(x.device)
             side.wait_stream(main)
 
         # 1. self-attention
-        n = site["norm1"].call(RMS_NORM_MODULATE_COMPOSED, x, *_modulation(video[1], video[0]), eps)
+        n = site["norm1"].call(RMS_NORM_MODULATE_COMPOSED, x, *modulation(video[1], video[0]), eps)
         attended = self.attn1(
             hidden_states=n,
             encoder_hidden_states=None,
@@ -215,7 +157,7 @@ class LTX2VideoTransformerBlock(Swapped, _Stock):
             **perturbed,
         )
         with on_side:
-            n = site["audio_norm1"].call(RMS_NORM_MODULATE_COMPOSED, y, *_modulation(audio[1], audio[0]), eps)
+            n = site["audio_norm1"].call(RMS_NORM_MODULATE_COMPOSED, y, *modulation(audio[1], audio[0]), eps)
             audio_attended = self.audio_attn1(
                 hidden_states=n,
                 encoder_hidden_states=None,
@@ -228,17 +170,17 @@ class LTX2VideoTransformerBlock(Swapped, _Stock):
         text, audio_text = encoder_hidden_states, audio_encoder_hidden_states
         if self.cross_attn_adaln:
             shift, scale = self._prompt(self.prompt_scale_shift_table, temb_prompt, x)
-            text = site["text"].call(MODULATE, text, *_modulation(scale, shift))
+            text = site["text"].call(MODULATE, text, *modulation(scale, shift))
             with on_side:
                 shift, scale = self._prompt(self.audio_prompt_scale_shift_table, temb_prompt_audio, y)
-                audio_text = site["audio_text"].call(MODULATE, audio_text, *_modulation(scale, shift))
-        query = _modulation(video[7], video[6]) if self.video_cross_attn_adaln else _ABSENT
+                audio_text = site["audio_text"].call(MODULATE, audio_text, *modulation(scale, shift))
+        query = modulation(video[7], video[6]) if self.video_cross_attn_adaln else ABSENT
         x, n = site["norm2"].call(residual, x, attended, *video[2], None, *query, eps)
         attended = self.attn2(
             n, encoder_hidden_states=text, query_rotary_emb=None, attention_mask=encoder_attention_mask
         )
         with on_side:
-            query = _modulation(audio[7], audio[6]) if self.audio_cross_attn_adaln else _ABSENT
+            query = modulation(audio[7], audio[6]) if self.audio_cross_attn_adaln else ABSENT
             y, n = site["audio_norm2"].call(residual, y, audio_attended, *audio[2], None, *query, eps)
             audio_attended = self.audio_attn2(
                 n, encoder_hidden_states=audio_text, query_rotary_emb=None, attention_mask=audio_encoder_attention_mask
@@ -284,25 +226,25 @@ class LTX2VideoTransformerBlock(Swapped, _Stock):
                     )
 
         # 4. feed-forward
-        mlp = _modulation(video[4], video[3])
+        mlp = modulation(video[4], video[3])
         x, n = self._before_feed_forward(site["norm3"], x, attended, gate, mlp)
         attended = None
         x = site["output"].call(GATED_RESIDUAL, x, self.ff(n), *video[5])
         with on_side:
-            mlp = _modulation(audio[4], audio[3])
+            mlp = modulation(audio[4], audio[3])
             y, n = self._before_feed_forward(site["audio_norm3"], y, audio_attended, audio_gate, mlp)
             y = site["audio_output"].call(GATED_RESIDUAL, y, self.audio_ff(n), *audio[5])
         if side is not None:
             main.wait_stream(side)
         return x, y
 
-    def _ada(self, table: Tensor, temb: Tensor) -> list[_Ada]:
+    def _ada(self, table: Tensor, temb: Tensor) -> list[Ada]:
         """(value, table row) of each row of a table, not yet added: `get_mod_params` before its sum."""
         if table.device != temb.device:  # offloaded: upstream moves it
             table = table.to(temb.device)
         return list(zip(self._bitfuse.values.of(temb, table.shape[0]), table.unbind(0), strict=True))
 
-    def _prompt(self, table: Tensor, temb: Tensor | None, x: Tensor) -> list[_Ada]:
+    def _prompt(self, table: Tensor, temb: Tensor | None, x: Tensor) -> list[Ada]:
         if temb is not None:
             return self._ada(table, temb)
         # the text's modulation does not depend on the timestep
@@ -310,10 +252,10 @@ class LTX2VideoTransformerBlock(Swapped, _Stock):
         return [(row, None) for row in rows]
 
     def _between(
-        self, site: Site, x: Tensor, attended: Tensor, gate: Any, ca: list[_Ada], use_a2v: bool, use_v2a: bool
+        self, site: Site, x: Tensor, attended: Tensor, gate: Any, ca: list[Ada], use_a2v: bool, use_v2a: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The stream with `attended` added, and its norm modulated for the one, the other, or both attentions."""
-        a2v, v2a, eps = _modulation(ca[0], ca[1]), _modulation(ca[2], ca[3]), self._bitfuse.eps
+        a2v, v2a, eps = modulation(ca[0], ca[1]), modulation(ca[2], ca[3]), self._bitfuse.eps
         if use_a2v and use_v2a:
             return site.call(RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED, x, attended, *gate, None, *a2v, *v2a, eps)
         only = a2v if use_a2v else v2a
@@ -329,20 +271,12 @@ class LTX2VideoTransformerBlock(Swapped, _Stock):
         return site.call(RESIDUAL_RMS_NORM_MODULATE_COMPOSED, x, attended, *gate, None, *mlp, eps)
 
 
-_ABSENT = (None, None, None, None)
-
-
-def _modulation(scale: _Ada, shift: _Ada) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """scale, shift, scale_table, shift_table, as the operators take them."""
-    return scale[0], shift[0], scale[1], shift[1]
-
-
 # -- taking over -----------------------------------------------------------------------------------------------------
 
 
 def accelerate(model: Any, handle: Handle, host: str) -> None:
     """Give every block of a transformer the forward above, noting each site in the handle."""
-    values, beside = _Values(), _Beside()
+    values, beside = Values(), Beside()
     for index, block in enumerate(model.transformer_blocks):
         name = f"transformer_blocks.{index}"
         reason = next(_why_left_alone(block, host), None)

@@ -11,7 +11,7 @@ import itertools
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -40,6 +40,21 @@ def hooked(module: Any) -> bool:
     return bool(found["_forward_hooks"] or found["_forward_pre_hooks"] or "forward" in found)
 
 
+def why_norms_are_called(**norms: Any) -> Iterator[str]:
+    """Why these Q/K norms, given by the host's names for them, must be called as modules: reasons not to fuse them."""
+    eps = {name: getattr(norm, "eps", None) for name, norm in norms.items()}
+    first = next(iter(norms))
+    for name, norm in norms.items():
+        if type(norm) is not torch.nn.RMSNorm:
+            yield f"{name} is a {type(norm).__module__}.{type(norm).__qualname__}, not torch.nn.RMSNorm"
+        elif hooked(norm):
+            yield f"a hook is attached to {name}, which is not called when it is fused"
+        elif norm.weight is None or norm.eps is None:
+            yield f"{name} has no weight or no eps of its own"
+        elif norm.eps != eps[first]:
+            yield f"the eps of {name} is {norm.eps} and that of {first} {eps[first]}"
+
+
 class Swapped:
     """First base of a class that a module is given in place of its own, which is the second base.
 
@@ -66,6 +81,18 @@ def swap_class(module: Any, ours: type, state: Any, handle: Handle) -> None:
         kept = module.__dict__.pop("_bitfuse", None)
         if hasattr(kept, "clear"):
             kept.clear()
+
+    handle.on_restore(undo)
+
+
+def fill(owner: Any, attribute: str, ours: Any, handle: Handle) -> None:
+    """Put something of ours into an attribute of the owner's own, until the handle is restored."""
+    stock = owner.__dict__[attribute]
+    setattr(owner, attribute, ours)
+
+    def undo() -> None:
+        if owner.__dict__.get(attribute) is ours:  # somebody else's, set since, is not ours to take away
+            setattr(owner, attribute, stock)
 
     handle.on_restore(undo)
 

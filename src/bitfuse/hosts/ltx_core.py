@@ -1,0 +1,323 @@
+"""Lightricks' ltx-core (1.0.0 to 1.2.0): the attentions of its LTX-2 transformer, and its rotary tables.
+
+From 1.1.4 on ltx-core has seams: an attention calls its `preattention_function` (Q/K norms and rotary embedding) and
+its `gated_attention_function` (the head gate), which `TransformerOpsConfig.from_functions` or anybody else fills. The
+two callables below go in there. Before 1.1.4 there are none: there an attention gets its class changed to a subclass of
+the same name, whose forward restates upstream's with the same two callables. They stand in only for upstream code whose
+hash is listed here; any other is left in place, and the report says why. The rest of a block is in `ltx_core_block.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import ltx_core
+import torch
+from ltx_core.model.transformer import attention, model, rope, transformer_args
+from torch import Tensor
+
+from bitfuse.graphs import graph_forward
+from bitfuse.hosts import ltx_core_block
+from bitfuse.hosts.common import rotary_difference
+from bitfuse.hosts.constant import Constant, Prelude
+from bitfuse.hosts.ltx_core_block import Seam, ops, why_not_stock
+from bitfuse.hosts.patch import Handle, Site, Swapped, fill, source_hash, swap_class, why_norms_are_called
+from bitfuse.ops.head_gate import HEAD_GATE
+from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
+from bitfuse.ops.qk_norm import QK_INTERLEAVED_PER_OP, QK_RMS_NORM, QK_SPLIT_PER_OP
+from bitfuse.ops.split_rotary import SPLIT_PER_OP
+
+
+def _name() -> str:
+    """ltx-core and its version, where the installed version is the one that was imported."""
+    try:
+        installed = importlib.metadata.distribution("ltx-core")
+    except importlib.metadata.PackageNotFoundError:
+        return "ltx-core (a checkout)"
+    files = [file.locate() for file in installed.files or () if str(file) == "ltx_core/__init__.py"]
+    elsewhere = files and not any(str(file) == ltx_core.__file__ for file in files)
+    return "ltx-core (a checkout)" if elsewhere else f"ltx-core {installed.version}"
+
+
+NAME = _name()
+
+_Tables = tuple[Tensor, Tensor]  # cos and sin
+_Attention: Any = attention.Attention
+_Preprocessor: Any = transformer_args.TransformerArgsPreprocessor
+
+_OPERATORS = {"split": SPLIT_PER_OP, "interleaved": INTERLEAVED_PER_OP}
+_QK_OPERATORS = {"split": QK_SPLIT_PER_OP, "interleaved": QK_INTERLEAVED_PER_OP}
+
+# The attentions of a block; the queries and keys of attn2 and audio_attn2, to the text, are normed but not turned.
+_ATTENTIONS = ("attn1", "audio_attn1", "attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
+
+_OWN_BATCH = {"bb9c50a0985f415e", "c32c520ae778bf00"}  # split rotary up to 1.1.3: the tables' batch is x's
+
+# Upstream sources that were read and are restated here or in the operators' references (`source_hash`).
+_READ = {
+    "apply_rotary_emb": {"a77f8dca37a629b4", "55a5c41a497f7219"},  # 1.0.0 to 1.1.2; 1.1.3 to 1.2.0
+    "apply_split_rotary_emb": {*_OWN_BATCH, "d1f17ed1ffb90969"},  # 1.0.0 to 1.1.2, 1.1.3; 1.1.4 to 1.2.0
+    "apply_interleaved_rotary_emb": {"41faef873dd4639d"},  # 1.0.0 to 1.2.0
+    "Attention.forward": {"dfbde2bcf8b882b5"},  # 1.0.0 to 1.1.3; later ones have seams
+    "tables": {"62391a558b4c82de"},  # TransformerArgsPreprocessor._prepare_positional_embeddings, 1.0.0 to 1.2.0
+}
+
+
+# -- what runs in an attention -----------------------------------------------------------------------------------------
+
+
+class PreAttention(Seam):
+    """ltx-core's `PreAttentionCallable`: Q/K norms and rotary embedding, in one kernel."""
+
+    def __init__(self, site: Site, stock: Any):
+        super().__init__(site, stock)
+        self._functions = _rotary_functions()
+        self._own_batch = source_hash(rope.apply_split_rotary_emb) in _OWN_BATCH
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        attn_module: Any,
+        mask: Tensor | None,
+        pe: _Tables | None,
+        k_pe: _Tables | None,
+    ) -> tuple[Tensor, Tensor]:
+        attn = attn_module
+        if torch.compiler.is_compiling():
+            return _pre_attention(q, k, attn, pe, k_pe)
+        if (reason := next(self._why_stock(q, k, attn, pe, k_pe), None)) is not None:
+            return self.site.leave(lambda: _pre_attention(q, k, attn, pe, k_pe), reason)
+        norms = (attn.q_norm.weight, attn.k_norm.weight)
+        if pe is None:
+            return self.site.call(QK_RMS_NORM, q, k, *norms, attn.q_norm.eps)
+        own = (None, None) if k_pe is None else k_pe
+        return self.site.call(_QK_OPERATORS[attn.rope_type.value], q, k, *norms, *pe, *own, attn.q_norm.eps)
+
+    def _why_stock(self, q: Tensor, k: Tensor, attn: Any, pe: _Tables | None, k_pe: _Tables | None) -> Iterator[str]:
+        yield from why_norms_are_called(q_norm=attn.q_norm, k_norm=attn.k_norm)
+        if pe is None:
+            return
+        if _rotary_functions() != self._functions:
+            yield f"a rotary function of {NAME} was replaced meanwhile"
+        if self._own_batch and attn.rope_type.value == "split":  # tables of another batch are an error there
+            for x, (cos, _) in ((q, pe), (k, k_pe or pe)):
+                if cos.shape[0] != x.shape[0]:
+                    yield f"the tables have a batch of {cos.shape[0]} and the tokens of {x.shape[0]}"
+
+
+class GatedAttention(Seam):
+    """ltx-core's `GatedAttentionCallable`: the head gate."""
+
+    def __call__(self, x: Tensor, attn_out: Tensor, attn_module: Any) -> Tensor:
+        return self.site.call(HEAD_GATE, attn_out, attn_module.to_gate_logits(x))
+
+
+def _rotary_home() -> Any:
+    """The module in which an attention finds `apply_rotary_emb`."""
+    return ops or attention
+
+
+def _rotary_functions() -> tuple[Any, ...]:
+    return _rotary_home().apply_rotary_emb, rope.apply_split_rotary_emb, rope.apply_interleaved_rotary_emb
+
+
+def _pre_attention(q: Tensor, k: Tensor, attn: Any, pe: _Tables | None, k_pe: _Tables | None) -> tuple[Tensor, Tensor]:
+    """The host's own chain, with its norms called as modules."""
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if pe is None:
+        return q, k
+    turn = _rotary_home().apply_rotary_emb
+    return turn(q, pe, attn.rope_type), turn(k, pe if k_pe is None else k_pe, attn.rope_type)
+
+
+class Attention(Swapped, _Attention):  # the same name as upstream's
+    """Upstream's attention before 1.1.4, with the two callables above where later versions have seams for them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        seams = self.__dict__.get("_bitfuse")
+        if seams is None or torch.compiler.is_compiling():
+            return _Attention.forward(self, *args, **kwargs)
+        return self._forward(*seams, *args, **kwargs)
+
+    def _forward(
+        self,
+        pre_attention: PreAttention,
+        gated_attention: GatedAttention,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        pe: _Tables | None = None,
+        k_pe: _Tables | None = None,
+        perturbation_mask: Tensor | None = None,
+        all_perturbed: bool = False,
+    ) -> Tensor:
+        context = x if context is None else context
+        v = self.to_v(context)
+        if all_perturbed:  # spatio-temporal guidance: the values stand in for the attention
+            out = v
+        else:
+            q, k = self.to_q(x), self.to_k(context)
+            q, k = pre_attention(q, k, self, mask, pe, k_pe)
+            out = self.attention_function(q, k, v, self.heads, mask)
+            if perturbation_mask is not None:
+                out = out * perturbation_mask + v * (1 - perturbation_mask)
+        if self.to_gate_logits is not None:
+            out = gated_attention(x, out, self)
+        return self.to_out(out)
+
+
+# -- rotary tables -----------------------------------------------------------------------------------------------------
+
+
+class _KeptTables:
+    """Rotary tables, kept while the positions are the same: four of them are computed anew in every forward else."""
+
+    def __init__(self) -> None:
+        self._constants: defaultdict[Hashable, Constant] = defaultdict(Constant)  # by what else they depend on
+
+    def of(self, positions: Tensor, settings: Hashable, compute: Callable[[Tensor], Any]) -> Any:
+        return self._constants[settings].of(positions, settings, compute)
+
+    def clear(self) -> None:
+        self._constants.clear()
+
+
+class TransformerArgsPreprocessor(Swapped, _Preprocessor):  # the same name as upstream's
+    def _prepare_positional_embeddings(
+        self,
+        positions: Tensor,
+        inner_dim: int,
+        max_pos: list[int],
+        use_middle_indices_grid: bool,
+        num_attention_heads: int,
+        x_dtype: torch.dtype,
+    ) -> Any:
+        tables = self.__dict__.get("_bitfuse")
+        if tables is None or torch.compiler.is_compiling():
+            return _Preprocessor._prepare_positional_embeddings(
+                self, positions, inner_dim, max_pos, use_middle_indices_grid, num_attention_heads, x_dtype
+            )
+        double, theta, kind = self.double_precision_rope, self.positional_embedding_theta, self.rope_type
+        grid = transformer_args.generate_freq_grid_np if double else transformer_args.generate_freq_grid_pytorch
+
+        def compute(positions: Tensor) -> _Tables:
+            return transformer_args.precompute_freqs_cis(
+                positions,
+                dim=inner_dim,
+                out_dtype=x_dtype,
+                theta=theta,
+                max_pos=max_pos,
+                use_middle_indices_grid=use_middle_indices_grid,
+                num_attention_heads=num_attention_heads,
+                rope_type=kind,
+                freq_grid_generator=functools.partial(_grid_on, positions.device, grid),
+            )
+
+        settings = (inner_dim, tuple(max_pos), use_middle_indices_grid, num_attention_heads, x_dtype)
+        return tables.of(positions, (*settings, double, theta, kind), compute)
+
+
+@functools.lru_cache(maxsize=8)
+def _grid_on(device: torch.device, grid: Callable[..., Tensor], *settings: Any) -> Tensor:
+    """The frequencies on the device: from the CPU they would be copied, and waited for, in every forward."""
+    return grid(*settings).to(device)
+
+
+# -- taking over -------------------------------------------------------------------------------------------------------
+
+
+def transformers(target: Any) -> list[Any]:
+    """The LTX-2 transformer given, or the one in an `X0Model`; empty when there is none."""
+    parts = [target, getattr(target, "velocity_model", None)]
+    parts = [getattr(part, "_orig_mod", part) for part in parts]  # torch.compile's wrapper
+    return [part for part in parts if isinstance(part, model.LTXModel)]
+
+
+def accelerate(transformer: Any, handle: Handle) -> None:
+    """Take over every site of one transformer, noting each in the handle. ValueError for options it has not."""
+    if handle.keep_text:
+        raise ValueError("keep_text is True; accepted for an ltx-core model: False, its text is not kept")
+    for name, block, attn in _attentions(transformer):
+        operator = QK_RMS_NORM if "attn2" in name else _QK_OPERATORS.get(attn.rope_type.value, QK_RMS_NORM)
+        site, gate_site = Site(name, operator.name), Site(f"{name}.gate", HEAD_GATE.name)
+        handle.sites.append(site)
+        if attn.to_gate_logits is not None:
+            handle.sites.append(gate_site)
+        _take_over(block, attn, site, gate_site, handle)
+    ltx_core_block.accelerate(transformer, handle, NAME)
+    _keep_tables(transformer, handle)
+    if handle.cuda_graph:
+        graph_forward(transformer, handle, prelude=Prelude, settings=lambda: tuple(map(id, _rotary_functions())))
+
+
+def _attentions(transformer: Any) -> Iterator[tuple[str, Any, Any]]:
+    for index, block in enumerate(transformer.transformer_blocks):
+        for name in _ATTENTIONS:
+            if (attn := getattr(block, name, None)) is not None:
+                yield f"transformer_blocks.{index}.{name}", block, attn
+
+
+def _take_over(block: Any, attn: Any, site: Site, gate_site: Site, handle: Handle) -> None:
+    reason = next(_why_left_alone(block, attn), None)
+    if ops is None:  # one forward, so both or neither
+        site.declined = gate_site.declined = reason or next(_why_not_turned(attn), None)
+        if site.declined is None:
+            swap_class(attn, Attention, (PreAttention(site, None), GatedAttention(gate_site, None)), handle)
+        return
+    pre, gated = "preattention_function", "gated_attention_function"
+    site.declined = reason or why_not_stock(attn, pre) or next(_why_not_turned(attn), None)
+    gate_site.declined = reason or why_not_stock(attn, gated)
+    if site.declined is None:
+        fill(attn, pre, PreAttention(site, attn.preattention_function), handle)
+    if gate_site.declined is None:
+        fill(attn, gated, GatedAttention(gate_site, attn.gated_attention_function), handle)
+
+
+def _why_left_alone(block: Any, attn: Any) -> Iterator[str]:
+    if hasattr(block, "_orig_mod"):
+        yield "its block was compiled with torch.compile, and is left to that"
+    if type(attn) is not _Attention:
+        yield f"the attention is a {type(attn).__module__}.{type(attn).__qualname__}, not ltx-core's own"
+    if ops is None:
+        if "forward" in attn.__dict__:
+            yield "a hook or a wrapper has replaced the attention's forward, and is left in place"
+        if (found := source_hash(_Attention.forward)) not in _READ["Attention.forward"]:
+            yield f"Attention.forward of {NAME} is not a source that bitfuse knows ({found})"
+
+
+def _why_not_turned(attn: Any) -> Iterator[str]:
+    """Why its Q/K norms and rotary embedding stay."""
+    kind = getattr(attn.rope_type, "value", attn.rope_type)
+    if kind not in _OPERATORS:
+        yield f"its rope_type is {kind!r}; known: {', '.join(_OPERATORS)}"
+        return
+    function = getattr(rope, name := f"apply_{kind}_rotary_emb")
+    for read, code in (("apply_rotary_emb", _rotary_home().apply_rotary_emb), (name, function)):
+        if (found := source_hash(code)) not in _READ[read]:
+            yield f"{read} of {NAME} is not a source that bitfuse knows ({found})"
+            return
+    weights = [p for p in attn.parameters() if p.dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    dtype = weights[0].dtype if weights else torch.bfloat16
+    device = next((p.device for p in weights if p.is_cuda), torch.device("cpu"))
+    if difference := _differs_from_host(kind, attn.heads, attn.dim_head, dtype, device):
+        yield f"{name} of {NAME} and bitfuse's reference part here: {difference}"
+
+
+@functools.cache
+def _differs_from_host(kind: str, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    host = getattr(rope, f"apply_{kind}_rotary_emb")
+    return rotary_difference(host, _OPERATORS[kind], kind == "interleaved", heads, head_dim, dtype, dtype, device)
+
+
+def _keep_tables(transformer: Any, handle: Handle) -> None:
+    for name in ("video_args_preprocessor", "audio_args_preprocessor"):
+        found = getattr(transformer, name, None)
+        found = getattr(found, "simple_preprocessor", found)
+        known = source_hash(_Preprocessor._prepare_positional_embeddings) in _READ["tables"]
+        if known and type(found) is _Preprocessor and "_prepare_positional_embeddings" not in found.__dict__:
+            swap_class(found, TransformerArgsPreprocessor, _KeptTables(), handle)

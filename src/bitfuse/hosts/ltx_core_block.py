@@ -1,0 +1,403 @@
+"""ltx-core's LTX-2 transformer block (1.0.0 to 1.2.0): its forward, with every elementwise chain one operator.
+
+The forward below restates `BasicAVTransformerBlock.forward`: the same modules called in the same order (hooks, LoRA
+and dropout notice the order), and between them operators, each of which equals its chain bit for bit or runs it. A
+block gets it by changing its class to a subclass of the same name, so that torch's hooks, which sit in `__call__`,
+keep working. A later block, whose forward was not read, still gets its two seams filled, `ada_zero_function` and
+`post_sa_function`, where those hold ltx-core's own functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from ltx_core import utils
+from ltx_core.guidance.perturbations import BatchedPerturbationConfig, PerturbationType
+from ltx_core.model.transformer import attention, transformer
+from torch import Tensor
+
+from bitfuse.hosts.common import ABSENT, Ada, Beside, Quiet, Values, modulation
+from bitfuse.hosts.patch import Handle, Site, Swapped, fill, source_hash, swap_class
+from bitfuse.ops.gated_residual import GATED_RESIDUAL
+from bitfuse.ops.modulate import MODULATE
+from bitfuse.ops.residual_rms_norm import (
+    RESIDUAL_RMS_NORM_MODULATE_NATIVE,
+    RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE,
+)
+from bitfuse.ops.rms_norm_modulate import RMS_NORM_MODULATE_NATIVE
+
+ops: Any = None
+with contextlib.suppress(ImportError):
+    ops = importlib.import_module("ltx_core.model.transformer.ops")  # from 1.1.4
+
+_Stock: Any = transformer.BasicAVTransformerBlock
+
+# Upstream sources that were read and are restated here (`source_hash`).
+_READ = {
+    "BasicAVTransformerBlock.forward": {"100840667a70fe4f", "a75ec6e71a8def82", "5c77afca21efc590"},
+    "BasicAVTransformerBlock.get_ada_values": {"966d3a23e6873a8f"},
+    "BasicAVTransformerBlock.get_av_ca_ada_values": {"3a2fc4442033cf78"},
+    "BasicAVTransformerBlock._apply_text_cross_attention": {"69bb02b5780a515a", "f6a9750170147af8"},
+    "apply_cross_attention_adaln": {"a46f6c078bf1523c", "73b57145287b94d5", "ecbca3ee09cc2ca0"},
+    "rms_norm": {"7d09eaca80640dad"},
+    "PytorchPreAttention": {"5d127133fa0f2609"},  # these four from 1.1.4 on
+    "PytorchGatedAttention": {"c22e340e266d95af"},
+    "PytorchAdaZeroFunction": {"9d80678ecb99567a"},
+    "PytorchPostSAFunction": {"223631dca86a8c3e"},
+}
+SEAMS = {  # from 1.1.4 on: the first two of an attention, the others of a block
+    "preattention_function": "PytorchPreAttention",
+    "gated_attention_function": "PytorchGatedAttention",
+    "ada_zero_function": "PytorchAdaZeroFunction",
+    "post_sa_function": "PytorchPostSAFunction",
+}
+
+# Before 1.1.4 the block itself asks which samples are perturbed; later it is told, with its arguments.
+_ASKS = "perturbations" in inspect.signature(_Stock.forward).parameters
+
+_OF_ONE = {  # of the video; those of the audio are called audio_norm1, and so on
+    "norm1": RMS_NORM_MODULATE_NATIVE,
+    "norm2": RESIDUAL_RMS_NORM_MODULATE_NATIVE,
+    "text": MODULATE,
+    "norm3": RESIDUAL_RMS_NORM_MODULATE_NATIVE,
+    "output": GATED_RESIDUAL,
+}
+_BETWEEN = dict.fromkeys(("audio_to_video_norm", "video_to_audio_norm"), RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE)
+_NOTHING = (None, None)
+
+
+def _sites(block: Any) -> dict[str, Any]:
+    streams = [prefix for prefix in ("", "audio_") if hasattr(block, f"{prefix}attn1")]
+    found = {prefix + site: op for site, op in _OF_ONE.items() for prefix in streams}
+    found |= _BETWEEN if len(streams) == 2 else {}
+    modulated = block.cross_attention_adaln  # the text, in LTX-2.3
+    return {site: op for site, op in found.items() if modulated or "text" not in site}
+
+
+def _functions(block: Any) -> tuple[Any, ...]:
+    """What the restated forward stands in for, besides modules."""
+    return (
+        _Stock.forward,
+        _Stock.get_ada_values,
+        _Stock._apply_text_cross_attention,
+        transformer.apply_cross_attention_adaln,
+        getattr(transformer, "rms_norm", None),
+        ops and ops.rms_norm,
+        *(block.__dict__.get(seam) for seam in _FILLED),
+    )
+
+
+class _State:
+    """What a block carries while it is accelerated."""
+
+    def __init__(self, block: Any, sites: dict[str, Site], values: Values, beside: Beside):
+        self.sites, self.values, self.beside = sites, values, beside
+        self.quiet = Quiet(block)
+        self._functions = _functions(block)
+
+    def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why upstream's own forward must run."""
+        if torch.is_grad_enabled():  # the gradient of a sum depends on how it was formed
+            given = [vars(a).values() for a in (*args, *kwargs.values()) if dataclasses.is_dataclass(a)]
+            if any(isinstance(t, Tensor) and t.requires_grad for t in chain(*given, block.parameters())):
+                return "a gradient is required of the block's inputs or weights"
+        if _functions(block) != self._functions:
+            return "a function of the block was replaced meanwhile"
+        return None
+
+
+@dataclasses.dataclass
+class _Stream:
+    """One modality on its way through a block: its tokens x, and what is still to be added to them."""
+
+    args: Any  # TransformerArgs, or None: this modality is absent
+    prefix: str
+    perturbs: Any  # PerturbationType of its self-attention
+    skips: Any  # PerturbationType of its attention to the other
+    x: Any = None
+    runs: bool = False
+    ada: list[Ada] = dataclasses.field(default_factory=list)
+    pending: tuple[Any, ...] | None = None  # y, gate, gate_table, mask
+
+    def __post_init__(self) -> None:
+        if self.args is not None:
+            self.x = self.args.x
+            self.runs = self.args.enabled and self.x.numel() > 0
+
+    @property
+    def is_there(self) -> bool:
+        return self.args is not None and self.x.numel() > 0
+
+    def result(self) -> Any:
+        return None if self.args is None else dataclasses.replace(self.args, x=self.x)
+
+
+class BasicAVTransformerBlock(Swapped, _Stock):
+    """Upstream's block, of the same name, with its elementwise chains fused."""
+
+    _bitfuse: _State
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        # a hook that wrapped this method may still call it when the block is stock again, or in a copy of it
+        state = self.__dict__.get("_bitfuse")
+        if state is None or torch.compiler.is_compiling():
+            return _Stock.forward(self, *args, **kwargs)
+        if (reason := state.why_stock(self, args, kwargs)) is not None:
+            for site in state.sites.values():
+                site.fall(reason)
+            return _Stock.forward(self, *args, **kwargs)
+        return self._forward(state, *args, **kwargs)
+
+    def _forward(self, state: _State, video: Any, audio: Any, perturbations: Any = None) -> tuple[Any, Any]:
+        if video is None and audio is None:
+            raise ValueError("At least one of video or audio must be provided")  # upstream's words
+        v = _Stream(video, "", PerturbationType.SKIP_VIDEO_SELF_ATTN, PerturbationType.SKIP_A2V_CROSS_ATTN)
+        a = _Stream(audio, "audio_", PerturbationType.SKIP_AUDIO_SELF_ATTN, PerturbationType.SKIP_V2A_CROSS_ATTN)
+        if _ASKS and perturbations is None:
+            perturbations = BatchedPerturbationConfig.empty((video or audio).x.shape[0])
+        main: Any = None
+        side = state.beside.of(v.x, self._is_quiet) if v.runs and a.runs else None
+        on_side: Any = contextlib.nullcontext() if side is None else torch.cuda.stream(side)
+        if side is not None:
+            main = torch.cuda.current_stream(v.x.device)
+            side.wait_stream(main)
+
+        # 1. self-attention and cross-attention to the text
+        if v.runs:
+            self._attend(v, perturbations)
+        with on_side:
+            if a.runs:
+                self._attend(a, perturbations)
+
+        # 2. cross-attention between video and audio, each of the other as it was before
+        a2v = v.runs and a.is_there and not self._skipped(v, perturbations)
+        v2a = a.runs and v.is_there and not self._skipped(a, perturbations)
+        if a2v or v2a:
+            for_a2v, for_v2a = self._between(v, "audio_to_video_norm", "video", a2v, v2a)
+            with on_side:
+                audio_for_a2v, audio_for_v2a = self._between(a, "video_to_audio_norm", "audio", a2v, v2a)
+            if side is not None:
+                met = side.record_event()
+                side.wait_stream(main)
+                main.wait_event(met)
+            if a2v:
+                gate, mask = self._gate(v, "video"), self._mask(v, perturbations)
+                attended = self.audio_to_video_attn(
+                    for_a2v,
+                    context=audio_for_a2v,
+                    pe=video.cross_positional_embeddings,
+                    k_pe=audio.cross_positional_embeddings,
+                )
+                v.pending = (attended, *gate, mask)
+            for_a2v = attended = None  # memory for the feed-forward; what the other stream reads stays until it joins
+            if v2a:
+                with on_side:
+                    gate, mask = self._gate(a, "audio"), self._mask(a, perturbations)
+                    attended = self.video_to_audio_attn(
+                        audio_for_v2a,
+                        context=for_v2a,
+                        pe=audio.cross_positional_embeddings,
+                        k_pe=video.cross_positional_embeddings,
+                    )
+                    a.pending = (attended, *gate, mask)
+
+        # 3. feed-forward
+        if v.runs:
+            self._feed_forward(v)
+        with on_side:
+            if a.runs:
+                self._feed_forward(a)
+        if side is not None:
+            main.wait_stream(side)
+        return v.result(), a.result()
+
+    def _attend(self, s: _Stream, perturbations: Any) -> None:
+        """A modality's attention to itself, added, and to the text, still pending."""
+        site, eps, p, args = self._bitfuse.sites, self.norm_eps, s.prefix, s.args
+        s.ada = self._ada(getattr(self, f"{p}scale_shift_table"), args.timesteps, s.x)
+        mask, all_perturbed = self._perturbed(s, perturbations)
+        n = site[f"{p}norm1"].call(RMS_NORM_MODULATE_NATIVE, s.x, *modulation(s.ada[1], s.ada[0]), eps)
+        attended = getattr(self, f"{p}attn1")(
+            n,
+            pe=args.positional_embeddings,
+            mask=args.self_attention_mask,
+            perturbation_mask=mask,
+            all_perturbed=all_perturbed,
+        )
+        text = args.context
+        query: Any = ABSENT
+        gate: Any = _NOTHING
+        if self.cross_attention_adaln:
+            shift, scale = self._prompt(getattr(self, f"{p}prompt_scale_shift_table"), args.prompt_timestep, s.x)
+            text = site[f"{p}text"].call(MODULATE, text, *modulation(scale, shift))
+            query, gate = modulation(s.ada[7], s.ada[6]), s.ada[8]
+        s.pending = (attended, *s.ada[2], None)
+        (n,) = self._add_and_norm(s, site[f"{p}norm2"], query)
+        s.pending = (getattr(self, f"{p}attn2")(n, context=text, mask=args.context_mask), *gate, None)
+
+    def _between(self, s: _Stream, site: str, name: str, a2v: bool, v2a: bool) -> list[Tensor | None]:
+        """A modality's norm, modulated for the attention of video to audio, of audio to video, or both."""
+        table = getattr(self, f"scale_shift_table_a2v_ca_{name}")[:4]
+        ada = self._ada(table, s.args.cross_scale_shift_timestep, s.x)
+        wanted = [modulation(*ada[i : i + 2]) for i, runs in ((0, a2v), (2, v2a)) if runs]
+        found = iter(self._add_and_norm(s, self._bitfuse.sites[site], *wanted))
+        return [next(found) if runs else None for runs in (a2v, v2a)]
+
+    def _feed_forward(self, s: _Stream) -> None:
+        site, p = self._bitfuse.sites, s.prefix
+        (n,) = self._add_and_norm(s, site[f"{p}norm3"], modulation(s.ada[4], s.ada[3]))
+        s.x = site[f"{p}output"].call(GATED_RESIDUAL, s.x, getattr(self, f"{p}ff")(n), *s.ada[5])
+
+    def _add_and_norm(self, s: _Stream, site: Site, *modulations: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """Add to the tokens what is pending; their norm under each modulation."""
+        pending, s.pending, eps = s.pending, None, self.norm_eps
+        if pending is None:  # an attention that was left out
+            return tuple(site.call(RMS_NORM_MODULATE_NATIVE, s.x, *m, eps) for m in modulations)
+        once = len(modulations) == 1
+        operator = RESIDUAL_RMS_NORM_MODULATE_NATIVE if once else RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE
+        s.x, *normed = site.call(operator, s.x, *pending, *chain.from_iterable(modulations), eps)
+        return tuple(normed)
+
+    # -- AdaLN values --
+
+    def _ada(self, table: Tensor, timestep: Tensor, x: Tensor) -> list[Ada]:
+        """(value, table row) of each row of a table, not yet added: `get_ada_values` before its sum."""
+        if timestep.shape[0] != x.shape[0]:  # upstream knows what to do
+            return [(value, None) for value in self.get_ada_values(table, x.shape[0], timestep, slice(None))]
+        table = table.to(device=timestep.device, dtype=timestep.dtype)
+        return list(zip(self._bitfuse.values.of(timestep, table.shape[0]), table.unbind(0), strict=True))
+
+    def _gate(self, s: _Stream, name: str) -> Ada:
+        (gate,) = self._ada(getattr(self, f"scale_shift_table_a2v_ca_{name}")[4:], s.args.cross_gate_timestep, s.x)
+        return gate
+
+    def _prompt(self, table: Tensor, timestep: Tensor | None, x: Tensor) -> list[Ada]:
+        if timestep is not None:
+            return self._ada(table.to(x.dtype), timestep, x)
+        # the text's modulation does not depend on the timestep
+        return [(row, None) for row in table[None, None].to(device=x.device, dtype=x.dtype).unbind(dim=2)]
+
+    # -- perturbations: samples of which an attention is left out --
+
+    def _perturbed(self, s: _Stream, perturbations: Any) -> tuple[Tensor | None, bool]:
+        """(mask, whether all samples are) for the self-attention of a modality."""
+        if not _ASKS:
+            return s.args.self_attn_perturbation_mask, s.args.self_attn_all_perturbed
+        every = perturbations.all_in_batch(s.perturbs, self.idx)
+        partly = not every and perturbations.any_in_batch(s.perturbs, self.idx)
+        return perturbations.mask_like(s.perturbs, self.idx, s.x) if partly else None, every
+
+    def _skipped(self, s: _Stream, perturbations: Any) -> bool:
+        return perturbations.all_in_batch(s.skips, self.idx) if _ASKS else s.args.cross_attn_skip_all
+
+    def _mask(self, s: _Stream, perturbations: Any) -> Tensor:
+        """Of its attention to the other modality: always multiplied, [B, 1, 1]."""
+        if _ASKS:
+            return perturbations.mask_like(s.skips, self.idx, s.x)
+        return s.args.cross_attn_perturbation_mask
+
+    def _is_quiet(self) -> bool:
+        """Whether nobody else is called in the block, nor are its attentions somebody else's (parallel ones, say)."""
+        attentions = (module for module in self._modules.values() if isinstance(module, attention.Attention))
+        own = all(type(attn.attention_function).__module__ == attention.__name__ for attn in attentions)
+        return own and self._bitfuse.quiet()
+
+
+# -- the seams of a block whose forward was not read -------------------------------------------------------------------
+
+
+class Seam:
+    """A callable of ours in a seam, and what was there."""
+
+    def __init__(self, site: Site, stock: Any):
+        self.site, self.stock = site, stock
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy or a pickle of an accelerated model holds the stock callable: it is a plain model."""
+        return copy.copy, (self.stock,)
+
+
+class AdaZero(Seam):
+    """ltx-core's `AdaZeroCallable`: norm and modulation."""
+
+    def __call__(self, x: Tensor, eps: float, scale: Tensor, shift: Tensor) -> Tensor:
+        return self.site.call(RMS_NORM_MODULATE_NATIVE, x, scale, shift, None, None, eps)
+
+
+class PostSA(Seam):
+    """ltx-core's `PostSACallable`: gated residual, then its norm."""
+
+    def __call__(self, x: Tensor, y: Tensor, norm_weights: Tensor | None, eps: float, gate: Tensor) -> list[Tensor]:
+        if norm_weights is not None:
+            reason = "its norm has a weight; accepted: norms without"
+            return self.site.leave(lambda: self.stock(x, y, norm_weights, eps, gate), reason)
+        found = self.site.call(RESIDUAL_RMS_NORM_MODULATE_NATIVE, x, y, gate, None, None, *ABSENT, eps)
+        return list(found)
+
+
+def why_not_stock(owner: Any, seam: str) -> str | None:
+    """Why what is in a seam can't be stood in for: it is not ltx-core's own, or not a source that was read."""
+    name, found = SEAMS[seam], owner.__dict__.get(seam)
+    if type(found) is not getattr(ops, name, None):
+        return f"its {seam} is a {type(found).__module__}.{type(found).__qualname__}, not ltx-core's own"
+    if (source := source_hash(type(found).__call__)) not in _READ[name]:
+        return f"{name} is not a source that bitfuse knows ({source})"
+    return None
+
+
+# -- taking over -------------------------------------------------------------------------------------------------------
+
+
+def accelerate(transformer: Any, handle: Handle, host: str) -> None:
+    """Give every block of a transformer the forward above, or fill its seams, noting each site in the handle."""
+    values, beside = Values(), Beside()
+    for index, block in enumerate(transformer.transformer_blocks):
+        name = f"transformer_blocks.{index}"
+        reason = next(_why_left_alone(block, host), None)
+        sites = {site: Site(f"{name}.{site}", op.name, reason) for site, op in _sites(block).items()}
+        handle.sites += sites.values()
+        if reason is None:
+            swap_class(block, BasicAVTransformerBlock, _State(block, sites, values, beside), handle)
+        elif ops is not None and type(block) is _Stock:
+            for seam, (ours, operator) in _FILLED.items():
+                site = Site(f"{name}.{seam}", operator.name, why_not_stock(block, seam))
+                handle.sites.append(site)
+                if site.declined is None:
+                    fill(block, seam, ours(site, block.__dict__[seam]), handle)
+
+
+_FILLED: dict[str, tuple[type[Seam], Any]] = {
+    "ada_zero_function": (AdaZero, RMS_NORM_MODULATE_NATIVE),
+    "post_sa_function": (PostSA, RESIDUAL_RMS_NORM_MODULATE_NATIVE),
+}
+
+
+def _why_left_alone(block: Any, host: str) -> Iterator[str]:
+    if hasattr(block, "_orig_mod"):
+        yield "the block was compiled with torch.compile, and is left to that"
+    if type(block) is not _Stock:
+        yield f"the block is a {type(block).__module__}.{type(block).__qualname__}, not ltx-core's own"
+        return
+    if "forward" in block.__dict__:
+        yield "a hook or a wrapper has replaced the block's forward, and is left in place"
+    sources = {
+        "BasicAVTransformerBlock.forward": _Stock.forward,
+        "BasicAVTransformerBlock.get_ada_values": _Stock.get_ada_values,
+        "BasicAVTransformerBlock.get_av_ca_ada_values": _Stock.get_av_ca_ada_values,
+        "BasicAVTransformerBlock._apply_text_cross_attention": _Stock._apply_text_cross_attention,
+        "apply_cross_attention_adaln": transformer.apply_cross_attention_adaln,
+        "rms_norm": utils.rms_norm,
+    }
+    for name, code in sources.items():
+        if (found := source_hash(code)) not in _READ[name]:
+            yield f"{name} of {host} is not a source that bitfuse knows ({found})"
+    if ops is not None:
+        yield from filter(None, (why_not_stock(block, seam) for seam in _FILLED))
