@@ -21,11 +21,12 @@ from bitfuse.seeded import CannotRun
 jsonschema = pytest.importorskip("jsonschema")
 
 NAMES = ["gated_residual", "head_gate"]
+CASES = ["small", "one row", "one token", "misaligned"]
 
 
 @pytest.fixture(scope="module")
 def result():
-    return verify.run(Console(quiet=True), NAMES, "cpu", deep=True)
+    return verify.run(Console(quiet=True), NAMES, "cpu", CASES, deep=True)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,7 @@ def test_it_says_what_was_proved_and_of_what(made):
     assert made["machine"]["torch_git"] == torch.version.git_version
     assert made["exit_code"] == 0
     assert {one["operator"] for one in made["checks"]} == set(NAMES)
+    assert {one["case"] for one in made["checks"]} == set(made["asked"]["cases"]) == set(CASES)
     assert all(one["caught"] for one in made["controls"])
     assert {one["kind"] for one in made["sweeps"]} == {"arguments", "pairs", "values", "shapes"}
     assert all(sweep["done"] < sweep["of"] for sweep in made["sweeps"]), "a CPU takes a sample, and says so"
@@ -118,7 +120,7 @@ def test_a_document_of_this_machine_and_code_matches(saved):
     code, printed = check(saved())
     assert code == 0
     assert "differs" not in printed
-    assert "The document says: 28 of 28 checks fused and equal in every bit" in printed
+    assert "The document says: 5 of 5 checks fused and equal in every bit" in printed
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_a_document_of_a_failure_does_not_pass(saved):
     code, printed = check(saved(failed))
     assert code == 1
     assert "differs  " not in printed
-    assert "The document says: 1 differ; 27 of 28 checks" in printed
+    assert "The document says: 1 differ; 4 of 5 checks" in printed
 
 
 def test_nothing_that_is_read_enables_a_kernel(saved, fresh_routes):
@@ -197,6 +199,7 @@ def refused(path):
 @example(content=b'{"format": "bitfuse proof", "version": 1e999}')
 @example(content=b'{"format": "bitfuse proof", "format": "bitfuse proof"}')
 @example(content=b"1" * 10_000)
+@example(content=b'{"format": "bitfuse proof", "version": 1, "machine": ' + b"[" * 900 + b"]" * 900 + b"}")
 def test_what_is_no_proof_document_is_refused_in_a_sentence(content, somewhere):
     somewhere.write_bytes(content)
     refused(somewhere)
@@ -220,6 +223,35 @@ def test_a_document_with_one_value_of_another_kind_is_refused_or_does_not_match(
     except CannotRun:
         return
     assert not all(item.matches for item in document.compare(read))
+
+
+def test_what_is_nested_where_a_fact_belongs_is_refused(saved):
+    """Further facts of a machine may stand there, but nothing so deep that it could not be written again."""
+    deep = json.loads("[" * 500 + "]" * 500)
+    assert "$.machine" in refused(saved(lambda d: d["machine"].update(further=deep)))
+
+
+def test_terminal_codes_and_lone_surrogates_are_printed_as_ascii(saved):
+    def changed(content):
+        content["machine"]["device"] = "\x1b[31mred\ud800"
+        content["digest"] = document.digest(content)
+
+    code, printed = check(saved(changed))
+    assert code == 1
+    assert '"\\u001b[31mred\\ud800"' in printed
+
+
+def test_check_takes_no_options_of_a_run_and_writes_json(saved, tmp_path):
+    path, found = saved(), tmp_path / "found.json"
+    for options in (["--deep"], ["--op", NAMES[0]], ["--html", str(tmp_path / "page.html")]):
+        done = CliRunner().invoke(app, ["verify", "--check", str(path), *options])
+        assert done.exit_code == 2
+        assert "accepted with it: --device, --json" in done.output
+    done = CliRunner().invoke(app, ["verify", "--check", str(path), "--json", str(found)])
+    assert done.exit_code == 0
+    content = json.loads(found.read_text())
+    assert content["matches"] is True
+    assert all(item["matches"] and item["document"] == item["here"] for item in content["items"])
 
 
 @given(cut=st.integers(0, 5000))

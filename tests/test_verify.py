@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import bitfuse
 from bitfuse import cli, verify
-from bitfuse.contract import Tier
+from bitfuse.contract import Plan, Tier
 from bitfuse.ops.split_rotary import SPLIT_FP32
 
 NAME = SPLIT_FP32.name
@@ -98,3 +98,55 @@ def test_the_command_writes_json_and_refuses_unknown_operators(tmp_path):
     done = CliRunner().invoke(cli.app, ["verify", "--op", "rope"])
     assert done.exit_code == 2
     assert NAME in done.output
+
+
+def test_single_cases_can_be_asked_for():
+    result = verify.run(Console(quiet=True), [NAME, "head_gate"], cases=["misaligned"])
+    assert [(check.operator, check.case) for check in result.checks] == [(NAME, "misaligned")], "head_gate has none"
+    assert {control.operator for control in result.controls} == {NAME}
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("arguments", [["--case", "of nobody"], ["--op", NAME, "--case", "of nobody"]])
+def test_an_unknown_case_gets_a_line_that_names_the_cases(arguments):
+    done = CliRunner().invoke(cli.app, ["verify", *arguments])
+    assert done.exit_code == 2
+    assert "--case of nobody is not a case of these operators; accepted: " in done.output
+    assert "misaligned" in done.output
+
+
+def test_deep_and_case_exclude_each_other():
+    done = CliRunner().invoke(cli.app, ["verify", "--deep", "--case", "misaligned"])
+    assert done.exit_code == 2
+    assert "--deep sweeps whole operators, so it takes no --case" in done.output
+
+
+def test_batteries_are_counted_by_operator_and_tier():
+    result = _run()
+    (found,) = result.batteries
+    assert (found.operator, found.tier) == (NAME, "one kernel")
+    assert found.kernels == found.equal == 2, "the first case and that of one token run the same kernel"
+    assert found.families >= 2 * found.kernels
+    assert found.elements
+
+
+def test_all_that_will_be_launched_is_compiled_ahead(monkeypatch):
+    """Cases, mutants and random forms, each compiled kernel once; an error there does not end the run."""
+    launches = list(verify._kernels({SPLIT_FP32: list(SPLIT_FP32.cases)}, "cpu", deep=True))
+    bound = []
+
+    def bind(plan, args, outs):
+        bound.append((id(plan.kernel), plan.signature(args)))
+        if len(bound) == 1:
+            raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(Plan, "bind", bind)
+    with verify._progress(Console(quiet=True)) as progress:
+        verify._compile_ahead(iter(launches), progress)
+    assert len(bound) == len(set(bound))
+    assert set(bound) == {(id(plan.kernel), plan.signature(args)) for plan, args in launches}
+    mutants = {
+        id(m.plan(SPLIT_FP32, *SPLIT_FP32.cases[0].arguments("cpu", tokens=64)).kernel) for m in SPLIT_FP32.mutants
+    }
+    assert mutants <= {kernel for kernel, _ in bound}
+    assert len(bound) > len(SPLIT_FP32.cases) + len(mutants) - 1

@@ -128,7 +128,7 @@ def verify(
     _write(json_file, made)
     if html_file is not None:
         html_file.parent.mkdir(parents=True, exist_ok=True)
-        html_file.write_text(document.render(made))
+        html_file.write_text(document.render(made), encoding="utf-8")
     raise typer.Exit(result.exit_code)
 
 

@@ -225,6 +225,7 @@ def _compile_ahead(kernels: Iterable[tuple[Plan | str, tuple[Any, ...]]], progre
     task = progress.add_task("compiling", total=len(distinct))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for plan, args in distinct.values():
+            _ = plan.kernel.compiled  # made here: two threads would make one each, with caches of their own
             done = pool.submit(plan.bind, args, plan.empty(args[0].device))
             done.add_done_callback(lambda _: progress.advance(task))
     progress.remove_task(task)
@@ -268,9 +269,10 @@ def _print(console: Console, result: Result) -> None:
     for c in result.checks:
         if c.outcome != "equal":
             console.print(f"[{_COLOURS[c.outcome]}]{c.outcome}[/] {c.operator}, {c.case} {list(c.shape)}: {c.reason}")
-    for (name, tier, why), n in Counter((c.operator, c.tier, c.reason) for c in result.checks).items():
-        if tier and why:
-            console.print(f"{name}: {n} cases by {tier}, as not by {why}")
+    others = [c for c in result.checks if c.outcome == "equal" and c.reason]
+    for (name, tier), n in Counter((c.operator, c.tier) for c in others).items():
+        why = next(c.reason for c in others if (c.operator, c.tier) == (name, tier))
+        console.print(f"{name}: {n} cases by {tier}; the first of them as not by {why}")
     for wrong in result.controls:
         if not wrong.caught:
             console.print(f"[bold red]missed[/] {wrong.operator}: the battery let a wrong kernel pass: {wrong.mutant}")
