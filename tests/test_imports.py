@@ -29,7 +29,18 @@ def _python(code):
 
 # -- a fresh process -----------------------------------------------------------------------------------------------
 
-LATER = ["triton", "diffusers", "transformers", "accelerate", "rich", "typer", "matplotlib", "jinja2", "numpy.testing"]
+LATER = [
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "rich",
+    "typer",
+    "matplotlib",
+    "jinja2",
+    "jsonschema",
+    "numpy.testing",
+]
 
 
 def test_importing_bitfuse_imports_nothing_heavy():

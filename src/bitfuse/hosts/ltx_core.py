@@ -243,7 +243,8 @@ def accelerate(transformer: Any, handle: Handle) -> None:
     if handle.keep_text:
         raise ValueError("keep_text is True; accepted for an ltx-core model: False, its text is not kept")
     for name, block, attn in _attentions(transformer):
-        operator = QK_RMS_NORM if "attn2" in name else _QK_OPERATORS.get(attn.rope_type.value, QK_RMS_NORM)
+        kind = str(getattr(attn.rope_type, "value", attn.rope_type))
+        operator = QK_RMS_NORM if "attn2" in name else _QK_OPERATORS.get(kind, QK_RMS_NORM)
         site, gate_site = Site(name, operator.name), Site(f"{name}.gate", HEAD_GATE.name)
         handle.sites.append(site)
         if attn.to_gate_logits is not None:

@@ -42,13 +42,24 @@ _Stock: Any = transformer.BasicAVTransformerBlock
 
 # Upstream sources that were read and are restated here (`source_hash`).
 _READ = {
-    "BasicAVTransformerBlock.forward": {"100840667a70fe4f", "a75ec6e71a8def82", "5c77afca21efc590"},
-    "BasicAVTransformerBlock.get_ada_values": {"966d3a23e6873a8f"},
-    "BasicAVTransformerBlock.get_av_ca_ada_values": {"3a2fc4442033cf78"},
-    "BasicAVTransformerBlock._apply_text_cross_attention": {"69bb02b5780a515a", "f6a9750170147af8"},
-    "apply_cross_attention_adaln": {"a46f6c078bf1523c", "73b57145287b94d5", "ecbca3ee09cc2ca0"},
-    "rms_norm": {"7d09eaca80640dad"},
-    "PytorchPreAttention": {"5d127133fa0f2609"},  # these four from 1.1.4 on
+    "BasicAVTransformerBlock.forward": {
+        "100840667a70fe4f",  # 1.0.0 to 1.1.3
+        "a75ec6e71a8def82",  # 1.1.4, 1.1.5
+        "5c77afca21efc590",  # 1.1.6 to 1.2.0
+    },
+    "BasicAVTransformerBlock.get_ada_values": {"966d3a23e6873a8f"},  # 1.0.0 to 1.2.0
+    "BasicAVTransformerBlock.get_av_ca_ada_values": {"3a2fc4442033cf78"},  # 1.0.0 to 1.2.0
+    "BasicAVTransformerBlock._apply_text_cross_attention": {
+        "69bb02b5780a515a",  # 1.0.0 to 1.1.5
+        "f6a9750170147af8",  # 1.1.6 to 1.2.0
+    },
+    "apply_cross_attention_adaln": {
+        "a46f6c078bf1523c",  # 1.0.0 to 1.1.5
+        "73b57145287b94d5",  # 1.1.6, 1.1.7
+        "ecbca3ee09cc2ca0",  # 1.2.0
+    },
+    "rms_norm": {"7d09eaca80640dad"},  # 1.0.0 to 1.2.0
+    "PytorchPreAttention": {"5d127133fa0f2609"},  # these four 1.1.4 to 1.2.0
     "PytorchGatedAttention": {"c22e340e266d95af"},
     "PytorchAdaZeroFunction": {"9d80678ecb99567a"},
     "PytorchPostSAFunction": {"223631dca86a8c3e"},
@@ -280,10 +291,13 @@ class BasicAVTransformerBlock(Swapped, _Stock):
         return gate
 
     def _prompt(self, table: Tensor, timestep: Tensor | None, x: Tensor) -> list[Ada]:
+        """The same of the text's modulation, which is in x's dtype and need not depend on the timestep."""
+        if timestep is not None and (timestep.dtype, timestep.shape[0]) == (x.dtype, x.shape[0]):
+            return self._ada(table, timestep, x)
+        rows = table[None, None].to(device=x.device, dtype=x.dtype)
         if timestep is not None:
-            return self._ada(table.to(x.dtype), timestep, x)
-        # the text's modulation does not depend on the timestep
-        return [(row, None) for row in table[None, None].to(device=x.device, dtype=x.dtype).unbind(dim=2)]
+            rows = rows + timestep.reshape(x.shape[0], timestep.shape[1], 2, -1)
+        return [(row, None) for row in rows.unbind(dim=2)]
 
     # -- perturbations: samples of which an attention is left out --
 
@@ -306,8 +320,9 @@ class BasicAVTransformerBlock(Swapped, _Stock):
 
     def _is_quiet(self) -> bool:
         """Whether nobody else is called in the block, nor are its attentions somebody else's (parallel ones, say)."""
-        attentions = (module for module in self._modules.values() if isinstance(module, attention.Attention))
-        own = all(type(attn.attention_function).__module__ == attention.__name__ for attn in attentions)
+        attentions = [module for module in self._modules.values() if isinstance(module, attention.Attention)]
+        found = (vars(attn).get(f) for attn in attentions for f in ("attention_function", "masked_attention_function"))
+        own = all(type(f).__module__ == attention.__name__ for f in found if f is not None)
         return own and self._bitfuse.quiet()
 
 
