@@ -180,6 +180,7 @@ def test_nothing_but_the_front_door_imports_hosts(path):
 @pytest.mark.parametrize("path", sorted((PACKAGE / "hosts").glob("*.py")), ids=lambda p: p.name)
 def test_hosts_hold_no_numerics(path):
     allowed = {"bitfuse.contract", "bitfuse.proof", "bitfuse.graphs", "bitfuse.audit"}
+    allowed |= {"bitfuse"} if path.name == "sglang_plugin.py" else set()  # what SGLang's workers call as a user would
     assert {n for n in _imports(path) if not n.startswith(("bitfuse.ops.", "bitfuse.hosts"))} <= allowed
 
 
