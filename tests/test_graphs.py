@@ -1060,6 +1060,18 @@ def test_weights_that_no_graph_can_read(toy, weight, sentence):
     assert next(iter(replay.reasons)).startswith(sentence)
 
 
+def test_weights_that_left_and_came_back(toy):
+    """As `.cpu()` and `.cuda()` move them: the same Parameters, with other memory."""
+    replay = stand_in(GraphedForward(toy, toy.forward))
+    captured(replay, x_of(0))
+    toy.table.data = toy.table.double()  # which the stand-in takes for the host's
+    for _ in range(2):
+        assert reason_of(replay, x_of(0)) == "the weight table is on cpu"
+    assert replay.graphs == 0
+    toy.table.data = toy.table.float()
+    captured(replay, x_of(0))
+
+
 def test_torchscript_and_compiled_modules(toy):
     toy.inner[1].compile(backend="eager")
     replay = stand_in(GraphedForward(toy, toy.forward))

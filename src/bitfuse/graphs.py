@@ -305,6 +305,7 @@ class _Watch:
     def __init__(self, model: nn.Module, own: object, holds: Callable[[Tensor], bool]):
         named = [(name or "the model", module) for name, module in model.named_modules()]
         self.devices: set[torch.device] = set()
+        self._holds = holds
         self.reason = next(self._why_not(named, own, holds), None)
         self._saved: list[list] = []
         if any(isinstance(module, torch.jit.ScriptModule) for _, module in named):  # these keep nothing in a __dict__
@@ -364,10 +365,13 @@ class _Watch:
         yield [get(dicts[i]) for i, get in self._values]
         yield [id(dicts[i][name]) for i, name in self._objects]
         yield [container.copy() for container in self._containers]
-        tensors = self._weights(model)
-        yield list(map(id, tensors))
-        if self.reason is None:  # else they may be anything, and offloading moves them all the time
-            yield list(map(Tensor.data_ptr, [t for t in tensors if t is not None]))
+        every = self._weights(model)
+        yield list(map(id, every))
+        tensors = [t for t in every if t is not None]
+        if self.reason is None:  # else they may be anything, some without an address; but they may come to the device
+            yield list(map(Tensor.data_ptr, tensors))
+        else:
+            yield [(t.device, self._holds(t)) for t in tensors]
 
     def _weights(self, model: nn.Module) -> list[Tensor | None]:
         return list(chain.from_iterable(map(dict.values, (model._parameters, model._buffers, *self._parameters))))
