@@ -1,4 +1,4 @@
-"""What the adapters share: a block's AdaLN values and its second CUDA stream, a host's function and its reference."""
+"""What the adapters share: a block's forward, AdaLN values and second CUDA stream; a rotary function's check."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitfuse import proof
 from bitfuse.contract import Operator
+from bitfuse.hosts.patch import Swapped
 
 Ada = tuple[Tensor, Tensor | None]  # an AdaLN value [B, T or 1, D] and the table row [D] that is added to it
 
@@ -21,6 +22,29 @@ ABSENT = (None, None, None, None)  # no modulation
 def modulation(scale: Ada, shift: Ada) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """scale, shift, scale_table, shift_table, as the operators take them."""
     return scale[0], shift[0], scale[1], shift[1]
+
+
+class Block(Swapped):
+    """First base of a block with its elementwise chains fused, whose second base is the host's own.
+
+    `_bitfuse` has the block's `sites`, and `why_stock(block, args, kwargs)`: why the host's forward must run, or None.
+    Ours is `_forward(state, *args, **kwargs)`.
+    """
+
+    _forward: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # a hook that wrapped this method may still call it when the block is stock again, or in a copy of it
+        state = self.__dict__.get("_bitfuse")
+        if state is not None and not torch.compiler.is_compiling():
+            reason = state.why_stock(self, args, kwargs)
+            if reason is None:
+                return self._forward(state, *args, **kwargs)
+            for site in state.sites.values():
+                site.fall(reason)
+        own = type(self)
+        stock: Any = own.__bases__[1] if issubclass(own, Block) else own
+        return stock.forward(self, *args, **kwargs)
 
 
 class Values:

@@ -17,8 +17,8 @@ from diffusers.models import normalization
 from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
-from bitfuse.hosts.common import ABSENT, Ada, Beside, Quiet, Values, modulation
-from bitfuse.hosts.patch import Handle, Site, Swapped, hooked, source_hash, swap_class
+from bitfuse.hosts.common import ABSENT, Ada, Beside, Block, Quiet, Values, modulation
+from bitfuse.hosts.patch import Handle, Site, hooked, source_hash, swap_class
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
 from bitfuse.ops.residual_rms_norm import (
@@ -83,25 +83,11 @@ class _State:
                 return f"a hook is attached to {name}, which is not called when it is fused"
         return None
 
-    def leave(self, reason: str) -> None:
-        for site in self.sites.values():
-            site.fall(reason)
 
-
-class LTX2VideoTransformerBlock(Swapped, _Stock):
+class LTX2VideoTransformerBlock(Block, _Stock):
     """Upstream's block, of the same name, with its elementwise chains fused."""
 
     _bitfuse: _State
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        # a hook that wrapped this method may still call it when the block is stock again, or in a copy of it
-        state = self.__dict__.get("_bitfuse")
-        if state is None or torch.compiler.is_compiling():
-            return _Stock.forward(self, *args, **kwargs)
-        if (reason := state.why_stock(self, args, kwargs)) is not None:
-            state.leave(reason)
-            return _Stock.forward(self, *args, **kwargs)
-        return self._forward(state, *args, **kwargs)
 
     def _forward(
         self,

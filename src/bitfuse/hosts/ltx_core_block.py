@@ -24,8 +24,8 @@ from ltx_core.guidance.perturbations import BatchedPerturbationConfig, Perturbat
 from ltx_core.model.transformer import attention, transformer
 from torch import Tensor
 
-from bitfuse.hosts.common import ABSENT, Ada, Beside, Quiet, Values, modulation
-from bitfuse.hosts.patch import Handle, Site, Swapped, fill, source_hash, swap_class
+from bitfuse.hosts.common import ABSENT, Ada, Beside, Block, Quiet, Values, modulation
+from bitfuse.hosts.patch import Handle, Site, fill, source_hash, swap_class
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
 from bitfuse.ops.residual_rms_norm import (
@@ -151,21 +151,10 @@ class _Stream:
         return None if self.args is None else dataclasses.replace(self.args, x=self.x)
 
 
-class BasicAVTransformerBlock(Swapped, _Stock):
+class BasicAVTransformerBlock(Block, _Stock):
     """Upstream's block, of the same name, with its elementwise chains fused."""
 
     _bitfuse: _State
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        # a hook that wrapped this method may still call it when the block is stock again, or in a copy of it
-        state = self.__dict__.get("_bitfuse")
-        if state is None or torch.compiler.is_compiling():
-            return _Stock.forward(self, *args, **kwargs)
-        if (reason := state.why_stock(self, args, kwargs)) is not None:
-            for site in state.sites.values():
-                site.fall(reason)
-            return _Stock.forward(self, *args, **kwargs)
-        return self._forward(state, *args, **kwargs)
 
     def _forward(self, state: _State, video: Any, audio: Any, perturbations: Any = None) -> tuple[Any, Any]:
         if video is None and audio is None:

@@ -66,7 +66,7 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name != "_bitfuse"}
-        return copyreg._reconstructor, (type(self).__mro__[2], object, None), state  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (type(self).__bases__[1], object, None), state  # type: ignore[attr-defined]
 
 
 def swap_class(module: Any, ours: type, state: Any, handle: Handle) -> None:

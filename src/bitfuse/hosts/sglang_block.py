@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bitfuse import proof
 from bitfuse.contract import Operator
-from bitfuse.hosts.common import ABSENT, Ada, Values, modulation
-from bitfuse.hosts.patch import Handle, Site, Swapped, hooked, source_hash, swap_class
+from bitfuse.hosts.common import ABSENT, Ada, Block, Values, modulation
+from bitfuse.hosts.patch import Handle, Site, hooked, source_hash, swap_class
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
@@ -150,25 +150,14 @@ class _State:
         return why_autocast(args[0] if args else kwargs["hidden_states"], self.guarded)
 
 
-class LTX2TransformerBlock(Swapped, _Stock):
+class LTX2TransformerBlock(Block, _Stock):
     """Upstream's block, of the same name, with its elementwise chains fused."""
 
     _bitfuse: _State
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        # whoever wrapped this method may still call it when the block is stock again, or in a copy of it
-        state = self.__dict__.get("_bitfuse")
-        if state is None or torch.compiler.is_compiling():
-            return _Stock.forward(self, *args, **kwargs)
-        if (reason := state.why_stock(self, args, kwargs)) is not None:
-            for site in state.sites.values():
-                site.fall(reason)
-            return _Stock.forward(self, *args, **kwargs)
-        return self._forward(state.sites, *args, **kwargs)
-
     def _forward(
         self,
-        site: dict[str, Site],
+        state: _State,
         hidden_states: Tensor,
         audio_hidden_states: Tensor,
         encoder_hidden_states: Tensor,
@@ -203,7 +192,7 @@ class LTX2TransformerBlock(Swapped, _Stock):
         video_memory_prefix_len: int = 0,
         prompt_kv: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        eps, residual = self.norm_eps, RESIDUAL_RMS_NORM_MODULATE_NATIVE
+        site, eps, residual = state.sites, self.norm_eps, RESIDUAL_RMS_NORM_MODULATE_NATIVE
         x, y = hidden_states, audio_hidden_states
         video, audio = self._ada(self.scale_shift_table, temb), self._ada(self.audio_scale_shift_table, temb_audio)
         # what earlier versions don't know is handed on only where it is given
