@@ -14,7 +14,7 @@ from typing import Any
 from bitfuse.hosts.patch import Handle, Options
 
 _log = logging.getLogger("bitfuse")
-# An adapter has NAME, transformers(target) -> list of models, and accelerate(model, handle).
+# An adapter has NAME, transformers(target) -> list of models to be accelerated, and accelerate(model, handle).
 # By a module of the host that has been imported where there is a model of it.
 _ADAPTERS = {
     "diffusers": "diffusers",
@@ -22,8 +22,8 @@ _ADAPTERS = {
     "sglang.multimodal_gen.runtime.models.dits.ltx_2": "sglang",
 }
 _ACCEPTED = (
-    "a diffusers LTX-2 pipeline or LTX2VideoTransformer3DModel, or an ltx-core LTXModel or X0Model, "
-    "or an SGLang LTX2VideoTransformer3DModel"
+    "a diffusers LTX-2 pipeline or LTX2VideoTransformer3DModel or LTX2TextConnectors, "
+    "or an ltx-core LTXModel or X0Model, or an SGLang LTX2VideoTransformer3DModel"
 )
 _active: weakref.WeakKeyDictionary[Any, Handle] = weakref.WeakKeyDictionary()
 
@@ -39,10 +39,11 @@ def accelerate(
 ) -> Handle:
     """Run the elementwise chains of an LTX-2 model through fused kernels, in place, with the same bits.
 
-    target        a diffusers LTX-2 pipeline, or an `LTX2VideoTransformer3DModel` (diffusers 0.37 or newer); or an
-                  ltx-core `LTXModel` or `X0Model`; or an SGLang `LTX2VideoTransformer3DModel`
+    target        a diffusers LTX-2 pipeline: its transformers and text connectors; or an `LTX2VideoTransformer3DModel`
+                  or `LTX2TextConnectors` alone (diffusers 0.37 or newer); or an ltx-core `LTXModel` or `X0Model`; or
+                  an SGLang `LTX2VideoTransformer3DModel`
     strict        raise `NotFused` where something would fall back to the PyTorch chain
-    cuda_graph    replay the whole forward as one CUDA graph, from the third call of a shape on
+    cuda_graph    replay the transformer's whole forward as one CUDA graph, from the third call of a shape on
     keep_text     LTX-2.0: keep the text's projections, keys and values from step to step (1.2 GB for a prompt of
                   1024 tokens). Only where no weight is written through `.data` meanwhile, as peft does when it merges
                   a LoRA: PyTorch counts no version for that, so such a write would not be noticed
@@ -56,7 +57,8 @@ def accelerate(
     working. Each kernel is proved against the PyTorch chain in this process before its first use; whatever
     can't be fused runs the PyTorch chain, and the handle's `report()` says why. `handle.restore()` undoes it.
     Accelerating a model again returns the handle that is in force; ValueError where that was made with other options,
-    where an option is bad, and where `require` names nothing of this model. Raises TypeError for any other target.
+    or for a part of a pipeline only, where an option is bad, and where `require` names nothing of this model. Raises
+    TypeError for any other target.
     """
     options = Options(strict=strict, cuda_graph=cuda_graph, keep_text=keep_text, audit=audit, require=require)
     return _accelerate(target, options)
@@ -79,8 +81,14 @@ def _accelerate(target: Any, options: Options) -> Handle:
     if adapter is None:
         kind = f"{type(target).__module__}.{type(target).__qualname__}"
         raise TypeError(f"target is a {kind}; accepted: {_ACCEPTED}")
-    if models[0] in _active:
-        handle = _active[models[0]]
+    handles = {_active.get(model) for model in models}
+    if len(handles) > 1:
+        done = " and ".join(type(model).__name__ for model in models if model in _active)
+        raise ValueError(
+            f"a part of target is accelerated already, without the rest: {done}; restore() that, then accelerate it all"
+        )
+    handle = handles.pop()
+    if handle is not None:
         if handle.options != options:
             raise ValueError(
                 f"the model is accelerated already, with {handle.options}; given {options}; "

@@ -1,9 +1,10 @@
-"""diffusers' LTX-2 transformer (0.37 to 0.42.1): its attentions, through attention processors, and its blocks.
+"""diffusers' LTX-2 transformer and text connectors (0.37 to 0.42.1): their attentions, through processors, and blocks.
 
 A processor is diffusers' own seam: hooks and LoRA sit on the modules around it and keep working, and no weight
 or state-dict key is touched. The processors below restate the upstream `__call__`, with the Q/K norms, the rotary
 embedding and the head gate fused. They stand in only for upstream code whose hash is listed here; any other is left
-in place, and the report says why. The rest of a block is in `diffusers_block.py`.
+in place, and the report says why. The rest of a block is in `diffusers_block.py`, that of a connector's block in
+`diffusers_connectors.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -221,25 +223,30 @@ for _ours in _REPLACEMENTS.values():
 
 
 def transformers(target: Any) -> list[Any]:
-    """The LTX-2 transformers in a pipeline, or the one given; empty when there is none."""
+    """The LTX-2 transformers in a pipeline, then its text connectors; or the one given; empty when there is none."""
     components = getattr(target, "components", None)
     parts = [target, *(components.values() if isinstance(components, dict) else ())]
     parts = [getattr(part, "_orig_mod", part) for part in parts]  # torch.compile's wrapper
-    return [part for part in parts if isinstance(part, upstream.LTX2VideoTransformer3DModel)]
+    found = [part for part in parts if isinstance(part, upstream.LTX2VideoTransformer3DModel)]
+    return found + [part for part in parts if _are_connectors(part)]
+
+
+def _are_connectors(part: Any) -> bool:
+    module = sys.modules.get("diffusers.pipelines.ltx2.connectors")  # not imported: then part can't be of it
+    return module is not None and isinstance(part, module.LTX2TextConnectors)
 
 
 def accelerate(model: Any, handle: Handle) -> None:
-    """Take over every site of one transformer, noting each in the handle."""
+    """Take over every site of one transformer, or of text connectors, noting each in the handle."""
+    if _are_connectors(model):
+        from bitfuse.hosts import diffusers_connectors  # only here: it imports diffusers' pipelines
+
+        for name, block in diffusers_connectors.blocks(model):
+            _take_over(f"{name}.attn1", block.attn1, handle)
+        diffusers_connectors.accelerate(model, handle, NAME)
+        return
     for name, attn in _attentions(model):
-        operator = _QK_OPERATORS.get(attn.rope_type, QK_RMS_NORM) if "attn2" not in name else QK_RMS_NORM
-        site = Site(name, operator.name)
-        handle.sites.append(site)
-        site.declined = next(_why_left_alone(attn), None)
-        gate_site = Site(f"{name}.gate", HEAD_GATE.name, site.declined)
-        if getattr(attn, "to_gate_logits", None) is not None:
-            handle.sites.append(gate_site)
-        if site.declined is None:
-            _replace_processor(attn, site, gate_site, handle)
+        _take_over(name, attn, handle)
     diffusers_block.accelerate(model, handle, NAME)
     _keep_what_is_constant(model, handle)
     _activate_in_place(model, handle)
@@ -318,6 +325,18 @@ def _attentions(model: Any) -> Iterator[tuple[str, Any]]:
         for name in _ATTENTIONS:
             if (attn := getattr(block, name, None)) is not None:
                 yield f"transformer_blocks.{index}.{name}", attn
+
+
+def _take_over(name: str, attn: Any, handle: Handle) -> None:
+    operator = _QK_OPERATORS.get(attn.rope_type, QK_RMS_NORM) if "attn2" not in name else QK_RMS_NORM
+    site = Site(name, operator.name)
+    handle.sites.append(site)
+    site.declined = next(_why_left_alone(attn), None)
+    gate_site = Site(f"{name}.gate", HEAD_GATE.name, site.declined)
+    if getattr(attn, "to_gate_logits", None) is not None:
+        handle.sites.append(gate_site)
+    if site.declined is None:
+        _replace_processor(attn, site, gate_site, handle)
 
 
 def _why_left_alone(attn: Any) -> Iterator[str]:
