@@ -8,6 +8,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import runpy
 import sys
 import types
 import warnings
@@ -83,6 +84,17 @@ def alone():
         with patch.dict(os.environ, one):
             parallel_state.maybe_init_distributed_environment_and_model_parallel(tp_size=1, sp_size=1)
     return module
+
+
+def ready():
+    """SGLang set up as bitfuse's own commands set it up, with nothing of it replaced; skips where that can't be."""
+    upstream()
+    from bitfuse import seeded, seeded_sglang
+
+    try:
+        seeded_sglang.need(torch.device("cpu"))
+    except seeded.CannotRun as why:
+        pytest.skip(f"{why} {NEEDS}")
 
 
 @contextlib.contextmanager
@@ -167,3 +179,10 @@ def feed(model, batch=2, **extra):
         **extra,
     }
     return {name: value for name, value in fed.items() if value is not None}
+
+
+# python tests/sglang_host.py SCRIPT ARGUMENTS: a script that imports SGLang, on a machine that needs the stubs for that
+if __name__ == "__main__":
+    del sys.argv[0]
+    upstream()
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -21,7 +21,7 @@ import torch
 import typer
 
 import bitfuse
-from bitfuse import cli, doctor, seeded
+from bitfuse import cli, doctor, seeded, seeded_diffusers
 
 COMMANDS = {command.name or command.callback.__name__: command.callback for command in cli.app.registered_commands}
 
@@ -30,8 +30,6 @@ ACCEPTED = re.compile(
     "accepted|requires an argument|does not take a value|is needed|not? JSON|no proof document|can't be read|must be|"
     "Give either"
 )
-# These write their lines, that one too, to the console they are given, and the command line gives them stdout.
-ON_STDOUT = {"demo", "compare"}
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +60,6 @@ def faults(calls, **fixtures):
         except BaseException as error:
             found.append((args, f"a traceback: {error!r}"))
             continue
-        if args[0] in ON_STDOUT and not err:
-            err = f"bitfuse: {out}"
         lines = err.splitlines()
         if code != 2:
             found.append((args, f"exit code {code}", err[-300:]))
@@ -213,7 +209,7 @@ def test_there_are_enough_wrong_calls(tmp_path):
 
 # -- wrong files -------------------------------------------------------------------------------------------------------
 
-GOOD = {"_class_name": "LTX2VideoTransformer3DModel", **seeded.SMALL.config()}
+GOOD = {"_class_name": "LTX2VideoTransformer3DModel", **seeded_diffusers.config(seeded.SMALL)}
 
 # no JSON objects at all
 BROKEN = {

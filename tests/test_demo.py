@@ -125,7 +125,8 @@ def test_a_stock_run_that_does_not_repeat_itself_stops_the_demo(tmp_path, monkey
     monkeypatch.setattr(seeded, "velocity_of", drifting)
     result, printed, page = run(tmp_path)
     assert result.exit_code == 2
-    assert "The stock run does not repeat itself here" in printed
+    assert result.verdict.startswith("The stock run does not repeat itself here")
+    assert result.verdict not in printed, "the command prints it, to stderr"
     assert page is None
 
 
@@ -156,7 +157,8 @@ def test_a_missing_package_is_named_with_the_cure(package, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, package, None)
     result, printed, page = run(tmp_path)
     assert result.exit_code == 2
-    assert printed.splitlines() == [f"The demo needs {package}, which is not installed: pip install 'bitfuse[demo]'"]
+    assert result.verdict == f"This needs {package}, which is not installed: pip install 'bitfuse[demo]'"
+    assert printed == ""
     assert page is None
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 from rich.console import Console
 
 import bitfuse
-from bitfuse import seeded, sites
+from bitfuse import seeded, seeded_diffusers, sites
 from bitfuse.hosts import diffusers as adapter
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def small(version="2.3", **config):
     """The demo's small transformer on meta, as its folder would give it."""
     geometry = dataclasses.replace(seeded.SMALL, version=version)
     with torch.device("meta"):
-        model = sites._transformer_class()(**{**geometry.config(), **config})
+        model = sites._transformer_class()(**{**seeded_diffusers.config(geometry), **config})
     return torch.nn.Module.to(model, torch.bfloat16).eval().requires_grad_(False)
 
 
@@ -86,14 +86,14 @@ def test_every_reason_of_an_operator_is_given():
 
 
 def test_a_width_that_no_kernel_takes():
-    geometry = dataclasses.replace(seeded.SMALL, head_dim=24).config()
+    geometry = seeded_diffusers.config(dataclasses.replace(seeded.SMALL, head_dim=24))
     found = sites.explain(small("2.0", **geometry), tokens=8)
     assert by_name(found)["norm1"].reasons == ("x is 96 wide; accepted: multiples of 128 up to 8192",)
     assert found.fused < found.seen
 
 
 def test_tiers_that_are_passed_over():
-    wide = dataclasses.replace(seeded.REAL, layers=1, heads=64).config()
+    wide = seeded_diffusers.config(dataclasses.replace(seeded.REAL, layers=1, heads=64))
     kind = by_name(sites.explain(small("2.0", **wide), tokens=8))["norm1"]
     assert (kind.tier, kind.then) == ("ATen's statistic", ())
     assert kind.passed_over == (
@@ -158,7 +158,11 @@ def test_json_and_table():
 @pytest.fixture
 def folder(tmp_path):
     """A pipeline's folder, as far as explain looks: no weights in it."""
-    config = {"_class_name": "LTX2VideoTransformer3DModel", "_diffusers_version": "0.42.1", **seeded.SMALL.config()}
+    config = {
+        "_class_name": "LTX2VideoTransformer3DModel",
+        "_diffusers_version": "0.42.1",
+        **seeded_diffusers.config(seeded.SMALL),
+    }
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
     (tmp_path / "model_index.json").write_text("{}")
@@ -186,7 +190,7 @@ def test_an_id_on_the_hub(monkeypatch):
         asked.append((name, subfolder))
         if subfolder:
             raise OSError("no such file\nin that\nrepository")
-        return {"_class_name": "LTX2VideoTransformer3DModel", **seeded.SMALL.config()}
+        return {"_class_name": "LTX2VideoTransformer3DModel", **seeded_diffusers.config(seeded.SMALL)}
 
     monkeypatch.setattr(sites._transformer_class(), "load_config", load_config)
     assert sites.from_config("somebody/something").config.num_layers == 2

@@ -43,6 +43,7 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", callback=_writable, help="Also write the result to this file, as JSON.")
 ]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu (Triton's interpreter); default: cuda if there is one.")]
+Host = Annotated[str, typer.Option(help="Whose transformer: diffusers, ltx-core or sglang, where it is installed.")]
 
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, of which newer typers carry their own
@@ -86,6 +87,9 @@ def verify(
     case: Annotated[list[str] | None, typer.Option(help="Only this case; may be given several times.")] = None,
     deep: Annotated[bool, typer.Option("--deep", help="The long sweeps too: minutes on a GPU.")] = False,
     device: Device = None,
+    host: Annotated[
+        str | None, typer.Option(help="Also a step of this host's transformer: diffusers, ltx-core or sglang.")
+    ] = None,
     json_file: JsonFile = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", callback=_writable, help="Also write a page to this file, to keep.")
@@ -107,12 +111,14 @@ def verify(
     from bitfuse.seeded import CannotRun
 
     _check_device(device)
-    if check is not None and (op or case or deep or html_file):
+    if check is not None and (op or case or deep or host or html_file):
         raise typer.Exit(_fail("--check reads a document and runs nothing; accepted with it: --device, --json"))
     if deep and case:
         raise typer.Exit(_fail("--deep sweeps whole operators, so it takes no --case; accepted with it: --op"))
     if unknown := [name for name in op or [] if name not in OPERATORS]:
         raise typer.Exit(_fail(f"--op {unknown[0]} is not an operator; accepted: {', '.join(OPERATORS)}"))
+    if host is not None:
+        _check_host(host)
     cases = dict.fromkeys(c.name for name in op or OPERATORS for c in OPERATORS[name].cases)
     if unknown := [name for name in case or [] if name not in cases]:
         raise typer.Exit(_fail(f"--case {unknown[0]} is not a case of these operators; accepted: {'; '.join(cases)}"))
@@ -121,9 +127,9 @@ def verify(
             raise typer.Exit(_compare_document(document.read(check), device, json_file))
         if html_file is not None:
             document.need("jinja2", "--html")
+        result = verification.run(Console(), op, device, case, deep, host)
     except CannotRun as why:
         raise typer.Exit(_fail(str(why))) from None
-    result = verification.run(Console(), op, device, case, deep)
     made = document.make(result)
     _write(json_file, made)
     if html_file is not None:
@@ -155,6 +161,7 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Transformer layers; default: as many as fit.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the weights and the noise.")] = 0,
+    host: Host = "diffusers",
 ) -> None:
     """Denoise with a seeded LTX-2 transformer, stock and accelerated, and compare every step bit for bit.
 
@@ -163,7 +170,10 @@ def demo(
     from bitfuse import demo as demonstration
 
     _check_device(device)
-    result = demonstration.run(out, device, steps, layers, seed, Console())
+    _check_host(host)
+    result = demonstration.run(out, device, steps, layers, seed, Console(), host)
+    if result.exit_code == 2:
+        _fail(result.verdict)
     raise typer.Exit(result.exit_code)
 
 
@@ -187,6 +197,7 @@ def compare(
         str | None, typer.Option(help="Instead of MODEL, a transformer alone: ltx-2.0, ltx-2.3 or ltx-2.5.")
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Layers with random weights; default: as many as fit.")] = None,
+    host: Host = "diffusers",
     trace: Annotated[bool, typer.Option("--trace", help="Where bits differ, find the first block and site.")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -209,6 +220,7 @@ def compare(
         frames=frames,
         seed=seed,
         device=device,
+        host=host,
         layers=layers,
         offload=offload,
         cuda_graph=cuda_graph,
@@ -220,6 +232,8 @@ def compare(
     except CannotRun as why:
         raise typer.Exit(_fail(str(why))) from None
     result = comparison.run(request, out, Console())
+    if result.exit_code == 2:
+        _fail(result.verdict)
     _write(json_file, result.as_dict())
     raise typer.Exit(result.exit_code)
 
@@ -227,14 +241,15 @@ def compare(
 @app.command()
 def bench(
     only: Annotated[
-        list[str] | None, typer.Option(help="operators, overhead, model or first-step; default: all four.")
+        list[str] | None, typer.Option(help="operators, overhead, model, audit or first-step; default: all.")
     ] = None,
     op: Annotated[list[str] | None, typer.Option(help="Only these operators; default: all.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Video tokens of a step, one or several.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers; default: as many as fit (first-step: 4).")] = None,
-    rounds: Annotated[int | None, typer.Option(min=2, help="Timed steps of each way to run the model.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=2, help="Turns of each way to run the model, 1.5 s each.")] = None,
     ltx: Annotated[str, typer.Option(help="LTX-2 version of the model: 2.0, 2.3 or 2.5.")] = "2.0",
     image_to_video: Annotated[bool, typer.Option("--image-to-video", help="Per-token timesteps in the model.")] = False,
+    host: Host = "diffusers",
     json_file: JsonFile = None,
 ) -> None:
     """Time operators and a whole step against PyTorch, on this GPU, only after their bits were compared.
@@ -251,6 +266,9 @@ def bench(
         raise typer.Exit(_fail(f"--only {unknown[0]} is not a part; accepted: {', '.join(benchmark.PARTS)}"))
     if unknown := [name for name in op or [] if name not in OPERATORS]:
         raise typer.Exit(_fail(f"--op {unknown[0]} is not an operator; accepted: {', '.join(OPERATORS)}"))
+    _check_host(host)
+    if host != "diffusers" and only != ["model"]:
+        raise typer.Exit(_fail(f"--host {host} goes with --only model; other parts time diffusers, or no host"))
     if ltx not in VERSIONS:
         raise typer.Exit(_fail(f"--ltx {ltx} is not a version; accepted: {', '.join(VERSIONS)}"))
     if wrong := [n for n in tokens or [] if n not in benchmark.LATENTS]:
@@ -267,6 +285,7 @@ def bench(
             layers,
             version=ltx,
             image_to_video=image_to_video,
+            host=host,
             rounds=rounds,
             only_operators=op,
             save=lambda document: _write(json_file, document),  # after every row: a run may be cut off
@@ -286,6 +305,7 @@ def explain(
     tokens: Annotated[int, typer.Option(min=1, help="Video tokens of the forward that is looked at.")] = 6144,
     dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or float32.")] = "bfloat16",
     image_to_video: Annotated[bool, typer.Option("--image-to-video", help="Per-token timesteps.")] = False,
+    host: Host = "diffusers",
     json_file: JsonFile = None,
 ) -> None:
     """Say what would be fused where in a model, and every reason where not. Loads no weights, needs no GPU.
@@ -300,13 +320,18 @@ def explain(
         raise typer.Exit(_fail("accepted: MODEL (a folder or a Hub id) or --random-weights VERSION, one of the two"))
     if layers is not None and model is not None:
         raise typer.Exit(_fail("--layers goes with --random-weights; MODEL has its own number"))
+    _check_host(host)
+    if model is not None and host != "diffusers":
+        raise typer.Exit(_fail(f"--host {host} goes with --random-weights; a MODEL is diffusers'"))
+    geometry = None
     if model is not None:
         name, built = model, sites.from_config(model, sites.DTYPES[dtype])
     else:
         layers = 48 if layers is None else layers
         name = f"{random_weights}, {layers} layers"
-        built = sites.from_version(str(random_weights), layers, sites.DTYPES[dtype])
-    found = sites.explain(built, tokens, image_to_video, name)
+        geometry = sites.of_version(str(random_weights), layers, host)
+        built = sites.from_geometry(geometry, sites.DTYPES[dtype])
+    found = sites.explain(built, tokens, image_to_video, name, geometry)
     sites.show(Console(), found)
     _write(json_file, found.as_dict())
 
@@ -351,6 +376,13 @@ def _check_device(device: str | None) -> None:
         raise typer.Exit(_fail(f"--device {device} is not accepted; accepted: cuda, cpu"))
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.Exit(_fail("--device cuda: PyTorch sees no CUDA device here; accepted: cpu"))
+
+
+def _check_host(host: str) -> None:
+    from bitfuse.seeded import HOSTS
+
+    if host not in HOSTS:
+        raise typer.Exit(_fail(f"--host {host} is not a host; accepted: {', '.join(HOSTS)}"))
 
 
 def _write(path: Path | None, document: dict[str, Any]) -> None:

@@ -67,33 +67,34 @@ def run(request: Request, out: Path, console: Console | None = None) -> Result:
     """Run it stock twice and then accelerated, and write `out`/compare.json, `out`/compare.html and the films.
 
     Exit code 0: all latents, frames and samples equal; 1: a bit differs, nothing was fused, or the accelerated run
-    failed; 2: it could not run, or stock does not equal itself (nothing is written then).
+    failed; 2: it could not run, or stock does not equal itself (nothing is written or printed then: the verdict says
+    why).
     """
     console = console or Console()
     try:
         call = check(request)
-        runs.need_packages("bitfuse compare", *(("transformers",) if request.model else ()))
+        runs.need_packages(*(("diffusers", "transformers") if request.model else ()))
         device = runs.pick_device(request.device)
         _prepare(out)
         gpus = [device] if device.type == "cuda" else []  # the process's random state is left as it was
         with interpreter() if not gpus else contextlib.nullcontext(), torch.random.fork_rng(devices=gpus):
             return _run(request, call, device, out, console)
     except CannotRun as why:
-        code, sentence = 2, str(why)
-    except _Failed as why:
-        code, sentence = 1, f"The accelerated run failed where the stock run did not: {why}"
+        return Result(2, str(why))
     except torch.OutOfMemoryError:
         fewer = "fewer --layers" if request.random_weights else "--offload"
-        code, sentence = 2, f"The device ran out of memory. Try {fewer}, a smaller --size, or fewer --frames."
-    console.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
-    return Result(code, sentence)
+        return Result(2, f"The device ran out of memory. Try {fewer}, a smaller --size, or fewer --frames.")
+    except _Failed as why:
+        sentence = f"The accelerated run failed where the stock run did not: {why}"
+        console.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
+        return Result(1, sentence)
 
 
 def _run(request: Request, call: dict[str, Any], device: torch.device, out: Path, console: Console) -> Result:
     facts, say = machine(device), runs.printer(console)
     subject = _transformer(request, call, device) if request.random_weights else _pipeline(request, call, device)
     say(subject.facts["sentence"])
-    say(f"{facts['device']}, torch {facts['torch']}, diffusers {facts['diffusers']}, bfloat16, seed {request.seed}")
+    say(f"{facts['device']}, torch {facts['torch']}, {runs.named(request.host)}, bfloat16, seed {request.seed}")
 
     measured: dict[str, dict[str, Any]] = {}
 
@@ -130,6 +131,7 @@ def _run(request: Request, call: dict[str, Any], device: torch.device, out: Path
     document = {
         "interpreted": interpreting(),
         "machine": facts,
+        "host": runs.named(request.host),
         **subject.facts,
         "dtype": "bfloat16",
         "seed": request.seed,
@@ -206,7 +208,7 @@ def _peak(device: torch.device) -> int | None:
 
 def _transformer(request: Request, call: dict[str, Any], device: torch.device) -> Subject:
     version = (request.random_weights or "").removeprefix("ltx-")
-    geometry, fit = geometry_for(device, request.layers, version)
+    geometry, fit = geometry_for(device, request.layers, version, request.host)
     sizes = {"steps": call.get("num_inference_steps", geometry.steps)}
     if "width" in call:
         sizes |= {"width": call["width"] // 32, "height": call["height"] // 32}
@@ -222,7 +224,7 @@ def _transformer(request: Request, call: dict[str, Any], device: torch.device) -
         lambda on_step: denoise(model, geometry, inputs, on_step),
         {
             "sentence": f"A transformer of LTX-{version} with random weights: {geometry.sentence}. {fit}".rstrip(),
-            "model": f"LTX-{version}, random weights",
+            "model": f"LTX-{version} of {request.host}, random weights",
             "call": {},
             "geometry": asdict(geometry),
         },

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bitfuse import runs
-from bitfuse.seeded import REAL, VERSIONS, CannotRun
+from bitfuse.seeded import HOSTS, REAL, VERSIONS, CannotRun
 
 Accepts = tuple[Callable[[Any], bool], str]
 
@@ -79,6 +79,7 @@ class Request:
     size              pixels, "<width>x<height>", multiples of 32
     frames            pixel frames, 8n + 1
     device            "cpu", "cuda" or "cuda:<n>"; by default a GPU where there is one
+    host              of the transformer with random weights, one of `seeded.HOSTS`; a model is diffusers'
     layers            of the transformer with random weights, 1 to 48; by default as many as fit
     offload           keep only the part of the pipeline that runs on the GPU (diffusers' enable_model_cpu_offload)
     cuda_graph        passed on to `bitfuse.accelerate`, as is keep_text
@@ -94,6 +95,7 @@ class Request:
     frames: int | None = None
     seed: int = 0
     device: str | None = None
+    host: str = "diffusers"
     layers: int | None = None
     offload: bool = False
     cuda_graph: bool = False
@@ -106,6 +108,8 @@ def check(request: Request) -> dict[str, Any]:
     if (request.model is None) == (request.random_weights is None):
         raise CannotRun("Give either MODEL, a folder or hub id of a diffusers LTX-2 pipeline, or --random-weights.")
     version = request.random_weights
+    if request.host not in HOSTS:
+        raise CannotRun(f"--host {request.host} is not a host; accepted: {', '.join(HOSTS)}")
     if version is not None:
         if version.removeprefix("ltx-") not in VERSIONS:
             raise CannotRun(f"--random-weights {version} is not a version; accepted: ltx-{', ltx-'.join(VERSIONS)}")
@@ -114,6 +118,8 @@ def check(request: Request) -> dict[str, Any]:
         unwanted = {"--prompt": request.prompt, "--config": request.config, "--offload": request.offload or None}
         if given := [option for option, value in unwanted.items() if value is not None]:
             raise CannotRun(f"{given[0]} belongs to a pipeline; it is not accepted with --random-weights.")
+    elif request.host != "diffusers":
+        raise CannotRun(f"--host {request.host} goes with --random-weights; a MODEL is a pipeline of diffusers.")
     elif request.layers is not None:
         raise CannotRun("--layers is accepted with --random-weights only: a MODEL has the layers it has.")
     if not 0 <= request.seed < 2**63:

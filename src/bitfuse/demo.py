@@ -28,13 +28,15 @@ def run(
     layers: int | None = None,
     seed: int = 0,
     console: Console | None = None,
+    host: str = "diffusers",
 ) -> Result:
-    """Run the demo and write `out`/report.json and `out`/report.html.
+    """Run the demo and write `out`/report.json and `out`/report.html; where it can't run, nothing is written.
 
     device    "cpu", "cuda" or "cuda:<n>"; by default a GPU where there is one. On the CPU the model is small and
               the kernels run in Triton's interpreter.
     steps     denoising steps, 2 or more
     layers    transformer layers, 1 to 48; by default 2 on the CPU, and on a GPU as many of the 48 as fit
+    host      whose transformer it is: "diffusers", "ltx-core" or "sglang"
     """
     if steps is not None and steps < 2:
         raise ValueError(f"steps is {steps}; accepted: 2 or more")
@@ -42,24 +44,30 @@ def run(
         raise ValueError(f"layers is {layers}; accepted: 1 to {REAL.layers}")
     console = console or Console()
     try:
-        runs.need_packages("The demo")
+        runs.need_packages()
         where = runs.pick_device(device)
         with interpreter() if where.type == "cpu" else contextlib.nullcontext():
-            return _run(Path(out), where, steps, layers, seed, console)
+            return _run(Path(out), where, steps, layers, seed, host, console)
     except CannotRun as why:
-        sentence = str(why)
+        return Result(2, str(why))
     except torch.OutOfMemoryError:
-        sentence = "The device ran out of memory. Fewer layers need less: try `bitfuse demo --layers 4`."
-    console.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
-    return Result(2, sentence)
+        return Result(2, "The device ran out of memory. Fewer layers need less: try `bitfuse demo --layers 4`.")
 
 
-def _run(out: Path, device: torch.device, steps: int | None, layers: int | None, seed: int, console: Console) -> Result:
-    geometry, fit = geometry_for(device, layers)
+def _run(
+    out: Path,
+    device: torch.device,
+    steps: int | None,
+    layers: int | None,
+    seed: int,
+    host: str,
+    console: Console,
+) -> Result:
+    geometry, fit = geometry_for(device, layers, host=host)
     geometry = replace(geometry, steps=steps or geometry.steps)
     facts = machine(device)
     say = runs.printer(console)
-    say(f"LTX-2 transformer of diffusers {facts['diffusers']}: {geometry.sentence}")
+    say(f"LTX-2 transformer of {runs.named(host)}: {geometry.sentence}")
     say(f"{facts['device']}, torch {facts['torch']}, bfloat16, seed {seed}. {fit}".rstrip())
 
     model = build(geometry, device, seed)
@@ -75,6 +83,7 @@ def _run(out: Path, device: torch.device, steps: int | None, layers: int | None,
     document = {
         "interpreted": interpreting(),
         "machine": facts,
+        "host": runs.named(host),
         "geometry": {**asdict(geometry), "video_tokens": geometry.video_tokens, "sentence": geometry.sentence},
         "memory": fit,
         "dtype": "bfloat16",

@@ -29,6 +29,7 @@ _PACKAGE = Path(bitfuse.__file__).parent
 # What decides what is computed, and what decided how it was judged
 _MODULES = ("contract", "deep", "interpreter", "kernel", "numerics", "proof", "reduction", "values", "verify")
 _HOSTS = ("diffusers", "ltx-core", "sglang", "comfyui")
+_JUDGED = ("checks", "sweeps", "transformers")  # what has an outcome
 _MOST_BYTES = 64 << 20  # a document of all operators with all sweeps has less than one of these MiB
 
 
@@ -47,12 +48,13 @@ def make(result: Result) -> dict[str, Any]:
         "machine": machine(result.device),
         "hosts": hosts(),
         "sources": sources(),
-        "asked": {"operators": result.operators, "cases": result.cases, "deep": result.deep},
+        "asked": {"operators": result.operators, "cases": result.cases, "deep": result.deep, "host": result.host},
         "interpreted": result.interpreted,
         "exit_code": result.exit_code,
         "seeds": {"cases": 0, "sweeps": deep.SEED},
         **found,
         "sweeps": sweeps,
+        "transformers": [asdict(step) for step in result.transformers],
     }
     return json.loads(json.dumps(document | {"digest": digest(document)}))
 
@@ -174,7 +176,7 @@ def compare(document: dict[str, Any], device: str | None = None) -> list[Item]:
     if device is None:
         device = "cuda" if document["machine"]["device_type"] == "cuda" and torch.cuda.is_available() else "cpu"
     here, theirs = json.loads(json.dumps(machine(device))), document["machine"]  # plain values: torch's version is none
-    outcomes = [one["outcome"] for one in (*document["checks"], *document["sweeps"])]
+    outcomes = [one["outcome"] for what in _JUDGED for one in document.get(what, ())]
     content = exit_code(outcomes, [one["caught"] for one in document["controls"]])
     items = [
         Item("digest of the content", document["digest"], digest(document)),
@@ -202,7 +204,10 @@ def verdict(document: dict[str, Any]) -> str:
     if d["sweeps"]:
         parts.append(f"{sweeps['equal']} of {len(d['sweeps'])} long sweeps equal")
     parts.append(f"{caught} of {len(d['controls'])} wrong kernels caught")
-    differing = checks["differs"] + sweeps["differs"]
+    if steps := d.get("transformers"):  # documents before 2026-11-24 have none
+        equal = sum(step["outcome"] == "equal" for step in steps)
+        parts.append(f"{equal} of {len(steps)} steps of {steps[0]['host']}'s transformer equal")
+    differing = sum(one["outcome"] == "differs" for what in _JUDGED for one in d.get(what, ()))
     return "; ".join([f"{differing} differ", *parts] if differing else parts) + "."
 
 

@@ -7,6 +7,7 @@ for people and as plain values for the JSON.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,15 +42,16 @@ class Result:
 # -- what can run here --------------------------------------------------------------------------------------------
 
 
-def need_packages(who: str, *more: str) -> None:
-    """Raise CannotRun naming the first package that `who` needs and that is not installed."""
-    for package in ("diffusers", "jinja2", "matplotlib", "numpy", *more):
+def need_packages(*more: str) -> None:
+    """Raise CannotRun naming the first package that the page needs, or `more`, and that is not installed."""
+    for package in ("jinja2", "matplotlib", "numpy", *more):
         if importlib.util.find_spec(package) is None:
-            raise CannotRun(f"{who} needs {package}, which is not installed: {INSTALL}")
-    try:
-        from diffusers import LTX2VideoTransformer3DModel  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # RuntimeError: diffusers' lazy imports wrap what went wrong
-        raise CannotRun(f"{who} needs diffusers 0.37 or newer, with LTX-2 ({last_line(error)}): {INSTALL}") from None
+            raise CannotRun(f"This needs {package}, which is not installed: {INSTALL}")
+
+
+def named(host: str) -> str:
+    """A host and its version, as in the reports: "diffusers 0.42.1". Only where it is installed."""
+    return importlib.import_module(f"bitfuse.hosts.{host.replace('-', '_')}").NAME
 
 
 def pick_device(asked: str | None) -> torch.device:
@@ -217,11 +219,6 @@ def as_plural(sentence: str) -> str:
     if sentence.startswith("differs at"):
         return sentence.replace("differs at", "differ first at", 1)
     return f"differ: {sentence}"
-
-
-def last_line(error: BaseException) -> str:
-    """What an exception says at its end, in one line; its name where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 
 def one_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ proved equal: that is found out on the GPU, at the kernel's first use.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitfuse import contract, hosts, seeded
 from bitfuse.contract import Operator
@@ -32,6 +34,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 MAX_TOKENS, MAX_LAYERS = 1 << 18, 512
 
 FUSED, CHAIN, LEFT_ALONE, NOT_CALLED = "to be fused", "PyTorch chain", "left alone", "not called"
+UNSEEN = "not looked at"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CLASS = "LTX2VideoTransformer3DModel"
@@ -52,7 +55,8 @@ class SiteKind:
 
     name         the sites' name, the block's number as *
     operator     the operator's name, and `source` whose chain it is
-    state        "to be fused", "PyTorch chain", "left alone" (not taken over), "not called" (in this forward)
+    state        "to be fused", "PyTorch chain", "left alone" (not taken over), "not called" (in this forward), "not
+                 looked at" (a function, called with tensors without values, which it gives back to the host)
     arguments    of the call, by name: shape, dtype, and strides where they are not a dense tensor's
     tier         the way to fuse it that is tried first, None where it would not be fused
     then         the ways that are tried after it, where it is not proved equal
@@ -127,19 +131,37 @@ def from_config(model: str, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def from_version(version: str, layers: int, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The transformer of LTX-2.0, 2.3 or 2.5 (also written ltx-2.0), on the meta device. ValueError for any other."""
+    """diffusers' transformer of LTX-2.0, 2.3 or 2.5 (also written ltx-2.0), on the meta device; else ValueError."""
+    return from_geometry(of_version(version, layers), dtype)
+
+
+def of_version(version: str, layers: int, host: str = "diffusers") -> seeded.Geometry:
+    """The real sizes of LTX-2.0, 2.3 or 2.5 (also written ltx-2.0), with so many layers. ValueError for any other."""
     named = version.removeprefix("ltx-")
     if named not in seeded.VERSIONS:
         accepted = ", ".join(f"ltx-{name}" for name in seeded.VERSIONS)
         raise ValueError(f"--random-weights {version} is not a version; accepted: {accepted}")
     if not 1 <= layers <= MAX_LAYERS:
         raise ValueError(f"--layers is {layers}; accepted: 1 to {MAX_LAYERS}")
-    _transformer_class()
+    return replace(seeded.REAL, version=named, layers=layers, host=host)
+
+
+def from_geometry(geometry: seeded.Geometry, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The transformer of these sizes, of its host, on the meta device. ValueError where the host has none."""
+    if geometry.host != "diffusers" and dtype != torch.bfloat16:
+        raise ValueError(f"--dtype {dtype} goes with --host diffusers; accepted for {geometry.host}: bfloat16")
+    if geometry.host == "diffusers":
+        _transformer_class()
     try:
-        built = seeded._on_meta(replace(seeded.REAL, version=named, layers=layers))
+        seeded.of_host(geometry.host).need(torch.device("meta"))
+        built = seeded._on_meta(geometry)
     except seeded.CannotRun as why:
         raise ValueError(str(why)) from None
-    return torch.nn.Module.to(built, dtype).eval().requires_grad_(False)
+    built = torch.nn.Module.to(built, dtype).eval().requires_grad_(False)
+    if geometry.host == "sglang":  # it switches autocast off around its norms, and the meta device has none
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            built = built.to_empty(device="cpu")
+    return built
 
 
 def _transformer_class() -> Any:
@@ -194,10 +216,17 @@ def _in_words(error: BaseException) -> str:
 # -- what would happen -----------------------------------------------------------------------------------------------
 
 
-def explain(model: Any, tokens: int = 6144, image_to_video: bool = False, name: str = "the model") -> Explanation:
+def explain(
+    model: Any,
+    tokens: int = 6144,
+    image_to_video: bool = False,
+    name: str = "the model",
+    geometry: seeded.Geometry | None = None,
+) -> Explanation:
     """Which sites of a transformer on the meta device would be fused, and every reason why others would not.
 
-    model             from `from_config` or `from_version`; left as it was
+    model             from `from_config`, `from_version` or `from_geometry`; left as it was
+    geometry          what the model was made from; by default diffusers' config of the model says it
     tokens            video tokens of the forward that is looked at, 1 to 262144; audio and text as for 5 seconds
     image_to_video    the first frame is given: timesteps are per token
     Raises ValueError for `tokens` out of range, and where the host itself can't run such a forward.
@@ -205,15 +234,22 @@ def explain(model: Any, tokens: int = 6144, image_to_video: bool = False, name: 
     if not 1 <= tokens <= MAX_TOKENS:
         raise ValueError(f"--tokens is {tokens}; accepted: 1 to {MAX_TOKENS}")
     calls: dict[str, list[tuple[Operator, tuple[Any, ...], str | None]]] = {}
+    weight = next(model.parameters())
+    without_values = getattr(weight, "fake_mode", contextlib.nullcontext())  # the meta device needs no mode
     handle = hosts.accelerate(model)
     try:
         for site in handle.sites:
             calls[site.name] = []
             site.observers = (lambda s, op, route, args, _: calls[s.name].append((op, args, route.reason)),)
-        geometry = _geometry(model.config, tokens, image_to_video)
-        inputs = seeded.make_inputs(model, geometry, torch.device("meta"), seed=0)
+        geometry = geometry or _geometry(model.config)
+        # one token a frame: the coordinates' values don't matter
+        geometry = replace(geometry, frames=tokens, height=1, width=1, image_to_video=image_to_video)
+        with without_values:
+            no_values = set(contract.runnable({"x": torch.empty(1, device=weight.device)}))
+        called = _InItsDtype(model) if geometry.host == "diffusers" else model
         try:
-            seeded.one_step(_InItsDtype(model), inputs)()
+            with without_values:
+                seeded.one_step(called, seeded.make_inputs(model, geometry, weight.device, seed=0))()
         except Exception as error:
             why = f"a forward of {tokens} tokens fails in {handle.host} ({_in_words(error)})"
             raise ValueError(f"{name}: {why}; accepted: a model that runs") from error
@@ -223,10 +259,10 @@ def explain(model: Any, tokens: int = 6144, image_to_video: bool = False, name: 
     for site in handle.sites:
         routed = {reason for _, _, reason in calls[site.name]}
         own = [reason for reason in site.fallen if reason not in routed]  # the adapter's, who then called no operator
-        for kind in _kinds(site, calls[site.name], own):
+        for kind in _kinds(site, calls[site.name], own, no_values):
             key = (*(getattr(kind, f) for f in ("name", "operator", "state", "tier", "reasons")), str(kind.arguments))
             kinds[key] = replace(kind, count=kinds[key].count + 1) if key in kinds else kind
-    sentence = f"{tokens} video, {geometry.audio_frames} audio and {geometry.text_tokens} text tokens, {model.dtype}"
+    sentence = f"{tokens} video, {geometry.audio_frames} audio and {geometry.text_tokens} text tokens, {weight.dtype}"
     here = "cuda" if torch.cuda.is_available() else "cpu"
     reasons = list(contract.runnable({"x": torch.empty(1, device=here)}))
     return Explanation(name, handle.host, sentence, list(kinds.values()), reasons)
@@ -245,16 +281,13 @@ class _InItsDtype:
         return self.model(**given)
 
 
-def _geometry(config: Any, tokens: int, image_to_video: bool) -> seeded.Geometry:
-    """The sizes of a forward of this model: as many video tokens as asked for, audio and text as in the demo."""
+def _geometry(config: Any) -> seeded.Geometry:
+    """The sizes of a model of diffusers and of a forward of it, audio and text as in the demo."""
     version = "2.0" if config.get("use_prompt_embeddings", True) else "2.3"
     if config.get("use_keyframes_abs_pos_embedding", False):
         version = "2.5"
     return replace(
         seeded.REAL,
-        frames=tokens,  # of one token each: the coordinates' values don't matter
-        height=1,
-        width=1,
         heads=config["num_attention_heads"],
         head_dim=config["attention_head_dim"],
         audio_heads=config["audio_num_attention_heads"],
@@ -263,16 +296,19 @@ def _geometry(config: Any, tokens: int, image_to_video: bool) -> seeded.Geometry
         audio_channels=config["audio_in_channels"],
         caption_channels=config["caption_channels"],
         version=version,
-        image_to_video=image_to_video,
     )
 
 
-def _kinds(site: Any, calls: list[tuple[Operator, tuple[Any, ...], str | None]], own: list[str]) -> Iterator[SiteKind]:
+def _kinds(
+    site: Any, calls: list[tuple[Operator, tuple[Any, ...], str | None]], own: list[str], no_values: set[str]
+) -> Iterator[SiteKind]:
     name = ".".join("*" if part.isdigit() else part for part in site.name.split("."))
     planned = contract.OPERATORS[site.operator]
     bare = SiteKind(name, planned.name, planned.source, LEFT_ALONE)
     if site.declined is not None:
         yield replace(bare, reasons=(site.declined,))
+    elif own and no_values.issuperset(own):
+        yield replace(bare, state=UNSEEN)
     elif own:
         yield replace(bare, state=CHAIN, reasons=tuple(own))
     elif not calls:
@@ -282,7 +318,8 @@ def _kinds(site: Any, calls: list[tuple[Operator, tuple[Any, ...], str | None]],
 
 
 def _decision(bare: SiteKind, operator: Operator, args: tuple[Any, ...]) -> SiteKind:
-    """Every reason of the operator against these arguments, but for those that speak of the meta device."""
+    """Every reason of the operator against these arguments, but for those that speak of tensors without values."""
+    args = tuple(a if not isinstance(a, Tensor) or a.is_meta else _on_meta(a) for a in args)
     given = dict(zip(inspect.signature(operator.reference).parameters, args, strict=False))
     arguments = {name: _form(t) for name, t in given.items() if isinstance(t, Tensor)}
     with torch.no_grad():
@@ -306,6 +343,10 @@ def _plan_sentence(tier: contract.Tier, args: tuple[Any, ...]) -> str | None:
     return plan if isinstance(plan, str) else None
 
 
+def _on_meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
 def _form(t: Tensor) -> str:
     strides = "" if t.is_contiguous() else f", strides {list(t.stride())}"
     return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}{strides}"
@@ -313,7 +354,7 @@ def _form(t: Tensor) -> str:
 
 # -- what is printed -------------------------------------------------------------------------------------------------
 
-_COLOURS = {FUSED: "green", CHAIN: "yellow", LEFT_ALONE: "yellow", NOT_CALLED: "dim"}
+_COLOURS = {FUSED: "green", CHAIN: "yellow", LEFT_ALONE: "yellow", NOT_CALLED: "dim", UNSEEN: "dim"}
 
 
 def show(console: Console, found: Explanation) -> None:
@@ -346,6 +387,8 @@ def show(console: Console, found: Explanation) -> None:
 
 def _verdict(kind: SiteKind) -> str:
     if kind.tier is None:
+        if kind.state == UNSEEN:
+            return f"{kind.state}: the function gets its arguments only when there is something to compute"
         return f"{kind.state}: {'; '.join(kind.reasons)}" if kind.reasons else f"{kind.state} in such a forward"
     then = f", else by {', '.join(kind.then)}" if kind.then else ""
     passed = f" (not by {'; '.join(kind.passed_over)})" if kind.passed_over else ""

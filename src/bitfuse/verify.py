@@ -2,7 +2,8 @@
 
 `check` is the one comparison that tests, `bitfuse verify` and the benchmark share. A green table would mean
 little if nothing could turn it red, so `verify` also runs each operator's mutants through its battery. With `deep`
-the long sweeps follow (`bitfuse.deep`). What was found is kept as a document (`bitfuse.document`).
+the long sweeps follow (`bitfuse.deep`), with `host` a step of a host's transformer (`bitfuse.conformance`). What was
+found is kept as a document (`bitfuse.document`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from torch import Tensor
 
+from bitfuse import conformance, proof, seeded
 from bitfuse import deep as sweeps
-from bitfuse import proof
 from bitfuse.contract import OPERATORS, Operator, Plan
 from bitfuse.kernel import interpreter
 
@@ -81,7 +82,7 @@ class Batteries:
 
 @dataclass(frozen=True)
 class Result:
-    """What `run` found. `operators` and `cases` are those that it was asked for, None: all."""
+    """What `run` found. `operators` and `cases` are those that it was asked for, None: all; `host`, None: no host's."""
 
     device: str
     operators: list[str] | None
@@ -91,6 +92,8 @@ class Result:
     controls: list[Control]
     batteries: list[Batteries]
     sweeps: list[sweeps.Sweep]
+    host: str | None = None
+    transformers: list[conformance.Step] = field(default_factory=list)
 
     @property
     def interpreted(self) -> bool:
@@ -100,6 +103,7 @@ class Result:
     def exit_code(self) -> int:
         """0: all equal, all mutants caught. 1: a difference, or a mutant survived. 2: nothing could be fused."""
         outcomes = [c.outcome for c in self.checks] + [s.outcome for s in self.sweeps]
+        outcomes += [step.outcome for step in self.transformers]
         return exit_code(outcomes, [c.caught for c in self.controls])
 
 
@@ -154,11 +158,13 @@ def run(
     device: str | None = None,
     cases: Iterable[str] | None = None,
     deep: bool = False,
+    host: str | None = None,
 ) -> Result:
     """Check the named operators (all by default) on a device ("cuda" where there is one) and print the tables.
 
     cases    names of cases: only these, of operators that have them, and only those operators
     deep     the long sweeps too: all there is on a GPU (minutes), a small sample in the interpreter
+    host     a step of this host's transformer too, one of `seeded.HOSTS`; CannotRun where that can't run here
     """
     asked, wanted = (None if names is None else list(names) for names in (operators, cases))
     chosen = {
@@ -169,7 +175,9 @@ def run(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     interpreted = device == "cpu"
     tokens = INTERPRETED_TOKENS if interpreted else None
-    result = Result(device, asked, wanted, deep, [], [], [], [])
+    result = Result(device, asked, wanted, deep, [], [], [], [], host)
+    if host is not None:
+        seeded.of_host(host).need(torch.device(device))
     with interpreter() if interpreted else contextlib.nullcontext(), _progress(console) as progress:
         if not interpreted:
             _compile_ahead(_kernels(chosen, device, deep), progress)
@@ -194,6 +202,10 @@ def run(
                 result.sweeps.append(job.sweep)
                 done += job.calls  # one that differs stops early
                 progress.update(task, completed=done)
+        if host is not None:
+            progress.remove_task(task)
+            progress.add_task(f"a step of {host}'s transformer", total=None)
+            result.transformers.extend(conformance.run(host, torch.device(device)))
     result.batteries.extend(_batteries(list(chosen)))
     _print(console, result)
     return result
@@ -278,6 +290,14 @@ def _print(console: Console, result: Result) -> None:
             console.print(f"[bold red]missed[/] {wrong.operator}: the battery let a wrong kernel pass: {wrong.mutant}")
     if result.sweeps:
         _print_sweeps(console, result)
+    for step in result.transformers:
+        console.print(
+            f"[{_COLOURS[step.outcome]}]{step.outcome}[/] a step of {step.host}, LTX-{step.version}, stock against "
+            f"accelerated: {step.sites_fused} of {step.sites_seen} sites fused",
+            end="\n" if not step.reason else ": ",
+        )
+        if step.reason:
+            console.print(step.reason, markup=False, highlight=False)
     equal = sum(c.outcome == "equal" for c in result.checks)
     elements = sum(c.elements for c in result.checks if c.outcome == "equal")
     caught = sum(c.caught for c in result.controls)
