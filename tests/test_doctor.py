@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 
 import bitfuse
+import sglang_host
 from bitfuse import doctor, proof, seeded
 from bitfuse.contract import Operator, Route
 from bitfuse.doctor import CHECKS, FAILURE, NOTE, NOTHING, OK, VARIABLES, WARNING
@@ -462,35 +464,91 @@ def test_attention_of_diffusers(monkeypatch):
 # -- hosts, and what can be shown here and now -------------------------------------------------------------------------
 
 
+def hosts_found(host):
+    """The findings of a host by what they are of: `LTX-2.0`, `text connectors`, or its version."""
+    found = [f for f in check("hosts") if f.name.startswith(f"{host} ")]
+    assert all(f.state in STATES and f.found and f.meaning and f.advice for f in found)
+    return {f.name.removeprefix(f"{host} ").partition(", ")[2] or f.name: f for f in found}
+
+
 @needs_diffusers
 def test_a_source_that_is_not_known(monkeypatch):
     from bitfuse.hosts import diffusers as adapter
 
     monkeypatch.setitem(adapter._READ, "LTX2PerturbedAttnProcessor", set())
-    found = {f.name.rsplit()[-1]: f for f in check("hosts") if f.name.startswith("diffusers")}
-    assert found["LTX-2.0"].state == OK
+    found = hosts_found("diffusers")
+    assert found["LTX-2.0"].state == found["text connectors"].state == OK
     for version in ("LTX-2.3", "LTX-2.5"):
         assert found[version].state == WARNING
         assert "12 of 24 sites of a block; LTX2PerturbedAttnProcessor of diffusers" in found[version].found
         assert "is not a source that bitfuse knows" in found[version].found
-
-
-def test_other_hosts_and_none(monkeypatch):
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.5.23" if name == "sglang" else None)
-    found = {f.name: f.state for f in check("hosts")}
-    assert found["diffusers"] == WARNING
-    assert found.get("sglang") == (NOTE if importlib.util.find_spec("bitfuse.hosts.sglang") is None else None)
+        assert "use diffusers 0.38 to 0.42.1" in found[version].advice
 
 
 @needs_diffusers
-def test_a_diffusers_without_the_version(monkeypatch):
-    def cannot(version, layers):
+def test_a_connectors_source_that_is_not_known(monkeypatch):
+    from bitfuse.hosts import diffusers_connectors as adapter
+
+    monkeypatch.setitem(adapter._READ, "LTX2TransformerBlock1d.forward", set())
+    found = hosts_found("diffusers")
+    assert (found["LTX-2.0"].state, found["text connectors"].state) == (OK, WARNING)
+    assert found["text connectors"].found.startswith("2 of 4 sites of a block each; LTX2TransformerBlock1d.forward of")
+
+
+def test_ltx_core_and_a_source_of_it_that_is_not_known(monkeypatch):
+    pytest.importorskip("ltx_core")
+    from bitfuse.hosts import ltx_core_block as adapter
+
+    found = hosts_found("ltx-core")
+    assert (found["LTX-2.0"].state, found["LTX-2.0"].found) == (OK, "16 of 16 sites of a block")
+    monkeypatch.setitem(adapter._READ, "BasicAVTransformerBlock.forward", set())
+    found = hosts_found("ltx-core")
+    assert found["LTX-2.0"].state == WARNING
+    assert "; BasicAVTransformerBlock.forward of ltx-core" in found["LTX-2.0"].found
+
+
+def test_sglang_and_a_source_of_it_that_is_not_known(monkeypatch):
+    sglang_host.upstream()  # imports it where torchvision is not installed
+    version = importlib.metadata.version("sglang")
+    from bitfuse.hosts import sglang as adapter
+
+    (finding,) = hosts_found("SGLang").values()
+    assert (finding.name, finding.state) == (f"SGLang {version}", OK)
+    assert finding.found == "8 of 8 sources that bitfuse restates are known"
+    monkeypatch.setitem(adapter._READ, "LTX2Attention.forward", set())
+    (finding,) = hosts_found("SGLang").values()
+    assert finding.state == WARNING
+    assert finding.found.startswith("7 of 8 sources that bitfuse restates are known; not LTX2Attention.forward (")
+
+
+def test_an_sglang_that_does_not_import(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "sglang" else None)
+    monkeypatch.setitem(sys.modules, "bitfuse.hosts.sglang", None)
+    monkeypatch.delattr(bitfuse.hosts, "sglang", raising=False)
+    sglang, others = check("hosts")
+    assert (sglang.state, others.state) == (NOTE, NOTE)
+    assert sglang.found.startswith("its LTX-2 can't be imported: ")
+    assert others.found == "not installed: diffusers (0.38 to 0.42.1), ltx-core (1.0.0 to 1.2.0)"
+
+
+def test_no_host_at_all(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.3" if name == "comfyui" else None)
+    none, comfyui = check("hosts")
+    assert (none.state, none.found) == (WARNING, "none of diffusers, ltx-core, SGLang is installed")
+    assert (comfyui.state, comfyui.found, comfyui.meaning) == (NOTE, "0.3", "bitfuse has no adapter for it")
+
+
+@needs_diffusers
+def test_a_host_without_the_version(monkeypatch):
+    def cannot(geometry):
         raise ValueError("diffusers 0.37.0 does not have LTX-2.3: its transformer takes no gated_attn.")
 
-    monkeypatch.setattr(doctor.sites, "from_version", cannot)
-    found = [f for f in check("hosts") if f.name.startswith("diffusers")]
+    monkeypatch.setattr(doctor.sites, "from_geometry", cannot)
+    found = [f for name, f in hosts_found("diffusers").items() if name.startswith("LTX-")]
     assert [f.state for f in found] == [NOTE] * 3
     assert "does not have LTX-2.3" in found[1].found
+    assert found[1].advice == "update diffusers, if you want this version"
 
 
 @needs_diffusers

@@ -22,6 +22,7 @@ import re
 import shutil
 import stat
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,8 +34,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from bitfuse import contract, proof, seeded, sites
+from bitfuse import contract, hosts, proof, seeded, sites
 from bitfuse.contract import OPERATORS
+from bitfuse.hosts.patch import source_hash
 from bitfuse.kernel import interpreter
 from bitfuse.machine import machine
 
@@ -483,31 +485,99 @@ def _attention(device: torch.device) -> Iterator[Finding]:
 # -- hosts, and what can be shown here and now -----------------------------------------------------------------------
 
 
+_READ = {"diffusers": "0.38 to 0.42.1", "ltx-core": "1.0.0 to 1.2.0", "SGLang": "0.5.12 to 0.5.23"}  # and restated
+
+
 def _hosts(device: torch.device) -> Iterator[Finding]:
-    for package, module in (("ltx-core", "ltx_core"), ("sglang", "sglang"), ("comfyui", "comfyui")):
-        if (version := _version(package)) and importlib.util.find_spec(f"bitfuse.hosts.{module}") is None:
-            yield Finding(package, NOTE, version, "bitfuse has no adapter for it", "use LTX-2 in diffusers")
-    version = _version("diffusers")
-    if version is None:
+    modules = {"diffusers": "diffusers", "ltx-core": "ltx_core", "SGLang": "sglang"}
+    installed = [host for host, module in modules.items() if importlib.util.find_spec(module) is not None]
+    if "diffusers" in installed:
+        yield from _models("diffusers")
+        yield from _connectors()
+    if "ltx-core" in installed:
+        yield from _models("ltx-core")
+    if "SGLang" in installed:
+        yield from _sglang()
+    if not installed:
+        found = f"none of {', '.join(modules)} is installed"
         meaning = "no model can be accelerated; operators can be called by themselves"
-        yield Finding("diffusers", WARNING, "not installed", meaning, "pip install 'bitfuse[diffusers]'")
-        return
+        yield Finding("hosts", WARNING, found, meaning, "pip install 'bitfuse[diffusers]'")
+    elif missing := [f"{host} ({_READ[host]})" for host in modules if host not in installed]:
+        meaning = (
+            "bitfuse knows the sources of these versions; models of what is installed are accelerated without them"
+        )
+        yield Finding("other hosts", NOTE, f"not installed: {', '.join(missing)}", meaning)
+    if version := _version("comfyui"):
+        yield Finding("comfyui", NOTE, version, "bitfuse has no adapter for it", "use LTX-2 in diffusers")
+
+
+def _models(host: str) -> Iterator[Finding]:
+    """For each version of LTX-2 that this host has, what would be taken over in a block of its transformer."""
     for ltx in seeded.VERSIONS:
-        name = f"diffusers {version}, LTX-{ltx}"
         try:
-            model = sites.from_version(ltx, layers=1)
+            model = sites.from_geometry(sites.of_version(ltx, 1, host))
         except ValueError as why:
-            yield Finding(name, NOTE, str(why), "nothing to accelerate", "update diffusers, if you want this version")
+            name = f"{host} {_version(host) or ''}".rstrip()
+            advice = f"update {host}, if you want this version"
+            yield Finding(f"{name}, LTX-{ltx}", NOTE, str(why), "nothing to accelerate", advice)
             continue
-        found = sites.explain(model, tokens=64)
-        reasons = dict.fromkeys(r for kind in found.kinds for r in kind.reasons)
-        counts = f"{found.fused} of {found.seen} sites of a block"
-        if found.fused == found.seen:
-            yield Finding(name, OK, counts, "its code is the code that bitfuse read and restates: all may be fused")
-        else:
-            meaning = "the others keep diffusers' own code: right bits, less gain"
-            advice = "use diffusers 0.38 to 0.42.1, or a newer bitfuse"
-            yield Finding(name, WARNING, f"{counts}; {_list(list(reasons))}", meaning, advice)
+        yield _taken_over(host, model, f"LTX-{ltx}", "sites of a block")
+
+
+def _connectors() -> Iterator[Finding]:
+    try:
+        from diffusers.pipelines.ltx2 import LTX2TextConnectors
+    except ImportError:  # an old diffusers, of which the lines above have told
+        return
+    sizes = {"num_attention_heads": 30, "attention_head_dim": 128, "num_layers": 1, "num_learnable_registers": 128}
+    of_each = {f"{side}_connector_{name}": size for side in ("video", "audio") for name, size in sizes.items()}
+    rope = {"connector_rope_base_seq_len": 4096, "rope_theta": 1e4, "rope_double_precision": True, "rope_type": "split"}
+    with torch.device("meta"):
+        connectors = LTX2TextConnectors(3840, 49, **of_each, **rope, causal_temporal_positioning=False)
+    yield _taken_over("diffusers", connectors, "text connectors", "sites of a block each")
+
+
+def _taken_over(host: str, model: Any, of: str, what: str) -> Finding:
+    with hosts.accelerated(model) as handle:
+        alone = dict.fromkeys(site.declined for site in handle.sites if site.declined)
+        taken = sum(site.declined is None for site in handle.sites)
+        return _known(f"{handle.host}, {of}", host, taken, len(handle.sites), what, list(alone))
+
+
+def _sglang() -> Iterator[Finding]:
+    """Its sources by their hashes: a model of SGLang can't be built without the distributed environment around it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from bitfuse.hosts import sglang, sglang_block
+    except Exception as error:  # of what SGLang imports: packages, drivers
+        why = str(error) if isinstance(error, ModuleNotFoundError) else type(error).__name__  # others' text holds paths
+        found = f"its LTX-2 can't be imported: {why}"
+        name = f"SGLang {_version('sglang') or ''}".rstrip()
+        yield Finding(name, NOTE, found, "nothing to accelerate", "pip install 'sglang[diffusion]'")
+        return
+    read = {**sglang._READ, **sglang_block._READ}
+    codes = {name: _attribute(sglang.upstream, name) for name in read}  # None: of another version
+    hashes = {name: source_hash(code) for name, code in codes.items() if code is not None}
+    unknown = [f"{name} ({found})" for name, found in hashes.items() if found not in read[name]]
+    known, what = len(hashes) - len(unknown), "sources that bitfuse restates are known"
+    unknown = [f"not {name}" for name in unknown]
+    yield _known(sglang.NAME, "SGLang", known, len(hashes), what, unknown)
+
+
+def _attribute(owner: Any, path: str) -> Any:
+    for name in path.split("."):
+        owner = getattr(owner, name, None)
+    return owner
+
+
+def _known(name: str, host: str, good: int, of: int, what: str, rest: list[str]) -> Finding:
+    counts = f"{good} of {of} {what}"
+    if good == of:
+        return Finding(name, OK, counts, "its code is the code that bitfuse read and restates: all may be fused")
+    meaning = f"what is not known keeps the code of {host}: right bits, less gain"
+    advice = f"use {host} {_READ[host]}, or a newer bitfuse"
+    return Finding(name, WARNING, f"{counts}; {_list(rest)}", meaning, advice)
 
 
 def _stock_block(device: torch.device) -> Iterator[Finding]:
