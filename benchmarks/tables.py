@@ -1,7 +1,7 @@
-"""Fill the README's tables from the JSON in benchmarks/results: nobody types a number.
+"""Fill the tables of README and docs/hosts.md from the JSON in benchmarks: nobody types a number.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`, NAME being one of `TABLES`. Run `make readme`;
-`tests/test_readme.py` fails while the README and the JSON part.
+`tests/test_readme.py` fails while a page and the JSON part.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+COMPATIBILITY = ROOT / "benchmarks" / "compatibility.json"
+PAGES = ("README.md", "docs/hosts.md")
 SHOWN = ([1, 6144, 4096], [1, 24576, 4096], [1, 6144, 2048], [1, 126, 2048])  # the others are in the JSON
 
 
@@ -96,8 +98,13 @@ def _operator_cell(row: dict[str, Any] | None) -> str:
 
 
 def model(documents: list[dict[str, Any]], version: str = "2.0") -> str:
-    """A whole step of that version: a row for each number of video tokens."""
-    rows = [row for row in _rows(documents, "model") if (row["version"], row["image_to_video"]) == (version, False)]
+    """A whole step of diffusers' transformer of that version: a row for each number of video tokens."""
+    wanted = ("diffusers", version, False)
+    rows = [
+        row
+        for row in _rows(documents, "model")
+        if (row.get("host", "diffusers"), row["version"], row["image_to_video"]) == wanted
+    ]
     if not rows or len({row["tokens"] for row in rows}) < len(rows):
         raise ValueError(f"LTX-{version}: one row for each number of tokens, not {[row['tokens'] for row in rows]}")
     lines = [
@@ -124,10 +131,14 @@ def model(documents: list[dict[str, Any]], version: str = "2.0") -> str:
     return "\n".join(lines)
 
 
+def _fewest_steps(row: dict[str, Any]) -> int:
+    return min(row["steps"].values()) if "steps" in row else row["rounds"]  # a round was one step until 2026-11-24
+
+
 def _under_the_model(rows: list[dict[str, Any]], documents: list[dict[str, Any]], version: str) -> str:
     sentences = [
         f"LTX-{version}, {rows[0]['layers']} layers; medians of at least "
-        f"{min(r['rounds'] for r in rows)} rounds, all ways by turns in one process. Speed-ups over stock; memory "
+        f"{min(map(_fewest_steps, rows))} steps, all ways by turns in one process. Speed-ups over stock; memory "
         "beyond the weights: stock's, then bitfuse's without and with the graph."
     ]
     if floors := [f"{row['of_floor']['graph']:.2f}x at {row['tokens']}" for row in rows if "of_floor" in row]:
@@ -137,14 +148,53 @@ def _under_the_model(rows: list[dict[str, Any]], documents: list[dict[str, Any]]
         )
     for row in _rows(documents, "first_step"):
         if row["version"] == version:
-            empty, warm, compiled = (
-                row["beyond_stock_s"][f"{kind} caches"] for kind in ("empty", "warm", "compiled, empty")
-            )
+            empty, warm = (row["beyond_stock_s"][f"{kind} caches"] for kind in ("empty", "warm"))
             sentences.append(
                 f"The first step of a process takes {empty:.1f} s longer than stock's with an empty Triton cache, "
-                f"{warm:.1f} s with a warm one, {compiled:.1f} s when it is compiled."
+                f"{warm:.1f} s with a warm one."
             )
+    for row in _rows(documents, "audit"):
+        if row["version"] == version and row["cost"] is not None:
+            sentences.append(f"`audit={row['every']}` costs {row['cost']:.1%} of a step of {row['tokens']} tokens.")
+    if watts := [w for row in rows for w in row.get("watts", {}).values() if row["tokens"] >= 6144]:
+        sentences.append(f"From 6144 tokens on every way draws {min(watts)} to {max(watts)} W, the card's limit.")
     return " ".join([*sentences, _sources(documents)])
+
+
+def compatibility(rows: list[dict[str, Any]]) -> str:
+    """Every version of every host that was tried: a row for those, one after the other, of which the same was found."""
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        functions = row["functions"]
+        tried = functions["passed"] + len(functions["failed"])
+        cells = (row["host"], f"{functions['passed']} of {tried}", *map(_step_cell, row["steps"]))
+        alike.setdefault(cells, []).append(row)
+    lines = [
+        f"| host | its functions | {' | '.join('LTX-' + step['ltx'] for step in rows[0]['steps'])} |",
+        "| --- | --- |" + " --- |" * len(rows[0]["steps"]),
+    ]
+    for (host, *cells), group in alike.items():
+        name = {"sglang": "SGLang"}.get(host, host)
+        lines.append(f"| {name} {', '.join(row['version'] for row in group)} | {' | '.join(cells)} |")
+    torches, tritons, dates = (sorted({row[key] for row in rows}) for key in ("torch", "triton", "date"))
+    days = dict.fromkeys(date[:10] for date in (dates[0], dates[-1]))
+    lines += [
+        "",
+        "Functions that compute in every bit what bitfuse's references do, of those that the host has; then sites "
+        "fused of sites seen in one step of a transformer of two layers, whose output is that of the stock step in "
+        "every bit (-: a version of LTX-2 that the host does not have). In Triton's interpreter, on the CPU: "
+        f"torch {', '.join(torches)}, Triton {', '.join(tritons)}, {' to '.join(days)} "
+        "([JSON](../benchmarks/compatibility.json), by `benchmarks/compatibility.py`).",
+    ]
+    return "\n".join(lines)
+
+
+def _step_cell(step: dict[str, Any]) -> str:
+    if step["outcome"] == "differs":
+        return f"**differs**: {step['reason']}"
+    return (
+        f"{step['fused']} of {step['of']}, equal" if step["outcome"] == "equal" else "left alone" if step["of"] else "-"
+    )
 
 
 def _rows(documents: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
@@ -190,22 +240,24 @@ TABLES: dict[str, Callable[[], str]] = {
         f"model table {version}": functools.partial(lambda version: model(of_newest_day("model"), version), version)
         for version in ("2.0", "2.3", "2.5")
     },
+    "compatibility table": lambda: compatibility(json.loads(COMPATIBILITY.read_text())),
 }
 
 
-def filled(readme: str) -> str:
-    """The README's text with what stands between the markers made anew."""
+def filled(page: str) -> str:
+    """A page's text with what stands between the markers made anew."""
     names = "|".join(map(re.escape, TABLES))
     return re.sub(
         rf"(<!-- ({names}) -->\n).*?(\n<!-- end -->)",
         lambda m: m[1] + TABLES[m[2]]() + m[3],
-        readme,
+        page,
         flags=re.DOTALL,
     )
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    before = path.read_text()
-    path.write_text(filled(before))
-    print("README.md", "unchanged" if path.read_text() == before else "filled", file=sys.stderr)
+    for name in PAGES:
+        path = ROOT / name
+        before = path.read_text()
+        path.write_text(filled(before))
+        print(name, "unchanged" if path.read_text() == before else "filled", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import re
 import time
@@ -17,7 +18,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import bitfuse
-from bitfuse import bench, measure
+import sglang_host
+from bitfuse import bench, measure, seeded, seeded_sglang
 from bitfuse.cli import app
 from bitfuse.ops.split_rotary import SPLIT_FP32
 
@@ -107,10 +109,13 @@ def test_none_of_our_kernels_passes_for_a_matmul_or_attention():
 
 
 def test_times_by_class_and_the_floor():
-    kernels = measure.by_class([("nvjet_a", 100_000.0), ("nvjet_b", 50_000.0), ("flash_fwd", 40_000.0), ("add", 7.0)])
-    assert kernels == {"matmul": 150.0, "attention": 40.0, "other": 0.007, "launches": 4}
+    ran = [(0, 100_000, "nvjet_a"), (60_000, 110_000, "nvjet_b"), (110_001, 150_001, "flash_fwd"), (0, 7, "add")]
+    kernels = measure.by_class(ran)
+    ran = [(0.0, 10.0, "flash"), (2.0, 5.0, "nvjet"), (4.0, 12.0, "nvjet"), (20.0, 21.0, "nvjet"), (20.0, 50.0, "add")]
+    assert measure.by_class(ran)["busy"] == 0.013, "side by side counted once, gaps not at all"
+    assert kernels == {"matmul": 150.0, "attention": 40.0, "other": 0.007, "busy": 150.0, "launches": 4}
     # 30 GB at 3000 GB/s take 10 ms
-    assert measure.floor_ms(kernels, 30 * 10**9, 3000.0) == pytest.approx(200.0)
+    assert measure.floor_ms(kernels, 30 * 10**9, 3000.0) == pytest.approx(160.0)
     assert measure.typical([100, 100, 100]) == 100
     assert measure.typical([1] * 100 + [1000]) == 909, "the size of the call that the average byte moves in"
 
@@ -136,7 +141,7 @@ class _Stream:
 
 class _Graph:
     def replay(self):
-        pass
+        time.sleep(1e-4)  # or it would round to no time at all
 
 
 class _Context:
@@ -171,10 +176,13 @@ def no_cuda_needed(monkeypatch):
     for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(bench, "_device", lambda: CPU)
+    monkeypatch.setattr(bench, "_TURN", 0.0)
+    joules = itertools.count()
+    monkeypatch.setattr(bench, "energy", lambda device: float(next(joules)))
     monkeypatch.setattr(measure, "_COLD", 1)
     monkeypatch.setattr(bench, "LATENTS", {24: (2, 3, 4)})
     monkeypatch.setattr(bench, "_COMPILE", {"fullgraph": True, "backend": "eager"})
-    monkeypatch.setattr(bench, "kernel_ms", lambda step: (step(), measure.by_class([("nvjet", 1.0), ("flash", 1.0)])))
+    monkeypatch.setattr(bench, "kernel_ms", lambda step: measure.by_class([(0, 1, "nvjet"), (1, 2, "flash")]))
     stock_accelerate = bitfuse.accelerate
 
     def accelerate(target, cuda_graph=False, **options):
@@ -222,18 +230,81 @@ def test_a_step_in_every_way(version):
     assert floor["bytes"] == sum(o["bytes"] for o in floor["operators"].values()) > 0
     assert floor["ms"] == pytest.approx(0.002 + floor["bytes"] / floor["copy_gb_per_s"] / 1e6)
     assert row["of_floor"]["graph"] == row["ms"]["graph"]["median"] / floor["ms"]
-    assert (row["version"], row["tokens"], row["image_to_video"], row["rounds"]) == (version, 24, False, 2)
+    assert (row["version"], row["tokens"], row["image_to_video"]) == (version, 24, False)
+    assert row["steps"] == dict.fromkeys(row["ms"], 2), "one timed step in each of two turns of no length"
     assert f"LTX-{version}" in printed
+    assert row["watts"].keys() == row["ms"].keys()
     assert row["graph"] == {"replays": 1, "captures": 1, "reasons": {}}
     assert "differs_from_stock" in row
+
+
+@pytest.mark.usefixtures("no_cuda_needed")
+def test_a_step_of_ltx_core():
+    for needed in ("ltx_core", "einops"):
+        pytest.importorskip(needed)
+    document, printed = _run(host="ltx-core")
+    (row,) = document["model"]
+    assert row["mismatch"] is None
+    assert row["host"] == "ltx-core"
+    assert row["host_version"].startswith("ltx-core ")
+    assert row["host_version"] in printed
+    assert list(row["ms"]) == ["stock", "bitfuse", "graph"]
+    assert row["sites_fused"] == row["sites_seen"] == 16
+    assert set(row["of_floor"]) == {"bitfuse", "graph"}
+    assert "compile_s" not in row
+
+
+@pytest.mark.usefixtures("no_cuda_needed")
+def test_a_step_of_sglang_stock_is_stock_and_its_own_tier_is_no_way_of_ours(monkeypatch):
+    sglang_host.ready()
+    from sglang.multimodal_gen.runtime.models.dits import ltx_2
+
+    turn, replaced = bench._Trial.turn, []
+
+    def noting(trial, expected):
+        replaced.append(hasattr(ltx_2._ltx2_modulate, "__wrapped__"))
+        turn(trial, expected)
+
+    monkeypatch.setattr(bench._Trial, "turn", noting)
+    real, mounted = seeded_sglang.mount, []
+    monkeypatch.setattr(seeded_sglang, "mount", lambda model: mounted.append(model) or real(model))
+    document, printed = _run(host="sglang")
+    (row,) = document["model"]
+    assert row["mismatch"] is None
+    assert list(row["ms"]) == ["stock", "bitfuse", "quality high"]
+    assert replaced[:3] == [False, True, False], "SGLang's functions are replaced in bitfuse's turns only"
+    assert row["mounted"]
+    assert [ltx_2.LTX2_RMS_NORM_MODULATE.is_enabled(model.transformer_blocks[0]) for model in mounted] == [True]
+    assert 0 < row["sites_fused"] < row["sites_seen"] == 18, "the text's two attentions of the block are kept by SGLang"
+    assert set(row["of_floor"]) == {"bitfuse"}
+    assert "SGLang 0.5." in printed
+
+
+@pytest.mark.usefixtures("no_cuda_needed")
+def test_sglangs_tier_that_differs_is_timed_and_said(monkeypatch):
+    sglang_host.ready()
+    one_step, made = seeded.one_step, []
+
+    def flipping(model, inputs):
+        step = one_step(model, inputs)
+        made.append(step)
+        return step if len(made) < 3 else lambda: (step()[0] + 1, step()[1])
+
+    monkeypatch.setattr(seeded, "one_step", flipping)
+    document, printed = _run(host="sglang")
+    (row,) = document["model"]
+    assert document["equal"] is True
+    assert row["mismatch"] is None
+    assert row["differs_from_stock"]["bitfuse"] is None
+    assert row["differs_from_stock"]["quality high"].startswith("output 0 differs at [")
+    assert row["ms"]["quality high"]
+    assert "output 0 differs at [" in " ".join(printed.split())
 
 
 @needs_diffusers
 @pytest.mark.usefixtures("no_cuda_needed")
 def test_a_flipped_bit_gets_no_time(monkeypatch):
     """One bit in the timed rounds of bitfuse with its graph: stock and bitfuse without keep theirs."""
-    from bitfuse import seeded
-
     one_step, made = seeded.one_step, []
 
     def flipping(model, inputs):
@@ -261,6 +332,20 @@ def test_a_flipped_bit_gets_no_time(monkeypatch):
     assert list(row["ms"]) == ["stock", "bitfuse", "text kept"]
     assert not {"floor", "of_floor", "against_compiled_graph"} & set(row)
     assert "not timed" in printed
+
+
+@needs_diffusers
+@pytest.mark.usefixtures("no_cuda_needed")
+def test_what_an_audit_costs(monkeypatch):
+    monkeypatch.setattr(bench, "_AUDIT", 3)
+    document = bench.run(Console(file=io.StringIO()), ["audit"], [24], 1, rounds=2)
+    (row,) = document["audit"]
+    assert row["mismatch"] is None
+    assert row["audits"]["calls"] > 0
+    assert row["cost"] == row["ms"]["audited"]["median"] / row["ms"]["bitfuse"]["median"] - 1
+    monkeypatch.setattr(bench, "_AUDIT", 10**6)
+    (row,) = bench.run(Console(file=io.StringIO()), ["audit"], [24], 1, rounds=2)["audit"]
+    assert (row["mismatch"], row["cost"]) == ("no call was audited", None)
 
 
 @needs_diffusers
@@ -321,20 +406,19 @@ def test_what_a_fresh_process_prints(monkeypatch, capsys):
 
 
 def test_the_first_step_beyond_stocks(monkeypatch):
-    seconds = iter([9.0, 15.0, 7.5, 7.0, 22.0])
+    seconds = iter([9.0, 15.0, 7.5, 7.0])
     seen = []
 
-    def process(way, version, tokens, layers, caches):
-        seen.append((way, caches))
-        return {"seconds": next(seconds), "sha256": "other" if way == "compiled" else "same", "sites_fused": 5}
+    def process(way, version, tokens, layers, cache):
+        seen.append((way, cache))
+        return {"seconds": next(seconds), "sha256": "same", "sites_fused": 5}
 
     monkeypatch.setattr(bench, "_in_fresh_process", process)
     row = bench.first_step(Console(file=io.StringIO()))
-    assert row["beyond_stock_s"] == {"empty caches": 8.0, "warm caches": 0.5, "compiled, empty caches": 15.0}
-    assert row["mismatch"] is None, "what is compiled need not equal stock"
-    assert [way for way, _ in seen] == ["stock", "bitfuse", "bitfuse", "stock", "compiled"]
-    assert len({caches for way, caches in seen if way != "compiled"}) == 1
-    assert len({caches for _, caches in seen}) == 2
+    assert row["beyond_stock_s"] == {"empty caches": 8.0, "warm caches": 0.5}
+    assert row["mismatch"] is None
+    assert [way for way, _ in seen] == ["stock", "bitfuse", "bitfuse", "stock"]
+    assert len({cache for _, cache in seen}) == 1
 
 
 def test_a_fresh_process_that_fails_says_why():
@@ -376,7 +460,7 @@ def test_a_row_of_an_operator(monkeypatch, fresh_routes):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--only", "everything"], "accepted: operators, overhead, model, first-step"),
+        (["--only", "everything"], "accepted: operators, overhead, model, audit, first-step"),
         (["--op", "nothing"], "--op nothing is not an operator"),
         (["--ltx", "1.0"], "accepted: 2.0, 2.3, 2.5"),
         (["--tokens", "5"], "accepted: 1536, 6144, 24576, 32640"),
@@ -395,8 +479,6 @@ def test_wrong_arguments_are_named(arguments, said):
 @pytest.mark.parametrize("image_to_video", [False, True])
 @pytest.mark.parametrize("version", ["2.0", "2.3", "2.5"])
 def test_every_version_runs_stock(version, image_to_video):
-    from bitfuse import seeded
-
     geometry = replace(seeded.SMALL, version=version, image_to_video=image_to_video)
     model = seeded.build(geometry, CPU, seed=0)
     block = model.transformer_blocks[0]
@@ -423,16 +505,12 @@ def test_every_version_runs_stock(version, image_to_video):
 
 @needs_diffusers
 def test_a_version_that_is_none():
-    from bitfuse import seeded
-
     with pytest.raises(ValueError, match=r"version is '1\.0'; accepted: 2\.0, 2\.3, 2\.5"):
         replace(seeded.SMALL, version="1.0")
 
 
 @needs_diffusers
 def test_a_twin_shares_every_parameter_and_no_module():
-    from bitfuse import seeded
-
     geometry = replace(seeded.SMALL, frames=2, height=3, width=4, layers=1)
     model = seeded.build(geometry, CPU, seed=0)
     twin = seeded.twin(model)
@@ -481,7 +559,7 @@ def _model_row(tokens, **changes):
         "version": "2.0",
         "image_to_video": False,
         "layers": 48,
-        "rounds": 8,
+        "steps": dict.fromkeys(ms, 8),
         "mismatch": None,
         "ms": {way: _ms(t) for way, t in ms.items()},
         "speed_ups": {way: 480.0 / t for way, t in ms.items() if way != "stock"},
@@ -495,15 +573,26 @@ def _model_row(tokens, **changes):
 def test_the_model_table(tables):
     first = {
         "version": "2.0",
-        "beyond_stock_s": {"empty caches": 9.0, "warm caches": 1.25, "compiled, empty caches": 17},
+        "beyond_stock_s": {"empty caches": 9.0, "warm caches": 1.25},
     }
+    audit = {"version": "2.0", "tokens": 6144, "every": 64, "cost": 0.0042}
+    watts = {"stock": 699, "graph": 688}
     documents = [
-        {"machine": MACHINE, "path": "benchmarks/results/a.json", "model": [_model_row(24576), _model_row(1536)]},
+        {
+            "machine": MACHINE,
+            "path": "benchmarks/results/a.json",
+            "model": [_model_row(24576, watts=watts), _model_row(1536)],
+        },
         {
             "machine": MACHINE,
             "path": "benchmarks/results/b.json",
-            "model": [_model_row(6144, version="2.3"), _model_row(6144, image_to_video=True)],
+            "model": [
+                _model_row(6144, version="2.3"),
+                _model_row(6144, image_to_video=True),
+                _model_row(6144, host="sglang"),
+            ],
             "first_step": [first],
+            "audit": [audit],
         },
     ]
     lines = tables.model(documents).splitlines()
@@ -514,7 +603,9 @@ def test_the_model_table(tables):
     assert lines[3].startswith("| 24576 |")
     assert len(lines) == 6
     assert "1.05x at 1536, 1.05x at 24576 tokens" in lines[-1]
-    assert "9.0 s longer than stock's with an empty Triton cache, 1.2 s with a warm one, 17.0 s" in lines[-1]
+    assert "9.0 s longer than stock's with an empty Triton cache, 1.2 s with a warm one" in lines[-1]
+    assert "`audit=64` costs 0.4% of a step of 6144 tokens" in lines[-1]
+    assert "draws 688 to 699 W" in lines[-1]
     assert "[a.json](benchmarks/results/a.json), [b.json](benchmarks/results/b.json)" in lines[-1]
     assert tables.model(documents, "2.3").splitlines()[2].startswith("| 6144 |")
     with pytest.raises(ValueError, match=r"one row for each number of tokens, not \[6144, 6144\]"):
@@ -570,9 +661,12 @@ def test_the_committed_rotary_table_still_comes_out(tables):
 
 def test_rounds_stop_where_steps_take_long(monkeypatch):
     monkeypatch.setattr(bench, "_ENOUGH", -1.0)
+    monkeypatch.setattr(bench, "_TURN", 0.0)
+    monkeypatch.setattr(bench, "energy", lambda device: None)
+    monkeypatch.setattr(bench, "_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     out = (torch.zeros(1), torch.zeros(1))
     trials = {"stock": bench._Trial(lambda: out), "refused": bench._Trial(lambda: out, reason="no")}
     bench._time(trials, out, rounds=8)
-    assert [len(trial.ms) for trial in trials.values()] == [4, 0]
+    assert [len(trial.ms) for trial in trials.values()] == [2, 0]
     assert bench._figures(trials)["not_timed"] == {"refused": "no"}

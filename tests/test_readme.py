@@ -16,15 +16,53 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def _tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+def _tables(name="tables"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_tables_are_those_of_the_json():
-    assert _tables().filled(README) == README, "run `make readme`"
+    tables = _tables()
+    for page in tables.PAGES:
+        text = (ROOT / page).read_text()
+        assert set(re.findall(r"<!-- (\w[\w. ]* table) -->", text)) <= set(tables.TABLES), page
+        assert tables.filled(text) == text, f"{page}: run `make readme`"
+
+
+def test_no_version_of_a_host_was_seen_to_differ():
+    rows = _tables().json.loads(_tables().COMPATIBILITY.read_text())
+    assert {row["host"] for row in rows} == {"diffusers", "ltx-core", "sglang"}
+    for row in rows:
+        assert row["functions"]["passed"]
+        assert row["functions"]["failed"] == [], row
+        assert {step["outcome"] for step in row["steps"]} <= {"equal", "declined"}, row
+        assert any(step["outcome"] == "equal" and step["fused"] for step in row["steps"]), row
+
+
+def test_a_versions_row_is_put_where_it_belongs_and_replaces_an_earlier_one():
+    rows = [{"host": host, "version": version} for host, version in (("diffusers", "0.9.0"), ("sglang", "0.5.23"))]
+    new = [{"host": "ltx-core", "version": "1.0.0"}, {"host": "diffusers", "version": "0.42.1"}, {**rows[1], "new": 1}]
+    found = _tables("compatibility").merged(rows, new)
+    assert found == [rows[0], new[1], new[0], new[2]]
+
+
+def test_versions_of_which_the_same_was_found_share_a_row():
+    def row(version, *outcomes):
+        steps = [{"ltx": "2.0", "outcome": o, "fused": 3, "of": 4, "reason": "differs at [0]"} for o in outcomes]
+        functions = {"passed": 5, "failed": ["one"], "skipped": ["another"]}
+        facts = {"torch": "2.13.0", "triton": "3.7.1", "date": "2026-11-24T00:00:00"}
+        return {"host": "sglang", "version": version, "functions": functions, "steps": steps, **facts}
+
+    table = _tables().compatibility(
+        [row("1.0", "equal"), row("1.1", "equal"), row("1.2", "differs"), row("1.3", "declined")]
+    )
+    assert table.splitlines()[2:5] == [
+        "| SGLang 1.0, 1.1 | 5 of 6 | 3 of 4, equal |",
+        "| SGLang 1.2 | 5 of 6 | **differs**: differs at [0] |",
+        "| SGLang 1.3 | 5 of 6 | left alone |",
+    ]
 
 
 def test_benchmark_documents_name_machine_and_versions_and_have_no_red_gate():

@@ -10,6 +10,7 @@ for on both sides.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -36,6 +37,7 @@ from bitfuse.machine import machine
 from bitfuse.measure import (
     captured,
     copy_gb_per_s,
+    energy,
     floor_ms,
     fused_calls,
     interleaved,
@@ -50,7 +52,7 @@ from bitfuse.measure import (
 from bitfuse.ops.rotary_common import RotaryCase
 from bitfuse.ops.split_rotary import SPLIT_PER_OP
 
-PARTS = ("operators", "overhead", "model", "first-step")
+PARTS = ("operators", "overhead", "model", "audit", "first-step")
 
 
 def run(
@@ -61,12 +63,14 @@ def run(
     *,
     version: str = "2.0",
     image_to_video: bool = False,
+    host: str = "diffusers",
     rounds: int | None = None,
     only_operators: Iterable[str] | None = None,
     save: Callable[[dict[str, Any]], None] = lambda document: None,
 ) -> dict[str, Any]:
     """Run the named parts (all by default); returns a JSON document, `equal` False if any bit differed.
 
+    host    whose transformer the part "model" times; the other parts know no host, or diffusers only
     `save` is called with the document whenever a row is added: what was measured outlives what comes after it.
     """
     document: dict[str, Any] = {"machine": machine(), "equal": True}
@@ -85,8 +89,11 @@ def run(
             add(part, [overhead(console)])
         elif part == "model":
             for n in tokens or (6144,):
-                add(part, [model(console, n, layers, rounds or _STEPS, version, image_to_video)])
+                add(part, [model(console, n, layers, rounds or _ROUNDS, version, image_to_video, host)])
                 _forget()  # or the next model's share of the memory looks smaller than it is
+        elif part == "audit":
+            add(part, [audit(console, (tokens or [6144])[0], layers, rounds or _ROUNDS, version)])
+            _forget()
         else:
             add(part, [first_step(console, version, (tokens or [6144])[0], layers or 4)])
     return document
@@ -238,9 +245,13 @@ def overhead(console: Console) -> dict[str, Any]:
 # Latent frames, height and width by video tokens: 768x512x25, 768x512x121, 1536x1024x121, 1920x1088x121.
 LATENTS = {1536: (4, 16, 24), 6144: (16, 16, 24), 24576: (16, 32, 48), 32640: (16, 34, 60)}
 
-_STEPS, _FEWEST_STEPS, _ENOUGH = 8, 4, 18.0  # rounds; at least so many; seconds after which no more are begun
+_ROUNDS, _FEWEST_ROUNDS, _ENOUGH = 4, 2, 18.0  # at most and at least; seconds after which no more are begun
+_TURN = 1.5  # seconds in which one way steps on end, in every round
 _PLAIN: dict[str, dict[str, Any]] = {"bitfuse": {}, "text kept": {"keep_text": True}}  # ways, and their options
-_GRAPH: dict[str, Any] = {"cuda_graph": True, "keep_text": True}
+_GRAPH: dict[str, dict[str, Any]] = {  # options of the graph; SGLang captures its own
+    "diffusers": {"cuda_graph": True, "keep_text": True},
+    "ltx-core": {"cuda_graph": True},
+}
 _COMPILE: dict[str, Any] = {"fullgraph": True}  # as diffusers documents it, in the default mode
 
 Step = Callable[[], tuple[Tensor, Tensor]]
@@ -248,49 +259,86 @@ Step = Callable[[], tuple[Tensor, Tensor]]
 
 @dataclass
 class _Trial:
-    """One way to run the step. `peak`: bytes at its peak; `difference`: from stock, `reason`: why it gets no time."""
+    """One way to run the step. `peak`: bytes at its peak; `difference`: from stock, `reason`: why it gets no time.
+
+    watts    power while it was timed, one figure of each turn, where NVML counts energy
+    around    what a turn stands in, where the way changes what the others would run too
+    """
 
     step: Step
     exact: bool = True
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     peak: int | None = None
     difference: str | None = None
     reason: str | None = None
     ms: list[float] = field(default_factory=list)
+    watts: list[float] = field(default_factory=list)
 
     def judge(self, expected: Any, found: Any) -> None:
         if mismatch := proof.compare(expected, found):
             self.difference = self.difference or mismatch.sentence
             self.reason = self.reason or (self.difference if self.exact else None)
 
+    def turn(self, expected: Any) -> None:
+        """Step on end, each step compared, all but the first timed: a render runs one way all the time.
+
+        What a step takes depends on what ran before: an H100 is at its power limit in these matmuls. Its clock falls
+        in the first steps of a way that keeps it busy (6144 tokens: 320 ms when cool, 345 ms warm, 2026-11-24).
+        A step that is longer than a turn is timed from the second turn on without another before it.
+        """
+        if not self.ms or self.ms[-1] < 1e3 * _TURN:
+            self.judge(expected, self.step())
+        torch.cuda.synchronize()
+        before, start, spent = energy(_device()), time.perf_counter(), 0.0
+        while not self.reason and (not spent or spent < _TURN):
+            began = time.perf_counter()
+            out = self.step()
+            torch.cuda.synchronize()
+            self.ms.append((time.perf_counter() - began) * 1e3)
+            spent += self.ms[-1] / 1e3
+            self.judge(expected, out)
+            del out
+        after, seconds = energy(_device()), time.perf_counter() - start
+        if before is not None and after is not None and spent:
+            self.watts.append((after - before) / seconds)
+
 
 def model(
     console: Console,
     tokens: int = 6144,
     layers: int | None = None,
-    rounds: int = _STEPS,
+    rounds: int = _ROUNDS,
     version: str = "2.0",
     image_to_video: bool = False,
+    host: str = "diffusers",
 ) -> dict[str, Any]:
-    """One step of diffusers' LTX-2 transformer on seeded weights, each way to run it by turns, in one process.
+    """One step of a host's LTX-2 transformer on seeded weights, each way to run it by turns, in one process.
 
-    The ways: stock, bitfuse, in LTX-2.0 bitfuse with the text kept, bitfuse with its CUDA graph (and the text kept),
-    `compile_repeated_blocks`, and that in one CUDA graph. The outputs of the bitfuse ways are compared with stock's
-    before they are timed and after every step; one that differs, or fused nothing, gets no time.
+    The ways in diffusers: stock, bitfuse, in LTX-2.0 bitfuse with the text kept, bitfuse with its CUDA graph (and the
+    text kept), `compile_repeated_blocks`, and that in one CUDA graph; in ltx-core: stock, bitfuse, and its CUDA graph;
+    in SGLang: stock, bitfuse, and SGLang's own tier "high", whose bits may differ. The outputs of the bitfuse ways are
+    compared with stock's before they are timed and after every step; one that differs, or fused nothing, gets no time.
 
     tokens    video tokens, one of `LATENTS`
     layers    transformer layers; by default as many of the 48 as fit
-    rounds    timed steps of each way; fewer, but at least 4, where steps take long
+    rounds    turns of each way, a second and a half of steps on end; fewer, but at least 2, where steps take long
+    host      one of `seeded.HOSTS`
     """
-    from bitfuse import seeded
+    from bitfuse import runs, seeded
 
     device = _device()
-    geometry = _geometry(device, tokens, layers, version, image_to_video)
+    geometry = _geometry(device, tokens, layers, version, image_to_video, host)
     stock = seeded.build(geometry, device, seed=0)
     inputs = seeded.make_inputs(stock, geometry, device, seed=0)
-    plain_ways = _PLAIN if version == "2.0" else {"bitfuse": {}}  # later versions modulate the text at every step
-    models = {"stock": stock} | {way: seeded.twin(stock) for way in (*plain_ways, "graph", "compiled")}
-    trials = {way: _Trial(seeded.one_step(one, inputs), way != "compiled") for way, one in models.items()}
+    # later versions modulate the text at every step
+    plain_ways = _PLAIN if (host, version) == ("diffusers", "2.0") else {"bitfuse": {}}
+    others = {"diffusers": ("graph", "compiled"), "ltx-core": ("graph",), "sglang": ("quality high",)}[host]
+    models = {"stock": stock} | {way: seeded.twin(stock) for way in (*plain_ways, *others)}
+    inexact = ("compiled", "quality high")
+    trials = {way: _Trial(seeded.one_step(one, inputs), way not in inexact) for way, one in models.items()}
     row: dict[str, Any] = {
+        "host": host,
+        "host_version": runs.named(host),
         "tokens": tokens,
         "version": version,
         "image_to_video": image_to_video,
@@ -301,31 +349,45 @@ def model(
         trials["stock"].step()  # cuBLAS takes its workspaces
         expected, trials["stock"].peak = with_peak(trials["stock"].step)
         facts = {way: _plain(trials[way], models[way], expected, plain, options) for way, options in plain_ways.items()}
-        replayed = _graph(trials["graph"], models["graph"], expected, graph)  # counts on during the rounds
-        row |= facts["bitfuse"][0] | {"compile_s": _compiled(trials, models["compiled"], expected)}
+        row |= facts["bitfuse"][0]
+        if host == "sglang":  # bitfuse replaces functions of SGLang's module, which stock would call as well
+            plain.close()
+            trials["bitfuse"].around = functools.partial(_accelerated, models["bitfuse"])
+            row["mounted"] = _mounted(trials["quality high"], models["quality high"], expected)
+        if "graph" in models:  # a GraphedForward, whose counts go on during the rounds
+            replayed = _graph(trials["graph"], models["graph"], expected, graph, _GRAPH[host])
+        if "compiled" in models:
+            row["compile_s"] = _compiled(trials, models["compiled"], expected)
         _time(trials, expected, rounds)
         row |= _figures(trials)
-        row["graph"] = {name: getattr(replayed, name, 0) for name in ("replays", "captures")}
-        row["graph"]["reasons"] = dict(getattr(replayed, "reasons", {}))
+        if "graph" in models:
+            row["graph"] = {name: getattr(replayed, name, 0) for name in ("replays", "captures")}
+            row["graph"]["reasons"] = dict(getattr(replayed, "reasons", {}))
         # The profiler last, and with no graph left: launches may be slower once it has been at work.
         graph.close()
-        del trials["compiled + graph"].step
-        row["kernels_ms"] = {way: kernel_ms(trials[way].step)[1] for way in ("stock", *plain_ways)}
+        trials.pop("compiled + graph", None)
+        row["kernels_ms"] = {}
+        for way in ("stock", *plain_ways):
+            with trials[way].around():
+                row["kernels_ms"][way] = kernel_ms(trials[way].step)
     calls = facts["bitfuse"][1]
     if calls and not row["mismatch"]:
         row["floor"] = _floor(row["kernels_ms"], calls, device)
-        row["of_floor"] = {way: row["ms"][way]["median"] / row["floor"]["ms"] for way in (*plain_ways, "graph")}
+        ours = [way for way in (*plain_ways, "graph") if way in models]
+        row["of_floor"] = {way: row["ms"][way]["median"] / row["floor"]["ms"] for way in ours}
     _print(console, row)
     return row
 
 
-def _geometry(device: torch.device, tokens: int, layers: int | None, version: str, image_to_video: bool) -> Any:
+def _geometry(
+    device: torch.device, tokens: int, layers: int | None, version: str, image_to_video: bool, host: str = "diffusers"
+) -> Any:
     from bitfuse import seeded
 
     if tokens not in LATENTS:
         raise ValueError(f"tokens is {tokens}; accepted: {', '.join(map(str, LATENTS))}")
     frames, height, width = LATENTS[tokens]
-    geometry, _ = seeded.geometry_for(device, layers, version)
+    geometry, _ = seeded.geometry_for(device, layers, version, host)
     return replace(geometry, frames=frames, height=height, width=width, image_to_video=image_to_video)
 
 
@@ -357,12 +419,31 @@ def _plain(
     return facts, calls
 
 
-def _graph(trial: _Trial, model: Any, expected: Any, undo: contextlib.ExitStack) -> Any:
+def _accelerated(model: Any) -> contextlib.AbstractContextManager[Any]:
+    import bitfuse
+
+    return bitfuse.accelerated(model)
+
+
+def _mounted(trial: _Trial, model: Any, expected: Any) -> list[str]:
+    """Names of the fusions of SGLang's tier "high" that are mounted. They need not equal stock, nor run."""
+    from bitfuse import seeded_sglang
+
+    names = seeded_sglang.mount(model)
+    try:
+        out, trial.peak = with_peak(trial.step)
+        trial.judge(expected, out)
+    except RuntimeError as error:  # of a kernel that is compiled only now
+        trial.reason = f"it does not run here ({type(error).__name__}: {str(error).strip()[:200]})"
+    return names
+
+
+def _graph(trial: _Trial, model: Any, expected: Any, undo: contextlib.ExitStack, options: dict[str, Any]) -> Any:
     """The model's forward: a `GraphedForward`, its graph captured. The graph's pool of memory counts to the peak."""
     import bitfuse
 
     before = reserved()
-    handle = undo.enter_context(bitfuse.accelerate(model, **_GRAPH))
+    handle = undo.enter_context(bitfuse.accelerate(model, **options))
     for _ in range(2):  # an eager step, and the one that captures
         trial.judge(expected, trial.step())
     held = reserved() - before
@@ -405,11 +486,9 @@ def _compiled(trials: dict[str, _Trial], model: Any, expected: Any) -> float | N
 
 
 def _time(trials: dict[str, _Trial], expected: Any, rounds: int) -> None:
-    """Fill in the milliseconds, round by round; the garbage collector runs between rounds, not in a step.
+    """Fill in the milliseconds, each way a turn per round and every other round backwards.
 
-    Each way steps twice and the second step is timed: a render runs one way all the time, and a card at its power limit
-    (an H100 is, in these matmuls: 242 us after stock, 267 us after itself, 2026-11-23) still pays for the step before.
-    Every other round goes backwards.
+    The garbage collector runs between rounds, not in a step.
     """
     collecting, start = gc.isenabled(), time.perf_counter()
     gc.collect()
@@ -417,18 +496,12 @@ def _time(trials: dict[str, _Trial], expected: Any, rounds: int) -> None:
     gc.disable()
     try:
         for index in range(rounds):
-            if index >= _FEWEST_STEPS and time.perf_counter() - start > _ENOUGH:
+            if index >= _FEWEST_ROUNDS and time.perf_counter() - start > _ENOUGH:
                 break
             for trial in list(trials.values())[:: -1 if index % 2 else 1]:
                 if not trial.reason:
-                    trial.judge(expected, trial.step())
-                    torch.cuda.synchronize()
-                    began = time.perf_counter()
-                    out = trial.step()
-                    torch.cuda.synchronize()
-                    trial.ms.append((time.perf_counter() - began) * 1e3)
-                    trial.judge(expected, out)
-                    del out
+                    with trial.around():
+                        trial.turn(expected)
             gc.collect()
     finally:
         gc.unfreeze()
@@ -445,7 +518,8 @@ def _figures(trials: dict[str, _Trial]) -> dict[str, Any]:
         "mismatch": next((reasons[way] for way in ("stock", *_PLAIN, "graph") if way in reasons), None),
         "not_timed": reasons,
         "differs_from_stock": {way: trial.difference for way, trial in trials.items() if way != "stock"},
-        "rounds": len(trials["stock"].ms),
+        "steps": {way: len(trial.ms) for way, trial in trials.items() if not trial.reason},
+        "watts": {way: round(sum(trial.watts) / len(trial.watts)) for way, trial in trials.items() if trial.watts},
         "ms": timed,
         "speed_ups": {way: median["stock"] / ms for way, ms in median.items() if way != "stock" and "stock" in median},
         "peak_gb": {way: trial.peak / 1e9 for way, trial in trials.items() if trial.peak is not None},
@@ -462,10 +536,10 @@ def _floor(
 ) -> dict[str, Any]:
     """What a step would take of matmul, attention, and the fused operators' bytes at a plain copy's speed alone.
 
-    Of stock's and of bitfuse's matmuls and attentions the shorter: bitfuse may leave some out (keys and values of the
-    text), and may run some side by side with other kernels, where each takes longer.
+    Of bitfuse's own matmuls and attentions, those of the way with the fewest. Stock's run at higher clocks (at 6144
+    tokens 4 % on an H100): its small kernels let the card, at its power limit, draw breath.
     """
-    kernels = {name: min(ms[name] for ms in kernels_ms.values()) for name in ("matmul", "attention")}
+    kernels = min((ms for way, ms in kernels_ms.items() if way != "stock"), key=lambda ms: ms["busy"])
     sizes = [size for _, size in calls]
     total, size = sum(sizes), typical(sizes)
     speed = copy_gb_per_s(size, device)
@@ -476,7 +550,7 @@ def _floor(
         found["bytes"] += n
     return {
         "ms": floor_ms(kernels, total, speed),
-        "matmul_and_attention_ms": kernels["matmul"] + kernels["attention"],
+        "matmul_and_attention_ms": kernels["busy"],
         "bytes": total,
         "copy_gb_per_s": speed,
         "copy_bytes": size,
@@ -486,14 +560,17 @@ def _floor(
 
 def _print(console: Console, row: dict[str, Any]) -> None:
     kind = ", image to video" if row["image_to_video"] else ""
-    table = Table("step", "ms, median", "p10", "p90", "speed-up", "peak GB", "bits")
+    table = Table("step", "ms, median", "p10", "p90", "speed-up", "W", "peak GB", "bits")
     for way, differs in {"stock": None, **row["differs_from_stock"]}.items():
         t = row["ms"].get(way)
         times = [f"{t[key]:.1f}" for key in ("median", "p10", "p90")] if t else ["not timed", "", ""]
         ratio = f"{row['speed_ups'][way]:.3f}x" if way in row["speed_ups"] else ""
         peak = f"{row['peak_gb'][way]:.2f}" if way in row["peak_gb"] else ""
-        table.add_row(way, *times, ratio, peak, row["not_timed"].get(way) or differs or "equal")
-    table.title = f"LTX-{row['version']}{kind}, {row['geometry']}; {row['rounds']} rounds"
+        watts = str(row["watts"].get(way, ""))
+        table.add_row(way, *times, ratio, watts, peak, row["not_timed"].get(way) or differs or "equal")
+    steps = min(row["steps"].values(), default=0)
+    what = f"{row['host_version']}, LTX-{row['version']}{kind}, {row['geometry']}"
+    table.title = f"{what}; {steps} steps of each way or more"
     console.print(table)
     lines = [f"{row['sites_fused']} of {row['sites_seen']} sites fused"]
     for way, ms in row["kernels_ms"].items():
@@ -503,10 +580,10 @@ def _print(console: Console, row: dict[str, Any]) -> None:
         lines.append("no floor: no fused call went through Operator.route, where their bytes are counted")
     elif "floor" in row:
         floor = row["floor"]
+        graph = f", {row['of_floor']['graph']:.3f}x with the graph" if "graph" in row["of_floor"] else ""
         lines.append(
             f"matmul, attention and {floor['bytes'] / 1e9:.1f} GB at a copy's {floor['copy_gb_per_s']:.0f} GB/s would "
-            f"take {floor['ms']:.1f} ms; a step takes {row['of_floor']['bitfuse']:.3f}x of it, "
-            f"{row['of_floor']['graph']:.3f}x with the graph"
+            f"take {floor['ms']:.1f} ms; a step takes {row['of_floor']['bitfuse']:.3f}x of it{graph}"
         )
     if "against_compiled_graph" in row:
         lines.append(f"bitfuse with its graph is {row['against_compiled_graph']:.3f}x as fast as compiled + graph")
@@ -514,26 +591,70 @@ def _print(console: Console, row: dict[str, Any]) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+# -- what audits cost ----------------------------------------------------------------------------------------------
+
+_AUDIT = 64  # one call in so many
+
+
+def audit(
+    console: Console, tokens: int = 6144, layers: int | None = None, rounds: int = _ROUNDS, version: str = "2.0"
+) -> dict[str, Any]:
+    """A step of diffusers' transformer with every 64th fused call computed again and compared, beside one without."""
+    import bitfuse
+    from bitfuse import seeded
+
+    device = _device()
+    geometry = _geometry(device, tokens, layers, version, image_to_video=False)
+    model = seeded.build(geometry, device, seed=0)
+    inputs = seeded.make_inputs(model, geometry, device, seed=0)
+    expected = seeded.one_step(model, inputs)()
+    models = {"bitfuse": model, "audited": seeded.twin(model)}
+    trials = {way: _Trial(seeded.one_step(one, inputs)) for way, one in models.items()}
+    with bitfuse.accelerated(model), bitfuse.accelerated(models["audited"], audit=_AUDIT) as handle:
+        for trial in trials.values():
+            trial.judge(expected, trial.step())  # proves the kernels
+        _time(trials, expected, rounds)
+        audits = handle.report().as_dict()["audit"]
+    ms = {way: spread(trial.ms) for way, trial in trials.items() if not trial.reason}
+    reasons = [trial.reason for trial in trials.values() if trial.reason]
+    if not reasons and not audits["calls"]:
+        reasons = ["no call was audited"]
+    cost = None if reasons else ms["audited"]["median"] / ms["bitfuse"]["median"] - 1
+    text = "not timed" if cost is None else f"{cost:+.2%} of a step of {ms['bitfuse']['median']:.1f} ms"
+    console.print(f"audit={_AUDIT}: {text}, {audits['calls']} calls compared", highlight=False)
+    return {
+        "tokens": tokens,
+        "version": version,
+        "layers": geometry.layers,
+        "every": _AUDIT,
+        "mismatch": reasons[0] if reasons else None,
+        "ms": ms,
+        "steps": {way: len(trial.ms) for way, trial in trials.items()},
+        "cost": cost,
+        "audits": audits,
+    }
+
+
 # -- the first step of a process -----------------------------------------------------------------------------------
 
-_FIRST_STEPS = ("stock", "empty caches", "warm caches", "stock, again", "compiled, empty caches")
+_FIRST_STEPS = ("stock", "empty caches", "warm caches", "stock, again")
 
 
 def first_step(console: Console, version: str = "2.0", tokens: int = 6144, layers: int = 4) -> dict[str, Any]:
     """From before `accelerate` to the end of the first step, each in a fresh process, beyond what stock takes.
 
-    Compiling and proving don't depend on the number of layers, which all use the same kernels: a few are enough.
+    Building and proving kernels doesn't depend on the number of layers, which all use the same: a few are enough.
     """
     found = {}
-    with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as theirs:
+    with tempfile.TemporaryDirectory() as cache:
         for name in _FIRST_STEPS:
-            way = name.split(",")[0] if name.startswith(("stock", "compiled")) else "bitfuse"
-            found[name] = _in_fresh_process(way, version, tokens, layers, theirs if way == "compiled" else ours)
+            way = "stock" if name.startswith("stock") else "bitfuse"
+            found[name] = _in_fresh_process(way, version, tokens, layers, cache)
     # the shorter of the two stock steps: the first may have had to read libraries from the disk
     stock = min(found["stock"]["seconds"], found["stock, again"]["seconds"])
     beyond = {name: f["seconds"] - stock for name, f in found.items() if not name.startswith("stock")}
     digests = {name: f["sha256"] for name, f in found.items()}
-    unequal = [name for name in _FIRST_STEPS[1:4] if digests[name] != digests["stock"]]
+    unequal = [name for name in _FIRST_STEPS if digests[name] != digests["stock"]]
     unfused = [name for name in _FIRST_STEPS[1:3] if not found[name]["sites_fused"]]
     for name, seconds in beyond.items():
         console.print(f"first step, {name}: {seconds:+.1f} s beyond stock's {stock:.1f} s", highlight=False)
@@ -552,12 +673,11 @@ def first_step(console: Console, version: str = "2.0", tokens: int = 6144, layer
     }
 
 
-def _in_fresh_process(way: str, version: str, tokens: int, layers: int, caches: str) -> dict[str, Any]:
+def _in_fresh_process(way: str, version: str, tokens: int, layers: int, cache: str) -> dict[str, Any]:
     code = "import sys; from bitfuse.bench import time_first_step; time_first_step(*sys.argv[1:])"
-    kept = {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
     done = subprocess.run(
         [sys.executable, "-c", code, way, version, str(tokens), str(layers)],
-        env={**os.environ, **kept},
+        env={**os.environ, "TRITON_CACHE_DIR": cache},
         capture_output=True,
         text=True,
         timeout=300,
@@ -580,8 +700,6 @@ def time_first_step(way: str, version: str, tokens: str, layers: str) -> None:
     facts: dict[str, Any] = {}
     start = time.perf_counter()
     handle = bitfuse.accelerate(model) if way == "bitfuse" else None
-    if way == "compiled":
-        model.compile_repeated_blocks(**_COMPILE)
     out = step()
     torch.cuda.synchronize()
     facts["seconds"] = time.perf_counter() - start

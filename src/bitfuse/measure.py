@@ -74,26 +74,41 @@ def kernel_class(name: str) -> str:
     return "matmul" if _MATMUL.search(name) else "other"
 
 
-def kernel_ms(step: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """What the step returns, and the milliseconds that its kernels ran, by class; `launches` counts them."""
+_WARM_UP = 2  # steps before the one that is looked at: the profiler's start lets the card cool, and its clock rise
+
+
+def kernel_ms(step: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds that the kernels of a step ran, by class, as `by_class` has them.
+
+    Of the last of several steps on end, each with as many kernels as the others.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        out = step()
+        for _ in range(_WARM_UP + 1):
+            step()
         torch.cuda.synchronize()
-    return out, by_class(
-        (event.name, event.device_time)
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
     )
+    return by_class(kernels[len(kernels) * _WARM_UP // (_WARM_UP + 1) :])
 
 
-def by_class(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Milliseconds by class of (name, microseconds)."""
-    found = {"matmul": 0.0, "attention": 0.0, "other": 0.0}
-    launches = 0
-    for name, us in kernels:
-        found[kernel_class(name)] += us / 1e3
+def by_class(kernels: Iterable[tuple[float, float, str]]) -> dict[str, float]:
+    """Milliseconds by class of (start, end, name), in microseconds and in the order of their starts.
+
+    Besides the classes, `busy`: while a matmul or an attention ran, side by side counted once; and `launches`.
+    """
+    found = {"matmul": 0.0, "attention": 0.0, "other": 0.0, "busy": 0.0}
+    launches, until = 0, -math.inf
+    for start, end, name in kernels:
+        kind = kernel_class(name)
+        found[kind] += (end - start) / 1e3
+        if kind != "other" and end > until:
+            found["busy"] += (end - max(start, until)) / 1e3
+            until = end
         launches += 1
     return {name: round(ms, 3) for name, ms in found.items()} | {"launches": launches}
 
@@ -156,7 +171,22 @@ def typical(sizes: list[int]) -> int:
 
 def floor_ms(kernels: dict[str, float], moved: int, gb_per_s: float) -> float:
     """Milliseconds of a step's matmul and attention kernels, and of these bytes at the speed of a copy."""
-    return kernels["matmul"] + kernels["attention"] + moved / gb_per_s / 1e6
+    return kernels["busy"] + moved / gb_per_s / 1e6
+
+
+# -- energy --------------------------------------------------------------------------------------------------------
+
+
+def energy(device: torch.device) -> float | None:
+    """Joules that the device has taken since its driver was loaded; None without nvidia-ml-py or such a counter."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(uuid)) / 1e3
+    except Exception:  # no binding, no driver, no counter: all the same to whoever asks
+        return None
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
