@@ -23,12 +23,14 @@ readme: $(READY)
 	$(VENV)/bin/python benchmarks/tables.py
 
 # torch goes in first and pinned: asked for by another package, it would be the newest build, gigabytes of CUDA
-# libraries included. ltx-core is only read by the tests (one file of it), so none of its needs is installed.
-$(READY): pyproject.toml constraints.txt
+# libraries included. Of ltx-core and SGLang only the tests make use, of their transformers alone, so nothing else that
+# they need is installed. SGLang's versions are for Python 3.11; where they can't be had its tests are skipped, and say so.
+$(READY): pyproject.toml constraints.txt tests/sglang.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps ltx-core
+	-$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/sglang.txt
 	touch $@
 
 clean:
