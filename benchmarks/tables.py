@@ -100,11 +100,13 @@ def _operator_cell(row: dict[str, Any] | None) -> str:
 def model(documents: list[dict[str, Any]], version: str = "2.0") -> str:
     """A whole step of diffusers' transformer of that version: a row for each number of video tokens."""
     wanted = ("diffusers", version, False)
-    rows = [
-        row
-        for row in _rows(documents, "model")
-        if (row.get("host", "diffusers"), row["version"], row["image_to_video"]) == wanted
-    ]
+
+    def of_it(row: dict[str, Any]) -> bool:
+        return (row.get("host", "diffusers"), row["version"], row.get("image_to_video", False)) == wanted
+
+    parts = ("model", "first_step", "audit")
+    documents = [d for d in documents if any(of_it(row) for part in parts for row in d.get(part, ()))]
+    rows = [row for row in _rows(documents, "model") if of_it(row)]
     if not rows or len({row["tokens"] for row in rows}) < len(rows):
         raise ValueError(f"LTX-{version}: one row for each number of tokens, not {[row['tokens'] for row in rows]}")
     lines = [

@@ -132,12 +132,13 @@ def main() -> int:
     parts: list[Any] = [None] * seeded_sglang.ranks()
     distributed.all_gather_object(parts, mine)
     found = together(parts)
+    found["exit_code"] = 0 if as_promised(found) else 1
     if distributed.get_rank() == 0:
         show(found, mine["report"])
         if given.json:
             given.json.write_text(json.dumps(found, indent=1) + "\n")
     distributed.destroy_process_group()
-    return 0 if as_promised(found) else 1
+    return found["exit_code"]
 
 
 if __name__ == "__main__":

@@ -34,11 +34,15 @@ class _Absent(types.ModuleType):
         return found
 
 
-class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """torchvision, which SGLang's configurations of image models import and its LTX-2 never uses."""
+class _Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """A package that SGLang imports and its LTX-2 never uses, where that is not installed."""
+
+    def __init__(self, package, with_submodules):
+        self.package, self.with_submodules = package, with_submodules
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] != "torchvision":
+        first, _, below = name.partition(".")
+        if first != self.package or (below and not self.with_submodules):
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -59,7 +63,10 @@ def upstream():
         # transformers looks for torchvision once, here, and so does not find the stub
         transformers = pytest.importorskip("transformers.image_utils", reason=f"SGLang needs transformers; {NEEDS}")
         assert not transformers.is_torchvision_available()
-        stubs.append(_Stubs())
+        stubs.append(_Stub("torchvision", with_submodules=True))  # of its configurations of image models
+    if torch.cuda.is_available() and importlib.util.find_spec("sgl_kernel") is None:
+        # its compiled kernels; without their all-reduce it uses NCCL's
+        stubs.append(_Stub("sgl_kernel", with_submodules=False))
     sys.meta_path[:0] = stubs
     try:
         with warnings.catch_warnings():
@@ -70,8 +77,9 @@ def upstream():
     finally:
         for stub in stubs:
             sys.meta_path.remove(stub)
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision" and stubs]:
-            del sys.modules[name]
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _Absent)]:
+            if name != "sgl_kernel":  # asked for again at run time
+                del sys.modules[name]
 
 
 def alone():
@@ -181,8 +189,12 @@ def feed(model, batch=2, **extra):
     return {name: value for name, value in fed.items() if value is not None}
 
 
-# python tests/sglang_host.py SCRIPT ARGUMENTS: a script that imports SGLang, on a machine that needs the stubs for that
+# python tests/sglang_host.py SCRIPT ..., or -m MODULE ...: run that where SGLang's import needs the stubs
 if __name__ == "__main__":
     del sys.argv[0]
     upstream()
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,139 @@
+"""One sitting at a GPU machine: the commands of a plan in order, each with a limit of its own, a table of them last.
+
+    python benchmarks/session.py                                   # the plans, and what each runs
+    python benchmarks/session.py models --out out --seconds 570    # a lent machine ends a call after ten minutes
+    python benchmarks/session.py sglang operators --out out
+
+Every command compares bits before it times, and writes its JSON to OUT as soon as it has a row: what is cut off at its
+limit, or at the end of the time, leaves the rows before. The file names are those of benchmarks/results, from which
+`make readme` fills the tables. Exit code 0: every command of the plans ran to its end and ended well.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+BENCH, VERIFY = "-m bitfuse bench --only", "-m bitfuse verify --json"
+STUBS = "tests/sglang_host.py"  # stands in for what SGLang imports and its LTX-2 does not use, where that is missing
+RANKS = f"python -m torch.distributed.run --standalone --nproc-per-node 2 {STUBS} examples/sglang_ranks.py"
+
+
+@dataclass(frozen=True)
+class Command:
+    """`name` ends its JSON's file name; `line` has FILE for that, and PAGE for an HTML file; `seconds` is its limit."""
+
+    name: str
+    line: str
+    seconds: int
+
+
+def tokens(*counts: int) -> str:
+    return " ".join(f"--tokens {count}" for count in counts)
+
+
+PLANS = {
+    "tests": [Command("tests", "python -m pytest -m gpu -q", 300)],
+    "verify": [Command("verify", f"python {VERIFY} FILE --html PAGE", 120)],
+    "deep": [Command("verify-deep", f"python {VERIFY} FILE --html PAGE --deep", 600)],
+    "models": [
+        Command("model", f"python {BENCH} model {tokens(6144, 1536, 24576, 32640)} --json FILE", 480),
+        Command("first-step-model", f"python {BENCH} first-step --json FILE", 120),
+    ],
+    "later-models": [
+        Command("2.3-model", f"python {BENCH} model --ltx 2.3 {tokens(6144, 1536, 24576)} --json FILE", 400),
+        Command("audit-model", f"python {BENCH} audit --json FILE", 90),
+    ],
+    "operators": [Command("operators", f"python {BENCH} operators --json FILE", 180)],
+    "ltx-core": [
+        Command("ltx-core-verify", f"python {VERIFY} FILE --op head_gate --host ltx-core", 90),
+        Command("ltx-core-model", f"python {BENCH} model --host ltx-core --tokens 6144 --json FILE", 150),
+    ],
+    "sglang": [  # its CUDA kernels compile at their first use
+        Command("sglang-verify", f"python {STUBS} {VERIFY} FILE --op head_gate --host sglang", 180),
+        Command(
+            "sglang-model",
+            f"python {STUBS} {BENCH} model --host sglang {tokens(6144, 1536, 32640)} --json FILE",
+            380,
+        ),
+    ],
+    "ranks": [  # two GPUs
+        Command("ranks", f"{RANKS} --tokens 6144 --json FILE", 240),
+        Command("2.3-ranks", f"{RANKS} --tokens 6144 --ltx 2.3 --json FILE", 240),
+    ],
+}
+
+
+def card() -> str:
+    """The GPU's name as file names have it: h100 of "NVIDIA H100 80GB HBM3"."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name()
+    found = re.search(r"\b[A-Z]\d+\w*\b|\b\d{4}\b", name)
+    return (found[0] if found else name).lower().replace(" ", "-")
+
+
+def run(commands: list[Command], out: Path, seconds: float) -> list[tuple[Command, str, float]]:
+    """Each command, how it ended (exit code, cut off, not begun), and the seconds that it took."""
+    end, prefix = time.monotonic() + seconds, f"{datetime.now(timezone.utc):%Y-%m-%d}-{card()}"
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for command in commands:
+        start, left = time.monotonic(), end - time.monotonic()
+        if left <= 0:
+            rows.append((command, "not begun", 0.0))
+            continue
+        file = out / f"{prefix}-{command.name}.json"
+        names = {"FILE": str(file), "PAGE": str(file.with_suffix(".html")), "python": sys.executable}
+        argv = [names.get(word, word) for word in shlex.split(command.line)]
+        print(f"\n== {command.name}: {shlex.join(argv)}", flush=True)
+        process = subprocess.Popen(argv, start_new_session=True)
+        try:
+            ended = f"exit code {process.wait(min(left, command.seconds))}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and what it started, which would go on using the GPU
+            process.wait()
+            ended = "cut off"
+        rows.append((command, ended, time.monotonic() - start))
+    return rows
+
+
+def main(
+    plans: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(PLANS)}; none: list them")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("out/session"),
+    seconds: Annotated[float, typer.Option(min=1, help="for all of it")] = 3600.0,
+) -> None:
+    if unknown := [plan for plan in plans or () if plan not in PLANS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is no plan; accepted: {', '.join(PLANS)}", param_hint="PLANS")
+    if not plans:
+        table = Table("plan", "at most, s", "command")
+        for plan, commands in PLANS.items():
+            for command in commands:
+                table.add_row(plan, str(command.seconds), command.line)
+        Console().print(table)
+        return
+    rows = run([command for plan in plans for command in PLANS[plan]], out, seconds)
+    table = Table("command", "ended", "seconds")
+    for command, ended, took in rows:
+        table.add_row(command.name, ended, f"{took:.0f}")
+    Console().print(table)
+    raise typer.Exit(int(any(ended != "exit code 0" for _, ended, _ in rows)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
