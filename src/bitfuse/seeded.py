@@ -91,7 +91,7 @@ class Geometry:
         )
 
 
-SMALL = Geometry("small", 4, 8, 12, 26, 16, 2, 4, 32, 4, 32, 16, 16, 48, steps=8)
+SMALL = Geometry("small", 3, 4, 8, 26, 16, 2, 4, 32, 4, 32, 16, 16, 48, steps=8)
 REAL = Geometry("LTX-2.0", 16, 16, 24, 126, 1024, 48, 32, 128, 32, 64, 128, 128, 3840, steps=8)
 
 
