@@ -79,6 +79,23 @@ class Geometry:
         return self.heads * self.head_dim, self.audio_heads * self.audio_head_dim
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The sizes, by names that the transformers of all hosts give to their arguments."""
+        return {
+            "num_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "attention_head_dim": self.head_dim,
+            "in_channels": self.channels,
+            "out_channels": self.channels,
+            "cross_attention_dim": self.heads * self.head_dim,
+            "audio_num_attention_heads": self.audio_heads,
+            "audio_attention_head_dim": self.audio_head_dim,
+            "audio_in_channels": self.audio_channels,
+            "audio_out_channels": self.audio_channels,
+            "audio_cross_attention_dim": self.audio_heads * self.audio_head_dim,
+        }
+
+    @property
     def video_tokens(self) -> int:
         return self.frames * self.height * self.width
 

@@ -30,21 +30,7 @@ def need(device: torch.device) -> None:
 def config(geometry: Geometry) -> dict[str, Any]:
     """Arguments of LTX2VideoTransformer3DModel, as diffusers' conversion script gives them for this version."""
     g = geometry
-    found: dict[str, Any] = {
-        "in_channels": g.channels,
-        "out_channels": g.channels,
-        "num_attention_heads": g.heads,
-        "attention_head_dim": g.head_dim,
-        "cross_attention_dim": g.heads * g.head_dim,
-        "audio_in_channels": g.audio_channels,
-        "audio_out_channels": g.audio_channels,
-        "audio_num_attention_heads": g.audio_heads,
-        "audio_attention_head_dim": g.audio_head_dim,
-        "audio_cross_attention_dim": g.audio_heads * g.audio_head_dim,
-        "caption_channels": g.caption_channels,
-        "num_layers": g.layers,
-        "rope_type": "split",
-    }
+    found = g.config | {"caption_channels": g.caption_channels, "rope_type": "split"}
     if g.version != "2.0":
         gates = ("gated_attn", "cross_attn_mod", "audio_gated_attn", "audio_cross_attn_mod", "perturbed_attn")
         found |= dict.fromkeys(gates, True) | {"use_prompt_embeddings": False}

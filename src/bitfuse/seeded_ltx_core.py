@@ -37,21 +37,7 @@ def on_meta(geometry: Geometry) -> Any:
 
     g = geometry
     widths = g.heads * g.head_dim, g.audio_heads * g.audio_head_dim
-    config: dict[str, Any] = {
-        "num_layers": g.layers,
-        "num_attention_heads": g.heads,
-        "attention_head_dim": g.head_dim,
-        "in_channels": g.channels,
-        "out_channels": g.channels,
-        "cross_attention_dim": widths[0],
-        "audio_num_attention_heads": g.audio_heads,
-        "audio_attention_head_dim": g.audio_head_dim,
-        "audio_in_channels": g.audio_channels,
-        "audio_out_channels": g.audio_channels,
-        "audio_cross_attention_dim": widths[1],
-        "rope_type": LTXRopeType.SPLIT,
-        "double_precision_rope": True,
-    }
+    config = g.config | {"rope_type": LTXRopeType.SPLIT, "double_precision_rope": True}
     if g.version != "2.0":
         config |= {"apply_gated_attention": True, "cross_attention_adaln": True}
     if g.version == "2.5":

@@ -90,22 +90,8 @@ def on_meta(geometry: Geometry) -> Any:
     from sglang.version import __version__
 
     g = geometry
-    config: dict[str, Any] = {
-        "num_layers": g.layers,
-        "num_attention_heads": g.heads,
-        "attention_head_dim": g.head_dim,
-        "in_channels": g.channels,
-        "out_channels": g.channels,
-        "cross_attention_dim": g.heads * g.head_dim,
-        "caption_channels": g.caption_channels,
-        "audio_num_attention_heads": g.audio_heads,
-        "audio_attention_head_dim": g.audio_head_dim,
-        "audio_in_channels": g.audio_channels,
-        "audio_out_channels": g.audio_channels,
-        "audio_cross_attention_dim": g.audio_heads * g.audio_head_dim,
-        "rope_type": LTX2RopeType.SPLIT,
-        "double_precision_rope": True,
-    }
+    config = g.config | {"caption_channels": g.caption_channels, "rope_type": LTX2RopeType.SPLIT}
+    config["double_precision_rope"] = True
     if g.version != "2.0":
         gates = ("apply_gated_attention", "cross_attention_adaln", "caption_proj_before_connector")
         config |= dict.fromkeys(gates, True)

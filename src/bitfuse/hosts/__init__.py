@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from bitfuse.hosts.patch import Handle, Options
+from bitfuse.hosts.patch import Handle, Options, named
 
 _log = logging.getLogger("bitfuse")
 # An adapter has NAME, transformers(target) -> list of models to be accelerated, and accelerate(model, handle).
@@ -79,8 +79,7 @@ def accelerated(target: Any, **options: Any) -> contextlib.AbstractContextManage
 def _accelerate(target: Any, options: Options) -> Handle:
     adapter, models = _find(target)
     if adapter is None:
-        kind = f"{type(target).__module__}.{type(target).__qualname__}"
-        raise TypeError(f"target is a {kind}; accepted: {_ACCEPTED}")
+        raise TypeError(f"target is a {named(type(target))}; accepted: {_ACCEPTED}")
     handles = {_active.get(model) for model in models}
     if len(handles) > 1:
         done = " and ".join(type(model).__name__ for model in models if model in _active)

@@ -109,6 +109,13 @@ class Beside:
         return self._streams[x.device]
 
 
+def weights_of(module: torch.nn.Module) -> tuple[torch.dtype, torch.device]:
+    """dtype and device on which a module will compute, by its weights (those that are quantised tell nothing)."""
+    weights = [p for p in module.parameters() if p.dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    dtype = weights[0].dtype if weights else torch.bfloat16
+    return dtype, next((p.device for p in weights if p.is_cuda), torch.device("cpu"))
+
+
 def rotary_difference(
     host: Callable[[Tensor, Tensor, Tensor], Tensor],
     operator: Operator,

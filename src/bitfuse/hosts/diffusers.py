@@ -26,9 +26,19 @@ from torch.nn.modules.module import _has_any_global_hook
 from bitfuse.contract import around
 from bitfuse.graphs import graph_forward
 from bitfuse.hosts import constant, diffusers_block
-from bitfuse.hosts.common import rotary_difference
+from bitfuse.hosts.common import rotary_difference, weights_of
 from bitfuse.hosts.constant import Constant, Prelude
-from bitfuse.hosts.patch import Handle, Site, Swapped, hooked, source_hash, swap_class, why_norms_are_called
+from bitfuse.hosts.patch import (
+    Handle,
+    Site,
+    Swapped,
+    hooked,
+    named,
+    source_hash,
+    swap_class,
+    why_norms_are_called,
+    why_not_read,
+)
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_RMS_NORM, QK_SPLIT_FP32
@@ -342,20 +352,14 @@ def _take_over(name: str, attn: Any, handle: Handle) -> None:
 def _why_left_alone(attn: Any) -> Iterator[str]:
     stock = type(attn.processor)
     if stock not in _REPLACEMENTS:
-        yield f"its processor is {stock.__module__}.{stock.__qualname__}, not one of diffusers' LTX-2 processors"
+        yield f"its processor is {named(stock)}, not one of diffusers' LTX-2 processors"
         return
     if attn.rope_type not in _OPERATORS:
         yield f"its rope_type is {attn.rope_type!r}; known: {', '.join(_OPERATORS)}"
         return
     function = _HOST_FUNCTIONS[attn.rope_type]
-    for name, code in ((stock.__name__, stock.__call__), (function, getattr(upstream, function))):
-        if (found := source_hash(code)) not in _READ[name]:
-            yield f"{name} of {NAME} is not a source that bitfuse knows ({found})"
-            return
-    weights = [p for p in attn.parameters() if p.dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    dtype = weights[0].dtype if weights else torch.bfloat16
-    device = next((p.device for p in weights if p.is_cuda), torch.device("cpu"))
-    if difference := _differs_from_host(attn.rope_type, attn.heads, attn.head_dim, dtype, device):
+    yield from why_not_read(NAME, _READ, {stock.__name__: stock.__call__, function: getattr(upstream, function)})
+    if difference := _differs_from_host(attn.rope_type, attn.heads, attn.head_dim, *weights_of(attn)):
         yield f"{function} of {NAME} and bitfuse's reference part here: {difference}"
 
 

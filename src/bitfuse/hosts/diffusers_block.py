@@ -18,7 +18,7 @@ from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
 from bitfuse.hosts.common import ABSENT, Ada, Beside, Block, Quiet, Values, modulation
-from bitfuse.hosts.patch import Handle, Site, hooked, source_hash, swap_class
+from bitfuse.hosts.patch import Handle, Site, hooked, named, swap_class, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
 from bitfuse.ops.residual_rms_norm import (
@@ -273,23 +273,16 @@ def accelerate(model: Any, handle: Handle, host: str) -> None:
 
 
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:
-    if type(block) is not _Stock:
-        yield f"the block is a {type(block).__module__}.{type(block).__qualname__}, not diffusers' own"
-        return
-    if "forward" in block.__dict__:
-        yield "a hook or a wrapper has replaced the block's forward, and is left in place"
     sources = {
         "LTX2VideoTransformerBlock.forward": _Stock.forward,
         "LTX2VideoTransformerBlock.get_mod_params": getattr(_Stock, "get_mod_params", None),
         "RMSNorm.forward": normalization.RMSNorm.forward,
     }
-    for name, code in sources.items():
-        if (found := source_hash(code)) not in _READ[name]:
-            yield f"{name} of {host} is not a source that bitfuse knows ({found})"
+    yield from why_not_stock(block, _Stock, "block", host, _READ, sources)
     for name in _VIDEO_NORMS + _AUDIO_NORMS:
         norm = getattr(block, name)
         if type(norm) is not normalization.RMSNorm:
-            yield f"{name} is a {type(norm).__module__}.{type(norm).__qualname__}, not diffusers' RMSNorm"
+            yield f"{name} is a {named(type(norm))}, not diffusers' RMSNorm"
         elif norm.weight is not None or norm.bias is not None:
             yield f"{name} has a weight; accepted: norms without"
         elif norm.eps != block.norm1.eps:

@@ -16,7 +16,7 @@ from diffusers.pipelines.ltx2 import connectors as upstream
 from torch import Tensor
 
 from bitfuse.hosts.common import ABSENT
-from bitfuse.hosts.patch import Handle, Site, Swapped, hooked, source_hash, swap_class
+from bitfuse.hosts.patch import Handle, Site, Swapped, hooked, named, swap_class, why_not_stock
 from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_NATIVE
 
 _Stock: Any = upstream.LTX2TransformerBlock1d
@@ -82,15 +82,10 @@ def accelerate(connectors: Any, handle: Handle, host: str) -> None:
 
 
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:
-    if type(block) is not _Stock:
-        yield f"the block is a {type(block).__module__}.{type(block).__qualname__}, not diffusers' own"
-        return
-    if "forward" in block.__dict__:
-        yield "a hook or a wrapper has replaced the block's forward, and is left in place"
-    if (found := source_hash(_Stock.forward)) not in _READ["LTX2TransformerBlock1d.forward"]:
-        yield f"LTX2TransformerBlock1d.forward of {host} is not a source that bitfuse knows ({found})"
+    sources = {"LTX2TransformerBlock1d.forward": _Stock.forward}
+    yield from why_not_stock(block, _Stock, "block", host, _READ, sources)
     norm = block.norm2
     if type(norm) is not torch.nn.RMSNorm:
-        yield f"norm2 is a {type(norm).__module__}.{type(norm).__qualname__}, not torch.nn.RMSNorm"
+        yield f"norm2 is a {named(type(norm))}, not torch.nn.RMSNorm"
     elif norm.weight is not None or norm.eps is None:
         yield "norm2 has a weight, or no eps of its own; accepted: a norm without weight, with an eps"

@@ -22,10 +22,21 @@ from torch import Tensor
 
 from bitfuse.graphs import graph_forward
 from bitfuse.hosts import ltx_core_block
-from bitfuse.hosts.common import rotary_difference
+from bitfuse.hosts.common import rotary_difference, weights_of
 from bitfuse.hosts.constant import Constant, Prelude
-from bitfuse.hosts.ltx_core_block import Seam, ops, why_not_stock
-from bitfuse.hosts.patch import Handle, Site, Swapped, fill, source_hash, swap_class, why_norms_are_called
+from bitfuse.hosts.ltx_core_block import Seam, ops, why_seam_stays
+from bitfuse.hosts.patch import (
+    Handle,
+    Site,
+    Swapped,
+    fill,
+    not_own,
+    source_hash,
+    swap_class,
+    why_norms_are_called,
+    why_not_read,
+    why_not_stock,
+)
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_PER_OP, QK_RMS_NORM, QK_SPLIT_PER_OP
@@ -271,8 +282,8 @@ def _take_over(block: Any, attn: Any, site: Site, gate_site: Site, handle: Handl
             swap_class(attn, Attention, (PreAttention(site, None), GatedAttention(gate_site, None)), handle)
         return
     pre, gated = "preattention_function", "gated_attention_function"
-    site.declined = reason or why_not_stock(attn, pre) or next(_why_not_turned(attn), None)
-    gate_site.declined = reason or why_not_stock(attn, gated)
+    site.declined = reason or why_seam_stays(attn, pre) or next(_why_not_turned(attn), None)
+    gate_site.declined = reason or why_seam_stays(attn, gated)
     if site.declined is None:
         fill(attn, pre, PreAttention(site, attn.preattention_function), handle)
     if gate_site.declined is None:
@@ -282,13 +293,11 @@ def _take_over(block: Any, attn: Any, site: Site, gate_site: Site, handle: Handl
 def _why_left_alone(block: Any, attn: Any) -> Iterator[str]:
     if hasattr(block, "_orig_mod"):
         yield "its block was compiled with torch.compile, and is left to that"
-    if type(attn) is not _Attention:
-        yield f"the attention is a {type(attn).__module__}.{type(attn).__qualname__}, not ltx-core's own"
     if ops is None:
-        if "forward" in attn.__dict__:
-            yield "a hook or a wrapper has replaced the attention's forward, and is left in place"
-        if (found := source_hash(_Attention.forward)) not in _READ["Attention.forward"]:
-            yield f"Attention.forward of {NAME} is not a source that bitfuse knows ({found})"
+        sources = {"Attention.forward": _Attention.forward}
+        yield from why_not_stock(attn, _Attention, "attention", NAME, _READ, sources)
+    elif type(attn) is not _Attention:  # its seams are filled, whatever its forward is
+        yield not_own(attn, "attention", NAME)
 
 
 def _why_not_turned(attn: Any) -> Iterator[str]:
@@ -298,14 +307,8 @@ def _why_not_turned(attn: Any) -> Iterator[str]:
         yield f"its rope_type is {kind!r}; known: {', '.join(_OPERATORS)}"
         return
     function = getattr(rope, name := f"apply_{kind}_rotary_emb")
-    for read, code in (("apply_rotary_emb", _rotary_home().apply_rotary_emb), (name, function)):
-        if (found := source_hash(code)) not in _READ[read]:
-            yield f"{read} of {NAME} is not a source that bitfuse knows ({found})"
-            return
-    weights = [p for p in attn.parameters() if p.dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    dtype = weights[0].dtype if weights else torch.bfloat16
-    device = next((p.device for p in weights if p.is_cuda), torch.device("cpu"))
-    if difference := _differs_from_host(kind, attn.heads, attn.dim_head, dtype, device):
+    yield from why_not_read(NAME, _READ, {"apply_rotary_emb": _rotary_home().apply_rotary_emb, name: function})
+    if difference := _differs_from_host(kind, attn.heads, attn.dim_head, *weights_of(attn)):
         yield f"{name} of {NAME} and bitfuse's reference part here: {difference}"
 
 

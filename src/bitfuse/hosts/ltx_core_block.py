@@ -25,7 +25,7 @@ from ltx_core.model.transformer import attention, transformer
 from torch import Tensor
 
 from bitfuse.hosts.common import ABSENT, Ada, Beside, Block, Quiet, Values, modulation
-from bitfuse.hosts.patch import Handle, Site, fill, source_hash, swap_class
+from bitfuse.hosts.patch import Handle, Site, fill, named, source_hash, swap_class, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
 from bitfuse.ops.residual_rms_norm import (
@@ -347,11 +347,11 @@ class PostSA(Seam):
         return list(found)
 
 
-def why_not_stock(owner: Any, seam: str) -> str | None:
+def why_seam_stays(owner: Any, seam: str) -> str | None:
     """Why what is in a seam can't be stood in for: it is not ltx-core's own, or not a source that was read."""
     name, found = SEAMS[seam], owner.__dict__.get(seam)
     if type(found) is not getattr(ops, name, None):
-        return f"its {seam} is a {type(found).__module__}.{type(found).__qualname__}, not ltx-core's own"
+        return f"its {seam} is a {named(type(found))}, not ltx-core's own"
     if (source := source_hash(type(found).__call__)) not in _READ[name]:
         return f"{name} is not a source that bitfuse knows ({source})"
     return None
@@ -372,7 +372,7 @@ def accelerate(transformer: Any, handle: Handle, host: str) -> None:
             swap_class(block, BasicAVTransformerBlock, _State(block, sites, values, beside), handle)
         elif ops is not None and type(block) is _Stock:
             for seam, (ours, operator) in _FILLED.items():
-                site = Site(f"{name}.{seam}", operator.name, why_not_stock(block, seam))
+                site = Site(f"{name}.{seam}", operator.name, why_seam_stays(block, seam))
                 handle.sites.append(site)
                 if site.declined is None:
                     fill(block, seam, ours(site, block.__dict__[seam]), handle)
@@ -387,11 +387,6 @@ _FILLED: dict[str, tuple[type[Seam], Any]] = {
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:
     if hasattr(block, "_orig_mod"):
         yield "the block was compiled with torch.compile, and is left to that"
-    if type(block) is not _Stock:
-        yield f"the block is a {type(block).__module__}.{type(block).__qualname__}, not ltx-core's own"
-        return
-    if "forward" in block.__dict__:
-        yield "a hook or a wrapper has replaced the block's forward, and is left in place"
     sources = {
         "BasicAVTransformerBlock.forward": _Stock.forward,
         "BasicAVTransformerBlock.get_ada_values": _Stock.get_ada_values,
@@ -400,8 +395,6 @@ def _why_left_alone(block: Any, host: str) -> Iterator[str]:
         "apply_cross_attention_adaln": transformer.apply_cross_attention_adaln,
         "rms_norm": utils.rms_norm,
     }
-    for name, code in sources.items():
-        if (found := source_hash(code)) not in _READ[name]:
-            yield f"{name} of {host} is not a source that bitfuse knows ({found})"
+    yield from why_not_stock(block, _Stock, "block", host, _READ, sources)
     if ops is not None:
-        yield from filter(None, (why_not_stock(block, seam) for seam in _FILLED))
+        yield from filter(None, (why_seam_stays(block, seam) for seam in _FILLED))

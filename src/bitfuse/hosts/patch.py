@@ -11,7 +11,7 @@ import itertools
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -40,13 +40,43 @@ def hooked(module: Any) -> bool:
     return bool(found["_forward_hooks"] or found["_forward_pre_hooks"] or "forward" in found)
 
 
+def named(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def not_own(module: Any, what: str, host: str) -> str:
+    """The sentence for a module, `what`, of another class than the host's own; `host` is a name with a version."""
+    name = host.split()[0]
+    whose = f"{name}'" if name.endswith("s") else f"{name}'s"
+    return f"the {what} is a {named(type(module))}, not {whose} own"
+
+
+def why_not_read(host: str, read: Mapping[str, Collection[str]], sources: Mapping[str, Any]) -> Iterator[str]:
+    """Which of the host's functions that ours restate, by name, have a source whose hash is none of `read`'s."""
+    for name, code in sources.items():
+        if (found := source_hash(code)) not in read[name]:
+            yield f"{name} of {host} is not a source that bitfuse knows ({found})"
+
+
+def why_not_stock(
+    module: Any, own: type, what: str, host: str, read: Mapping[str, Collection[str]], sources: Mapping[str, Any]
+) -> Iterator[str]:
+    """Why a module can't be given a forward that restates these sources: it is not the host's own as it was read."""
+    if type(module) is not own:
+        yield not_own(module, what, host)
+        return
+    if "forward" in module.__dict__:
+        yield f"a hook or a wrapper has replaced the {what}'s forward, and is left in place"
+    yield from why_not_read(host, read, sources)
+
+
 def why_norms_are_called(**norms: Any) -> Iterator[str]:
     """Why these Q/K norms, given by the host's names for them, must be called as modules: reasons not to fuse them."""
     eps = {name: getattr(norm, "eps", None) for name, norm in norms.items()}
     first = next(iter(norms))
     for name, norm in norms.items():
         if type(norm) is not torch.nn.RMSNorm:
-            yield f"{name} is a {type(norm).__module__}.{type(norm).__qualname__}, not torch.nn.RMSNorm"
+            yield f"{name} is a {named(type(norm))}, not torch.nn.RMSNorm"
         elif hooked(norm):
             yield f"a hook is attached to {name}, which is not called when it is fused"
         elif norm.weight is None or norm.eps is None:

@@ -27,7 +27,16 @@ from torch import Tensor
 from bitfuse.contract import OPERATORS, Operator
 from bitfuse.hosts import sglang_block
 from bitfuse.hosts.common import rotary_difference
-from bitfuse.hosts.patch import Handle, Site, Swapped, source_hash, swap_class, why_norms_are_called
+from bitfuse.hosts.patch import (
+    Handle,
+    Site,
+    Swapped,
+    source_hash,
+    swap_class,
+    why_norms_are_called,
+    why_not_read,
+    why_not_stock,
+)
 from bitfuse.hosts.sglang_block import call, unaffected, why_autocast
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
@@ -272,13 +281,8 @@ def _attentions(model: Any) -> Iterator[tuple[str, Any, Any]]:
 def _why_left_alone(block: Any, attn: Any) -> Iterator[str]:
     if block._compiled_call_impl is not None:
         yield sglang_block.COMPILED
-    if type(attn) is not _Attention:
-        yield f"the attention is a {type(attn).__module__}.{type(attn).__qualname__}, not SGLang's own"
-        return
-    if "forward" in attn.__dict__:
-        yield "a hook or a wrapper has replaced the attention's forward, and is left in place"
-    if (found := source_hash(_Attention.forward)) not in _READ["LTX2Attention.forward"]:
-        yield f"LTX2Attention.forward of {NAME} is not a source that bitfuse knows ({found})"
+    sources = {"LTX2Attention.forward": _Attention.forward}
+    yield from why_not_stock(attn, _Attention, "attention", NAME, _READ, sources)
     if (ranks := upstream.get_tp_world_size()) > 1:
         yield f"tensor parallelism of {ranks}: the norms of queries and keys add up over the ranks"
     if not attn.qk_norm:
@@ -290,8 +294,8 @@ def _why_function_stays(name: str, kind: str, device: torch.device) -> str | Non
     if name in _functions:  # it was read and checked when it was
         return None
     stock = getattr(upstream, name)
-    if (found := source_hash(stock)) not in _READ[name]:
-        return f"{name} of {NAME} is not a source that bitfuse knows ({found})"
+    if reason := next(why_not_read(NAME, _READ, {name: stock}), None):
+        return reason
     if name != _MODULATE and (difference := _differs_from_host(kind, device)):
         return f"{name} of {NAME} and bitfuse's reference part here: {difference}"
     return None

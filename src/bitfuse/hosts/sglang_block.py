@@ -22,7 +22,7 @@ from torch import Tensor
 from bitfuse import proof
 from bitfuse.contract import Operator
 from bitfuse.hosts.common import ABSENT, Ada, Block, Values, modulation
-from bitfuse.hosts.patch import Handle, Site, hooked, source_hash, swap_class
+from bitfuse.hosts.patch import Handle, Site, hooked, named, source_hash, swap_class, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
@@ -346,11 +346,6 @@ def accelerate(model: Any, handle: Handle, host: str) -> None:
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:
     if block._compiled_call_impl is not None:
         yield COMPILED
-    if type(block) is not _Stock:
-        yield f"the block is a {type(block).__module__}.{type(block).__qualname__}, not SGLang's own"
-        return
-    if "forward" in block.__dict__:
-        yield "a hook or a wrapper has replaced the block's forward, and is left in place"
     sources = {
         "LTX2TransformerBlock.forward": _Stock.forward,
         "LTX2TransformerBlock.get_ada_values": _Stock.get_ada_values,
@@ -360,13 +355,11 @@ def _why_left_alone(block: Any, host: str) -> Iterator[str]:
     else:
         sources["RMSNormNoWeight.forward_native"] = _Norm.forward_native
         sources["RMSNormNoWeight.forward_cuda"] = _Norm.forward_cuda
-    for name, code in sources.items():
-        if (found := source_hash(code)) not in _READ[name]:
-            yield f"{name} of {host} is not a source that bitfuse knows ({found})"
+    yield from why_not_stock(block, _Stock, "block", host, _READ, sources)
     if _Norm is not None:
         norm = block.rms_norm
         way = getattr(getattr(norm, "_forward_method", None), "__name__", "no method")
         if type(norm) is not _Norm:
-            yield f"rms_norm is a {type(norm).__module__}.{type(norm).__qualname__}, not SGLang's RMSNormNoWeight"
+            yield f"rms_norm is a {named(type(norm))}, not SGLang's RMSNormNoWeight"
         elif way not in ("forward_cuda", "forward_native", "forward_cpu"):
             yield f"rms_norm runs {way} on this platform, which was not read"
