@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+# Python compiles what is imported; pip would compile all of transformers and SGLang, for a minute
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test test-gpu lint readme clean
 
@@ -27,10 +29,10 @@ readme: $(READY)
 # they need is installed. SGLang's versions are for Python 3.11; where they can't be had its tests are skipped, and say so.
 $(READY): pyproject.toml constraints.txt tests/sglang.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps ltx-core
-	-$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/sglang.txt
+	$(INSTALL) -c constraints.txt torch
+	$(INSTALL) -c constraints.txt -e '.[dev]'
+	$(INSTALL) -c constraints.txt --no-deps ltx-core
+	-$(INSTALL) --no-deps -r tests/sglang.txt
 	touch $@
 
 clean:
