@@ -31,7 +31,7 @@ _INSTALL = "pip install 'sglang[diffusion]'"
 
 def ranks() -> int:
     """Processes that torchrun started for one run; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def need(device: torch.device) -> None:
