@@ -52,19 +52,12 @@ def on_meta(geometry: Geometry) -> Any:
     return torch.nn.Module.to(model, torch.bfloat16)  # diffusers' own `to` warns about modules it keeps in fp32: none
 
 
-def conditions(model: Any, geometry: Geometry, noise: Callable[..., Tensor], device: torch.device) -> dict[str, Any]:
-    """Those for text to video and for image to video pass `use_cross_timestep=True` for every version."""
-    g = geometry
+def text_and_coordinates(model: Any, g: Geometry, noise: Callable[..., Tensor], device: torch.device) -> dict[str, Any]:
+    """The part of the conditions that SGLang's transformer takes by the same names."""
     text, audio_text = g.text_channels
-    # The pipeline's connectors fill the padding with learned registers: every text token is attended to.
-    mask = torch.ones(1, g.text_tokens, dtype=torch.int64, device=device)
-    # 2.5: the causal first frame is marked as a keyframe (LTX2DFRPipeline; LTX2Pipeline passes none)
-    marked = {"video_keyframes_mask": first_frame(g, device).unsqueeze(-1)} if g.version == "2.5" else {}
     return {
         "encoder_hidden_states": noise(1, g.text_tokens, text),
         "audio_encoder_hidden_states": noise(1, g.text_tokens, audio_text),
-        "encoder_attention_mask": mask,
-        "audio_encoder_attention_mask": mask,
         "num_frames": g.frames,
         "height": g.height,
         "width": g.width,
@@ -72,6 +65,20 @@ def conditions(model: Any, geometry: Geometry, noise: Callable[..., Tensor], dev
         "audio_num_frames": g.audio_frames,
         "video_coords": model.rope.prepare_video_coords(1, g.frames, g.height, g.width, device, fps=FPS),
         "audio_coords": model.audio_rope.prepare_audio_coords(1, g.audio_frames, device),
+    }
+
+
+def conditions(model: Any, geometry: Geometry, noise: Callable[..., Tensor], device: torch.device) -> dict[str, Any]:
+    """Those for text to video and for image to video pass `use_cross_timestep=True` for every version."""
+    g = geometry
+    # The pipeline's connectors fill the padding with learned registers: every text token is attended to.
+    mask = torch.ones(1, g.text_tokens, dtype=torch.int64, device=device)
+    # 2.5: the causal first frame is marked as a keyframe (LTX2DFRPipeline; LTX2Pipeline passes none)
+    marked = {"video_keyframes_mask": first_frame(g, device).unsqueeze(-1)} if g.version == "2.5" else {}
+    return {
+        **text_and_coordinates(model, g, noise, device),
+        "encoder_attention_mask": mask,
+        "audio_encoder_attention_mask": mask,
         "use_cross_timestep": True,
         **marked,
     }

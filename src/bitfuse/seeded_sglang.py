@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bitfuse.seeded import FPS, CannotRun, Geometry, Schedule
-from bitfuse.seeded_diffusers import flow_match
+from bitfuse.seeded_diffusers import flow_match, text_and_coordinates
 
 LATENTS = torch.float32  # bf16 into the transformer, fp32 between steps
 FIRST = 1000.0
@@ -115,20 +115,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def conditions(model: Any, geometry: Geometry, noise: Callable[..., Tensor], device: torch.device) -> dict[str, Any]:
-    g = geometry
-    text, audio_text = g.text_channels
-    return {
-        "encoder_hidden_states": noise(1, g.text_tokens, text),
-        "audio_encoder_hidden_states": noise(1, g.text_tokens, audio_text),
-        "num_frames": g.frames,
-        "height": g.height,
-        "width": g.width,
-        "fps": FPS,
-        "audio_num_frames": g.audio_frames,
-        "video_coords": model.rope.prepare_video_coords(1, g.frames, g.height, g.width, device, fps=FPS),
-        "audio_coords": model.audio_rope.prepare_audio_coords(1, g.audio_frames, device),
-        "return_latents": False,
-    }
+    return {**text_and_coordinates(model, geometry, noise, device), "return_latents": False}
 
 
 def part_of_rank(model: Any, geometry: Geometry, inputs: dict[str, Any]) -> dict[str, Any]:
