@@ -4,9 +4,10 @@
     python benchmarks/session.py models --out out --seconds 570    # a lent machine ends a call after ten minutes
     python benchmarks/session.py sglang operators --out out
 
-Every command compares bits before it times, and writes its JSON to OUT as soon as it has a row: what is cut off at its
-limit, or at the end of the time, leaves the rows before. The file names are those of benchmarks/results, from which
-`make readme` fills the tables. Exit code 0: every command of the plans ran to its end and ended well.
+Every command compares bits before it times. `bitfuse bench` writes its JSON to OUT whenever it has a row: cut off at
+its limit, or at the end of the time, it leaves the rows before; the other commands write when they are done. The file
+names are those of benchmarks/results, from which `make readme` fills the tables. Exit code 0: every command of the
+plans ran to its end and ended well.
 """
 
 from __future__ import annotations

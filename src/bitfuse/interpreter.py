@@ -75,7 +75,7 @@ class _ExactRounding:
         _LOCK.acquire()
         convert, fma = upstream._convert_float, upstream.InterpreterBuilder.create_fma
         self._saved = convert, fma
-        # A helper's call patches Triton's language and leaves it so (`InterpretedFunction.__call__`), as `tl.zeros`
+        # A helper of Triton's own, `tl.zeros` say, patches its language at each call and leaves it so; ours do not
         owners = (tl, tl.core, tl.math, tl.dtype, tl.core.tensor, tl.core.tensor_descriptor_base)
         self._language = [(owner, dict(vars(owner))) for owner in owners]
         self._errstate = np.errstate(all="ignore")  # inf - inf is data here, not a mistake
