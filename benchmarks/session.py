@@ -2,7 +2,7 @@
 
     python benchmarks/session.py                                   # the plans, and what each runs
     python benchmarks/session.py models --out out --seconds 570    # a lent machine ends a call after ten minutes
-    python benchmarks/session.py sglang operators --out out
+    python benchmarks/session.py sglang operators audit-model --out out        # a plan's one command by its name, too
 
 Every command compares bits before it times. `bitfuse bench` writes its JSON to OUT whenever it has a row: cut off at
 its limit, or at the end of the time, it leaves the rows before; the other commands write when they are done. The file
@@ -115,12 +115,13 @@ def run(commands: list[Command], out: Path, seconds: float) -> list[tuple[Comman
 
 
 def main(
-    plans: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(PLANS)}; none: list them")] = None,
+    plans: Annotated[list[str] | None, typer.Argument(help="plans, or commands of them; none: list them")] = None,
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("out/session"),
     seconds: Annotated[float, typer.Option(min=1, help="for all of it")] = 3600.0,
 ) -> None:
-    if unknown := [plan for plan in plans or () if plan not in PLANS]:
-        raise typer.BadParameter(f"{unknown[0]!r} is no plan; accepted: {', '.join(PLANS)}", param_hint="PLANS")
+    known = {command.name: [command] for commands in PLANS.values() for command in commands} | PLANS
+    if unknown := [plan for plan in plans or () if plan not in known]:
+        raise typer.BadParameter(f"{unknown[0]!r} is no plan; accepted: {', '.join(known)}", param_hint="PLANS")
     if not plans:
         table = Table("plan", "at most, s", "command")
         for plan, commands in PLANS.items():
@@ -128,7 +129,7 @@ def main(
                 table.add_row(plan, str(command.seconds), command.line)
         Console().print(table)
         return
-    rows = run([command for plan in plans for command in PLANS[plan]], out, seconds)
+    rows = run([command for plan in plans for command in known[plan]], out, seconds)
     table = Table("command", "ended", "seconds")
     for command, ended, took in rows:
         table.add_row(command.name, ended, f"{took:.0f}")

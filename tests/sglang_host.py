@@ -21,17 +21,22 @@ NEEDS = "pip install --no-deps -r tests/sglang.txt"
 LTX_2 = "sglang.multimodal_gen.runtime.models.dits.ltx_2"
 
 
+class _Names(type):
+    """A class whose every name is an empty class of the same kind."""
+
+    def __getattr__(cls, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = _Names(name, (), {})
+        setattr(cls, name, found)
+        return found
+
+
 class _Absent(types.ModuleType):
     """A module whose every name is an empty class."""
 
     __path__ = ()
-
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        found = type(name, (), {})
-        setattr(self, name, found)
-        return found
+    __getattr__ = _Names.__getattr__
 
 
 class _Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -65,13 +70,16 @@ def upstream():
         assert not transformers.is_torchvision_available()
         stubs.append(_Stub("torchvision", with_submodules=True))  # of its configurations of image models
     if torch.cuda.is_available() and importlib.util.find_spec("sgl_kernel") is None:
-        # its compiled kernels; without their all-reduce it uses NCCL's
-        stubs.append(_Stub("sgl_kernel", with_submodules=False))
+        # its compiled kernels, which the imports of other models ask for
+        stubs.append(_Stub("sgl_kernel", with_submodules=True))
     sys.meta_path[:0] = stubs
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about CUDA, which is not there
-            return importlib.import_module(LTX_2)
+            module = importlib.import_module(LTX_2)
+            if any(stub.package == "sgl_kernel" for stub in stubs):
+                _attend_with_pytorch()
+            return module
     except ModuleNotFoundError as missing:
         pytest.skip(f"SGLang's LTX-2 does not import here: {missing}; {NEEDS}")
     finally:
@@ -80,6 +88,14 @@ def upstream():
         for name in [name for name, module in sys.modules.items() if isinstance(module, _Absent)]:
             if name != "sgl_kernel":  # asked for again at run time
                 del sys.modules[name]
+
+
+def _attend_with_pytorch():
+    """By SGLang's own switch: its FlashAttention is among the kernels that are not there. LTX-2's own is PyTorch's."""
+    from sglang.multimodal_gen.runtime.layers.attention.selector import global_force_attn_backend
+    from sglang.multimodal_gen.runtime.platforms import AttentionBackendEnum
+
+    global_force_attn_backend(AttentionBackendEnum.TORCH_SDPA)
 
 
 def alone():

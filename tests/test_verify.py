@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import bitfuse
 from bitfuse import cli, verify
-from bitfuse.contract import Plan, Tier
+from bitfuse.contract import Tier
 from bitfuse.ops.split_rotary import SPLIT_FP32
 
 NAME = SPLIT_FP32.name
@@ -128,25 +128,3 @@ def test_batteries_are_counted_by_operator_and_tier():
     assert found.kernels == found.equal == 2, "the first case and that of one token run the same kernel"
     assert found.families >= 2 * found.kernels
     assert found.elements
-
-
-def test_all_that_will_be_launched_is_compiled_ahead(monkeypatch):
-    """Cases, mutants and random forms, each compiled kernel once; an error there does not end the run."""
-    launches = list(verify._kernels({SPLIT_FP32: list(SPLIT_FP32.cases)}, "cpu", deep=True))
-    bound = []
-
-    def bind(plan, args, outs):
-        bound.append((id(plan.kernel), plan.signature(args)))
-        if len(bound) == 1:
-            raise RuntimeError("no such instruction")
-
-    monkeypatch.setattr(Plan, "bind", bind)
-    with verify._progress(Console(quiet=True)) as progress:
-        verify._compile_ahead(iter(launches), progress)
-    assert len(bound) == len(set(bound))
-    assert set(bound) == {(id(plan.kernel), plan.signature(args)) for plan, args in launches}
-    mutants = {
-        id(m.plan(SPLIT_FP32, *SPLIT_FP32.cases[0].arguments("cpu", tokens=64)).kernel) for m in SPLIT_FP32.mutants
-    }
-    assert mutants <= {kernel for kernel, _ in bound}
-    assert len(bound) > len(SPLIT_FP32.cases) + len(mutants) - 1

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bitfuse import proof, values
-from bitfuse.contract import OPERATORS, Operator, Plan
+from bitfuse.contract import OPERATORS, Operator
 from bitfuse.kernel import kernel
 from bitfuse.numerics import divide, exponential, reciprocal_root, round_to
 from bitfuse.ops.adaln_cases import AdalnCase
@@ -134,16 +134,6 @@ def jobs(operators: Sequence[Operator], device: torch.device, extent: Extent | N
         yield _value_job(operator, device, extent)
     for operator in operators:
         yield _shape_job(operator, device, extent)
-
-
-def kernels(
-    operator: Operator, device: torch.device, extent: Extent = ALL
-) -> Iterator[tuple[Plan | str, tuple[Any, ...]]]:
-    """(plan, arguments) of each random form of the operator, so that its kernel can be compiled ahead."""
-    for number, form in enumerate(forms(operator, extent)):
-        args = form.arguments(device, random.Random(number))
-        if next(operator.why_not(*args), None) is None:
-            yield operator.tiers[0].plan(*args), args
 
 
 # -- one call, compared ------------------------------------------------------------------------------------------------

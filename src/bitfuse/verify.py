@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from torch import Tensor
 
-from bitfuse import conformance, proof, seeded
+from bitfuse import ahead, conformance, proof, seeded
 from bitfuse import deep as sweeps
-from bitfuse.contract import OPERATORS, Operator, Plan
+from bitfuse.contract import OPERATORS, Operator
 from bitfuse.kernel import interpreter
 
 # The interpreter runs about a million elements a second: real geometries are cut to this many tokens there.
@@ -180,7 +178,7 @@ def run(
         seeded.of_host(host).need(torch.device(device))
     with interpreter() if interpreted else contextlib.nullcontext(), _progress(console) as progress:
         if not interpreted:
-            _compile_ahead(_kernels(chosen, device, deep), progress)
+            ahead.compile_ahead(chosen, deep, torch.device(device), progress)
         task = progress.add_task("checking", total=sum(len(found) + 1 for found in chosen.values()))
         for operator, found in chosen.items():
             progress.update(task, description=operator.name)
@@ -209,38 +207,6 @@ def run(
     result.batteries.extend(_batteries(list(chosen)))
     _print(console, result)
     return result
-
-
-def _kernels(
-    chosen: dict[Operator, list[Any]], device: str, deep: bool
-) -> Iterator[tuple[Plan | str, tuple[Any, ...]]]:
-    """The launches that are to come, on few tokens: cases, mutants and, for the sweeps, random forms."""
-    for operator, found in chosen.items():
-        for case in found:
-            args = case.arguments(device, tokens=INTERPRETED_TOKENS)
-            yield operator.tiers[0].plan(*args), args
-        for mutant in operator.mutants:
-            case = next((c for c in operator.cases if c.name == mutant.case), operator.cases[0])
-            args = case.arguments(device, tokens=INTERPRETED_TOKENS)
-            yield mutant.plan(operator, *args), args
-        if deep:
-            yield from sweeps.kernels(operator, torch.device(device))
-
-
-def _compile_ahead(kernels: Iterable[tuple[Plan | str, tuple[Any, ...]]], progress: Progress) -> None:
-    """Compile on all cores what one core would need most of the time for, one kernel after the other.
-
-    For all operators these are 222 kernels and 193 mutants, 0.25 s each (Triton 3.6, sm_90, 2026-11-24); passes and
-    ptxas run outside of Python's lock. An error is not lost: it shows again where the kernel is proved.
-    """
-    distinct = {(id(p.kernel), p.signature(args)): (p, args) for p, args in kernels if isinstance(p, Plan)}
-    task = progress.add_task("compiling", total=len(distinct))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for plan, args in distinct.values():
-            _ = plan.kernel.compiled  # made here: two threads would make one each, with caches of their own
-            done = pool.submit(plan.bind, args, plan.empty(args[0].device))
-            done.add_done_callback(lambda _: progress.advance(task))
-    progress.remove_task(task)
 
 
 def _batteries(chosen: list[Operator]) -> Iterator[Batteries]:

@@ -1,0 +1,112 @@
+"""Kernels are compiled ahead: all of them, each once, in processes that leave them in Triton's cache."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from bitfuse import ahead
+from bitfuse.contract import Plan
+from bitfuse.ops.split_rotary import SPLIT_FP32
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def progress():
+    with Progress(console=Console(file=io.StringIO())) as progress:
+        yield progress
+
+
+def _few():
+    return {SPLIT_FP32: [case for case in SPLIT_FP32.cases if case.name in ("one token", "misaligned")]}
+
+
+def _key(plan, args):
+    return id(plan.kernel), plan.signature(args)
+
+
+def test_cases_mutants_and_random_forms_are_among_them():
+    made = [launch() for launch in ahead.launches(_few(), True, CPU)]
+    kernels = {id(plan.kernel) for plan, _ in made if isinstance(plan, Plan)}
+    mutants = {
+        id(m.plan(SPLIT_FP32, *SPLIT_FP32.cases[0].arguments("cpu", tokens=64)).kernel) for m in SPLIT_FP32.mutants
+    }
+    assert mutants < kernels
+    without = list(ahead.launches(_few(), False, CPU))
+    assert len(without) == 2 + len(SPLIT_FP32.mutants) < len(made)
+
+
+IN_A_PROCESS_THAT_COMPILES = """
+import os, sys, torch
+from pathlib import Path
+from rich.progress import Progress
+from bitfuse import ahead, ptx
+from bitfuse.ops.split_rotary import SPLIT_FP32
+
+cache = Path(os.environ["TRITON_CACHE_DIR"])
+few = {SPLIT_FP32: [case for case in SPLIT_FP32.cases if case.name in ("one token", "misaligned")]}
+made = list(ahead.launches(few, False, torch.device("cpu")))
+ahead.on_disk(made, 90, Progress(disable=True))
+found = set(cache.iterdir())
+for plan, args in (launch() for launch in made):
+    ptx.compile_for(plan, args, 90)
+print(len(found), len(set(cache.iterdir()) - found))
+"""
+
+
+def test_processes_leave_in_the_cache_what_this_one_would_compile(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", IN_A_PROCESS_THAT_COMPILES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    found, left = map(int, done.stdout.split())
+    assert found > 5
+    assert left == 0
+
+
+def test_a_process_that_dies_or_hangs_or_a_kernel_that_does_not_compile_ends_nothing(progress, monkeypatch):
+    monkeypatch.setattr(ahead, "compile_for", lambda *_: os._exit(3))
+    ahead.on_disk(list(ahead.launches(_few(), False, CPU)), 90, progress)
+    monkeypatch.setattr(ahead, "compile_for", lambda *_: time.sleep(60))
+    monkeypatch.setattr(ahead, "_PATIENCE", 0.5)
+    start = time.monotonic()
+    ahead.on_disk(list(ahead.launches(_few(), False, CPU)), 90, progress)
+    assert time.monotonic() - start < 30
+    monkeypatch.setattr(ahead, "compile_for", lambda *_: 1 / 0)
+    made = list(ahead.launches(_few(), False, CPU))
+    assert len(list(ahead._compile(made, 90, 0, 1))) == len(made)
+
+
+def test_shares_are_all_of_it_and_each_kernel_is_compiled_once_in_a_process(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(ahead, "compile_for", lambda plan, args, _: compiled.append(_key(plan, args)))
+    made = list(ahead.launches({SPLIT_FP32: list(SPLIT_FP32.cases)}, False, CPU))
+    assert sum(len(list(ahead._compile(made, 90, share, 3))) for share in range(3)) == len(made)
+    assert set(compiled) == {_key(plan, args) for plan, args in (launch() for launch in made)}
+    compiled.clear()
+    list(ahead._compile(made, 90, 0, 1))
+    assert len(compiled) == len(set(compiled)) < len(made)
+
+
+def test_each_is_loaded_once_and_an_error_ends_nothing(progress, monkeypatch):
+    made = [launch() for launch in ahead.launches({SPLIT_FP32: list(SPLIT_FP32.cases)}, True, CPU)]
+    bound = []
+
+    def bind(plan, args, outs):
+        bound.append(_key(plan, args))
+        if len(bound) == 1:
+            raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(Plan, "bind", bind)
+    ahead.load((lambda launch=launch: launch for launch in made), progress)
+    assert len(bound) == len(set(bound))
+    assert set(bound) == {_key(plan, args) for plan, args in made if isinstance(plan, Plan)}
