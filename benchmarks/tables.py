@@ -158,9 +158,71 @@ def _under_the_model(rows: list[dict[str, Any]], documents: list[dict[str, Any]]
     for row in _rows(documents, "audit"):
         if row["version"] == version and row["cost"] is not None:
             sentences.append(f"`audit={row['every']}` costs {row['cost']:.1%} of a step of {row['tokens']} tokens.")
+    if waiting := _waiting(rows):
+        sentences.append(waiting.strip())
     if watts := [w for row in rows for w in row.get("watts", {}).values() if row["tokens"] >= 6144]:
         sentences.append(f"From 6144 tokens on every way draws {min(watts)} to {max(watts)} W, the card's limit.")
     return " ".join([*sentences, _sources(documents)])
+
+
+def hosts(steps: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> str:
+    """A whole step of the other hosts' transformers: a row for each host and number of tokens; then of several GPUs."""
+    wanted = [d for d in steps if any(row.get("host", "diffusers") != "diffusers" for row in d.get("model", ()))]
+    rows = [row for row in _rows(wanted, "model") if row["host"] != "diffusers"]
+    rows.sort(key=lambda row: (row["host"], row["version"], row["tokens"]))
+    lines = [
+        "| host | LTX | video tokens | stock | bitfuse | CUDA graph | the host's own fusions | peak memory | output |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ms, peak = row["ms"], row["peak_gb"]
+        ways = [
+            f"{ms[way]['median']:.0f} ms, {row['speed_ups'][way]:.2f}x" if way in ms else "-"
+            for way in ("bitfuse", "graph", "quality high")
+        ]
+        lines.append(
+            f"| {row['host_version']} | {row['version']} | {row['tokens']} | {ms['stock']['median']:.0f} ms | "
+            f"{' | '.join(ways)} | {peak['stock']:.1f} GB, {peak['bitfuse'] / peak['stock'] - 1:+.0%} | "
+            f"{row['mismatch'] or 'identical in every bit'} |"
+        )
+    for of in sorted(ranks, key=_version_of_ranks):
+        version = _version_of_ranks(of)
+        tokens = re.search(r"(\d+) video", of["geometry"])[1]
+        differs = "; ".join(f"rank {rank}: {why}" for rank, why in of["differs"].items())
+        lines.append(
+            f"| {of['host']}, {of['ranks']} GPUs | {version} | {tokens} | {of['ms']['stock']['median']:.0f} ms | "
+            f"{of['ms']['bitfuse']['median']:.0f} ms, {of['speed_up']:.2f}x | - | - | - | "
+            f"{differs or 'identical in every bit'} |"
+        )
+    documents = sorted([*wanted, *ranks], key=lambda d: d["path"])
+    lines += [
+        "",
+        "48 layers; medians, all ways by turns in one process (on several GPUs of the slowest rank). Speed-ups over "
+        "the host's stock step, for SGLang that of its tier `exact`; the last way is SGLang's with all its fusions for "
+        f"LTX-2, whose output has other bits. {_waiting(rows)}{_sources(documents, '../')}",
+    ]
+    return "\n".join(lines)
+
+
+def _version_of_ranks(document: dict[str, Any]) -> str:
+    return document.get("version") or ("2.3" if "-2.3-" in document["path"] else "2.0")  # in it from 2026-11-26 on
+
+
+def _waiting(rows: list[dict[str, Any]]) -> str:
+    """Where stock waits for the CPU: what is won there is the CPU's, and no other machine's."""
+    found = []
+    for row in rows:
+        stock = row.get("kernels_ms", {}).get("stock")
+        if (
+            stock
+            and (busy := stock["matmul"] + stock["attention"] + stock["other"]) < 0.8 * row["ms"]["stock"]["median"]
+        ):
+            each = 1e3 * row["ms"]["stock"]["median"] / stock["launches"]
+            found.append(
+                f"At {row['tokens']} tokens stock waits for the CPU, which launches a kernel every {each:.0f} us here "
+                f"(all its kernels take {busy:.0f} ms), so what is won there depends on the CPU. "
+            )
+    return "".join(found)
 
 
 def compatibility(rows: list[dict[str, Any]]) -> str:
@@ -214,9 +276,9 @@ def _machine(machine: dict[str, Any]) -> str:
     )
 
 
-def _sources(documents: list[dict[str, Any]]) -> str:
+def _sources(documents: list[dict[str, Any]], up: str = "") -> str:
     machines = dict.fromkeys(_machine(document["machine"]) for document in documents)
-    links = ", ".join(f"[{Path(document['path']).name}]({document['path']})" for document in documents)
+    links = ", ".join(f"[{Path(document['path']).name}]({up}{document['path']})" for document in documents)
     return f"{'; '.join(machines)} ({links})."
 
 
@@ -242,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
         f"model table {version}": functools.partial(lambda version: model(of_newest_day("model"), version), version)
         for version in ("2.0", "2.3", "2.5")
     },
+    "hosts table": lambda: hosts(of_newest_day("model"), of_newest_day("ranks")),
     "compatibility table": lambda: compatibility(json.loads(COMPATIBILITY.read_text())),
 }
 

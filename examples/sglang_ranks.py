@@ -132,7 +132,7 @@ def main() -> int:
     parts: list[Any] = [None] * seeded_sglang.ranks()
     distributed.all_gather_object(parts, mine)
     found = together(parts)
-    found["exit_code"] = 0 if as_promised(found) else 1
+    found |= {"version": given.ltx, "exit_code": 0 if as_promised(found) else 1}
     if distributed.get_rank() == 0:
         show(found, mine["report"])
         if given.json:

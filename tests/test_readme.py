@@ -65,6 +65,38 @@ def test_versions_of_which_the_same_was_found_share_a_row():
     ]
 
 
+def _step(tokens, stock_ms, launches=10_000, **more):
+    ms = {"stock": {"median": stock_ms}, "bitfuse": {"median": stock_ms / 2}}
+    kernels = {"stock": {"matmul": 50.0, "attention": 20.0, "other": 30.0, "launches": launches}}
+    row = {"host": "sglang", "host_version": "SGLang 1.0", "version": "2.0", "tokens": tokens, "mismatch": None}
+    return (
+        row
+        | {"ms": ms, "speed_ups": {"bitfuse": 2.0}, "peak_gb": {"stock": 2.0, "bitfuse": 1.5}}
+        | {
+            "kernels_ms": kernels,
+            **more,
+        }
+    )
+
+
+def test_other_hosts_steps_and_ranks_have_rows_and_diffusers_none():
+    machine = {"device": "H100", "driver": "1", "torch": "2", "triton": "3", "diffusers": "0", "date": "2026-11-25T"}
+    model = [_step(6144, 110.0), _step(64, 500.0, mismatch="output 0 differs at [0]"), _step(7, 9.0, host="diffusers")]
+    steps = {"machine": machine, "path": "2026-11-25-x-sglang-model.json", "model": model}
+    ranks = {"machine": machine, "path": "2026-11-25-x-2.3-ranks.json", "host": "SGLang 1.0", "ranks": 2, "differs": {}}
+    ranks |= {"geometry": "1 layer: 6144 video and 126 audio tokens", "speed_up": 1.5}
+    ranks["ms"] = {"stock": {"median": 30.0}, "bitfuse": {"median": 20.0}}
+    table = _tables().hosts([steps], [ranks]).splitlines()
+    assert table[2:5] == [
+        "| SGLang 1.0 | 2.0 | 64 | 500 ms | 250 ms, 2.00x | - | - | 2.0 GB, -25% | output 0 differs at [0] |",
+        "| SGLang 1.0 | 2.0 | 6144 | 110 ms | 55 ms, 2.00x | - | - | 2.0 GB, -25% | identical in every bit |",
+        "| SGLang 1.0, 2 GPUs | 2.3 | 6144 | 30 ms | 20 ms, 1.50x | - | - | - | identical in every bit |",
+    ]
+    assert table[5] == ""
+    assert "At 64 tokens stock waits for the CPU, which launches a kernel every 50 us here" in table[6]
+    assert "At 6144 tokens" not in table[6]
+
+
 def test_benchmark_documents_name_machine_and_versions_and_have_no_red_gate():
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         document = _tables().json.loads(path.read_text())
