@@ -535,7 +535,7 @@ def test_no_host_at_all(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(doctor, "_version", lambda name: "0.3" if name == "comfyui" else None)
     none, comfyui = check("hosts")
-    assert (none.state, none.found) == (WARNING, "none of diffusers, ltx-core, SGLang is installed")
+    assert (none.state, none.found) == (WARNING, "none of diffusers, ltx-core, sglang is installed")
     assert (comfyui.state, comfyui.found, comfyui.meaning) == (NOTE, "0.3", "bitfuse has no adapter for it")
 
 

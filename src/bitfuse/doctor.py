@@ -36,7 +36,7 @@ from rich.text import Text
 
 from bitfuse import contract, hosts, proof, seeded, sites
 from bitfuse.contract import OPERATORS
-from bitfuse.hosts.patch import source_hash
+from bitfuse.hosts.patch import why_not_read
 from bitfuse.kernel import interpreter
 from bitfuse.machine import machine
 
@@ -485,24 +485,23 @@ def _attention(device: torch.device) -> Iterator[Finding]:
 # -- hosts, and what can be shown here and now -----------------------------------------------------------------------
 
 
-_READ = {"diffusers": "0.38 to 0.42.1", "ltx-core": "1.0.0 to 1.2.0", "SGLang": "0.5.12 to 0.5.23"}  # and restated
+_READ = {"diffusers": "0.38 to 0.42.1", "ltx-core": "1.0.0 to 1.2.0", "sglang": "0.5.12 to 0.5.23"}  # and restated
 
 
 def _hosts(device: torch.device) -> Iterator[Finding]:
-    modules = {"diffusers": "diffusers", "ltx-core": "ltx_core", "SGLang": "sglang"}
-    installed = [host for host, module in modules.items() if importlib.util.find_spec(module) is not None]
+    installed = [host for host, module in seeded.HOSTS.items() if importlib.util.find_spec(module) is not None]
     if "diffusers" in installed:
         yield from _models("diffusers")
         yield from _connectors()
     if "ltx-core" in installed:
         yield from _models("ltx-core")
-    if "SGLang" in installed:
+    if "sglang" in installed:
         yield from _sglang()
     if not installed:
-        found = f"none of {', '.join(modules)} is installed"
+        found = f"none of {', '.join(seeded.HOSTS)} is installed"
         meaning = "no model can be accelerated; operators can be called by themselves"
         yield Finding("hosts", WARNING, found, meaning, "pip install 'bitfuse[diffusers]'")
-    elif missing := [f"{host} ({_READ[host]})" for host in modules if host not in installed]:
+    elif missing := [f"{host} ({_READ[host]})" for host in seeded.HOSTS if host not in installed]:
         meaning = (
             "bitfuse knows the sources of these versions; models of what is installed are accelerated without them"
         )
@@ -557,12 +556,11 @@ def _sglang() -> Iterator[Finding]:
         yield Finding(name, NOTE, found, "nothing to accelerate", "pip install 'sglang[diffusion]'")
         return
     read = {**sglang._READ, **sglang_block._READ}
-    codes = {name: _attribute(sglang.upstream, name) for name in read}  # None: of another version
-    hashes = {name: source_hash(code) for name, code in codes.items() if code is not None}
-    unknown = [f"{name} ({found})" for name, found in hashes.items() if found not in read[name]]
-    known, what = len(hashes) - len(unknown), "sources that bitfuse restates are known"
-    unknown = [f"not {name}" for name in unknown]
-    yield _known(sglang.NAME, "SGLang", known, len(hashes), what, unknown)
+    sources = {name: _attribute(sglang.upstream, name) for name in read}
+    sources = {name: code for name, code in sources.items() if code is not None}  # the others are of other versions
+    unknown = list(why_not_read(sglang.NAME, read, sources))
+    known, what = len(sources) - len(unknown), "sources that bitfuse restates are known"
+    yield _known(sglang.NAME, "sglang", known, len(sources), what, unknown)
 
 
 def _attribute(owner: Any, path: str) -> Any:

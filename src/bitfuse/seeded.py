@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 VERSIONS = ("2.0", "2.3", "2.5")
-HOSTS = ("diffusers", "ltx-core", "sglang")
+HOSTS = {"diffusers": "diffusers", "ltx-core": "ltx_core", "sglang": "sglang"}
+"""By name the module that is imported, which is there where the host is installed."""
+
 
 FPS = 24.0
 _MARGIN = 6 << 30  # bytes left free for activations: at 6144 tokens the feed-forward and the text bias take 1 to 2 GiB
