@@ -518,7 +518,8 @@ def test_sglang_and_a_source_of_it_that_is_not_known(monkeypatch):
     monkeypatch.setitem(adapter._READ, "LTX2Attention.forward", set())
     (finding,) = hosts_found("SGLang").values()
     assert finding.state == WARNING
-    assert finding.found.startswith("7 of 8 sources that bitfuse restates are known; not LTX2Attention.forward (")
+    unknown = f"LTX2Attention.forward of SGLang {version} is not a source that bitfuse knows ("
+    assert finding.found.startswith(f"7 of 8 sources that bitfuse restates are known; {unknown}")
 
 
 def test_an_sglang_that_does_not_import(monkeypatch):

@@ -560,7 +560,7 @@ def _sglang() -> Iterator[Finding]:
     sources = {name: code for name, code in sources.items() if code is not None}  # the others are of other versions
     unknown = list(why_not_read(sglang.NAME, read, sources))
     known, what = len(sources) - len(unknown), "sources that bitfuse restates are known"
-    yield _known(sglang.NAME, "sglang", known, len(sources), what, unknown)
+    yield _known(sglang.NAME, "SGLang", known, len(sources), what, unknown)
 
 
 def _attribute(owner: Any, path: str) -> Any:
@@ -574,7 +574,7 @@ def _known(name: str, host: str, good: int, of: int, what: str, rest: list[str])
     if good == of:
         return Finding(name, OK, counts, "its code is the code that bitfuse read and restates: all may be fused")
     meaning = f"what is not known keeps the code of {host}: right bits, less gain"
-    advice = f"use {host} {_READ[host]}, or a newer bitfuse"
+    advice = f"use {host} {_READ[host.lower()]}, or a newer bitfuse"
     return Finding(name, WARNING, f"{counts}; {_list(rest)}", meaning, advice)
 
 
