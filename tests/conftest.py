@@ -1,5 +1,6 @@
 """Without a GPU the kernels run in Triton's interpreter, on CPU tensors; with one they run on it."""
 
+import gc
 import os
 
 import torch
@@ -13,6 +14,10 @@ import hypothesis
 import pytest
 
 from bitfuse import OPERATORS, proof
+
+# What the hosts import is a heap of millions of objects, which Python's collector would walk for a tenth of the time
+# that Triton's interpreter takes (2026-11-25).
+gc.set_threshold(200_000, 50, 100)
 
 # In CI the same examples on every run: a red build is a change of the code, not of the dice.
 hypothesis.settings.register_profile("bitfuse", deadline=None, max_examples=40, derandomize="CI" in os.environ)
