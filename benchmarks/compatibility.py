@@ -12,7 +12,6 @@ that the host has, stock and accelerated (`bitfuse.conformance`). A version's ro
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -24,7 +23,7 @@ import torch
 import typer
 from packaging.version import Version
 
-from bitfuse import conformance, runs
+from bitfuse import conformance, runs, seeded
 from bitfuse.machine import machine
 from bitfuse.seeded import HOSTS
 
@@ -83,7 +82,7 @@ def main(
         raise typer.BadParameter(f"{unknown[0]!r} is no host; accepted: {', '.join(HOSTS)}", param_hint="HOSTS")
     if version and len(hosts or ()) != 1:
         raise typer.BadParameter("it goes with one host", param_hint="--version")
-    installed = [host for host, module in HOSTS.items() if importlib.util.find_spec(module) is not None]
+    installed = seeded.installed()
     if missing := [host for host in hosts or () if host not in installed]:
         raise typer.BadParameter(f"{missing[0]} is not installed", param_hint="HOSTS")
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it is imported, which it is not yet

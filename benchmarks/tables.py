@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def model(documents: list[dict[str, Any]], version: str = "2.0") -> str:
     wanted = ("diffusers", version, False)
 
     def of_it(row: dict[str, Any]) -> bool:
-        return (row.get("host", "diffusers"), row["version"], row.get("image_to_video", False)) == wanted
+        return (_host(row), row["version"], row.get("image_to_video", False)) == wanted
 
     parts = ("model", "first_step", "audit")
     documents = [d for d in documents if any(of_it(row) for part in parts for row in d.get(part, ()))]
@@ -119,10 +119,7 @@ def model(documents: list[dict[str, Any]], version: str = "2.0") -> str:
         ms = row["ms"]
         yardstick = f"{ms['compiled + graph']['median']:.0f} ms" if "compiled + graph" in ms else "not timed"
         over = f"{row['against_compiled_graph']:.2f}x" if "against_compiled_graph" in row else "-"
-        speed_ups = [
-            f"{ms[way]['median']:.0f} ms, {row['speed_ups'][way]:.2f}x" if way in ms else "-"
-            for way in ("bitfuse", "text kept", "graph")
-        ]
+        speed_ups = [_way_cell(row, way) for way in ("bitfuse", "text kept", "graph")]
         peak = row["peak_gb"]
         memory = ", ".join(f"{peak[way] / peak['stock'] - 1:+.0%}" for way in ("bitfuse", "graph"))
         lines.append(
@@ -131,6 +128,14 @@ def model(documents: list[dict[str, Any]], version: str = "2.0") -> str:
         )
     lines += ["", _under_the_model(rows, documents, version)]
     return "\n".join(lines)
+
+
+def _way_cell(row: dict[str, Any], way: str) -> str:
+    return f"{row['ms'][way]['median']:.0f} ms, {row['speed_ups'][way]:.2f}x" if way in row["ms"] else "-"
+
+
+def _host(row: dict[str, Any]) -> str:
+    return row.get("host", "diffusers")  # until 2026-11-24 there was no other
 
 
 def _fewest_steps(row: dict[str, Any]) -> int:
@@ -158,8 +163,7 @@ def _under_the_model(rows: list[dict[str, Any]], documents: list[dict[str, Any]]
     for row in _rows(documents, "audit"):
         if row["version"] == version and row["cost"] is not None:
             sentences.append(f"`audit={row['every']}` costs {row['cost']:.1%} of a step of {row['tokens']} tokens.")
-    if waiting := _waiting(rows):
-        sentences.append(waiting.strip())
+    sentences.extend(_waiting(rows))
     if watts := [w for row in rows for w in row.get("watts", {}).values() if row["tokens"] >= 6144]:
         sentences.append(f"From 6144 tokens on every way draws {min(watts)} to {max(watts)} W, the card's limit.")
     return " ".join([*sentences, _sources(documents)])
@@ -167,8 +171,8 @@ def _under_the_model(rows: list[dict[str, Any]], documents: list[dict[str, Any]]
 
 def hosts(steps: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> str:
     """A whole step of the other hosts' transformers: a row for each host and number of tokens; then of several GPUs."""
-    wanted = [d for d in steps if any(row.get("host", "diffusers") != "diffusers" for row in d.get("model", ()))]
-    rows = [row for row in _rows(wanted, "model") if row["host"] != "diffusers"]
+    steps = [d for d in steps if any(_host(row) != "diffusers" for row in d.get("model", ()))]
+    rows = [row for row in _rows(steps, "model") if _host(row) != "diffusers"]
     rows.sort(key=lambda row: (row["host"], row["version"], row["tokens"]))
     lines = [
         "| host | LTX | video tokens | stock | bitfuse | CUDA graph | the host's own fusions | peak memory | output |",
@@ -176,10 +180,7 @@ def hosts(steps: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         ms, peak = row["ms"], row["peak_gb"]
-        ways = [
-            f"{ms[way]['median']:.0f} ms, {row['speed_ups'][way]:.2f}x" if way in ms else "-"
-            for way in ("bitfuse", "graph", "quality high")
-        ]
+        ways = [_way_cell(row, way) for way in ("bitfuse", "graph", "quality high")]
         lines.append(
             f"| {row['host_version']} | {row['version']} | {row['tokens']} | {ms['stock']['median']:.0f} ms | "
             f"{' | '.join(ways)} | {peak['stock']:.1f} GB, {peak['bitfuse'] / peak['stock'] - 1:+.0%} | "
@@ -194,12 +195,13 @@ def hosts(steps: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> str:
             f"{of['ms']['bitfuse']['median']:.0f} ms, {of['speed_up']:.2f}x | - | - | - | "
             f"{differs or 'identical in every bit'} |"
         )
-    documents = sorted([*wanted, *ranks], key=lambda d: d["path"])
+    documents = sorted([*steps, *ranks], key=lambda d: d["path"])
     lines += [
         "",
-        "48 layers; medians, all ways by turns in one process (on several GPUs of the slowest rank). Speed-ups over "
-        "the host's stock step, for SGLang that of its tier `exact`; the last way is SGLang's with all its fusions for "
-        f"LTX-2, whose output has other bits. {_waiting(rows)}{_sources(documents, '../')}",
+        f"{rows[0]['layers']} layers; medians, all ways by turns in one process (on several GPUs of the slowest rank). "
+        "Speed-ups over the host's stock step, for SGLang that of its tier `exact`; the last way is SGLang's with all "
+        f"its fusions for LTX-2, whose output has other bits. "
+        + " ".join([*_waiting(rows), _sources(documents, "../")]),
     ]
     return "\n".join(lines)
 
@@ -208,21 +210,19 @@ def _version_of_ranks(document: dict[str, Any]) -> str:
     return document.get("version") or ("2.3" if "-2.3-" in document["path"] else "2.0")  # in it from 2026-11-26 on
 
 
-def _waiting(rows: list[dict[str, Any]]) -> str:
+def _waiting(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Where stock waits for the CPU: what is won there is the CPU's, and no other machine's."""
-    found = []
     for row in rows:
-        stock = row.get("kernels_ms", {}).get("stock")
-        if (
-            stock
-            and (busy := stock["matmul"] + stock["attention"] + stock["other"]) < 0.8 * row["ms"]["stock"]["median"]
-        ):
-            each = 1e3 * row["ms"]["stock"]["median"] / stock["launches"]
-            found.append(
-                f"At {row['tokens']} tokens stock waits for the CPU, which launches a kernel every {each:.0f} us here "
-                f"(all its kernels take {busy:.0f} ms), so what is won there depends on the CPU. "
+        if not (stock := row.get("kernels_ms", {}).get("stock")):
+            continue
+        step = row["ms"]["stock"]["median"]
+        busy = stock["matmul"] + stock["attention"] + stock["other"]
+        if busy < 0.8 * step:
+            yield (
+                f"At {row['tokens']} tokens stock waits for the CPU, which launches a kernel every "
+                f"{1e3 * step / stock['launches']:.0f} us here (all its kernels take {busy:.0f} ms), so what is won "
+                "there depends on the CPU."
             )
-    return "".join(found)
 
 
 def compatibility(rows: list[dict[str, Any]]) -> str:

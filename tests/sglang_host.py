@@ -42,12 +42,11 @@ class _Absent(types.ModuleType):
 class _Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """A package that SGLang imports and its LTX-2 never uses, where that is not installed."""
 
-    def __init__(self, package, with_submodules):
-        self.package, self.with_submodules = package, with_submodules
+    def __init__(self, package):
+        self.package = package
 
     def find_spec(self, name, path=None, target=None):
-        first, _, below = name.partition(".")
-        if first != self.package or (below and not self.with_submodules):
+        if name.partition(".")[0] != self.package:
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -68,16 +67,16 @@ def upstream():
         # transformers looks for torchvision once, here, and so does not find the stub
         transformers = pytest.importorskip("transformers.image_utils", reason=f"SGLang needs transformers; {NEEDS}")
         assert not transformers.is_torchvision_available()
-        stubs.append(_Stub("torchvision", with_submodules=True))  # of its configurations of image models
-    if torch.cuda.is_available() and importlib.util.find_spec("sgl_kernel") is None:
-        # its compiled kernels, which the imports of other models ask for
-        stubs.append(_Stub("sgl_kernel", with_submodules=True))
+        stubs.append(_Stub("torchvision"))  # of its configurations of image models
+    without_kernels = torch.cuda.is_available() and importlib.util.find_spec("sgl_kernel") is None
+    if without_kernels:
+        stubs.append(_Stub("sgl_kernel"))  # its compiled kernels, which the imports of other models ask for
     sys.meta_path[:0] = stubs
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about CUDA, which is not there
             module = importlib.import_module(LTX_2)
-            if any(stub.package == "sgl_kernel" for stub in stubs):
+            if without_kernels:
                 _attend_with_pytorch()
             return module
     except ModuleNotFoundError as missing:

@@ -68,15 +68,9 @@ def test_versions_of_which_the_same_was_found_share_a_row():
 def _step(tokens, stock_ms, launches=10_000, **more):
     ms = {"stock": {"median": stock_ms}, "bitfuse": {"median": stock_ms / 2}}
     kernels = {"stock": {"matmul": 50.0, "attention": 20.0, "other": 30.0, "launches": launches}}
-    row = {"host": "sglang", "host_version": "SGLang 1.0", "version": "2.0", "tokens": tokens, "mismatch": None}
-    return (
-        row
-        | {"ms": ms, "speed_ups": {"bitfuse": 2.0}, "peak_gb": {"stock": 2.0, "bitfuse": 1.5}}
-        | {
-            "kernels_ms": kernels,
-            **more,
-        }
-    )
+    row = {"host": "sglang", "host_version": "SGLang 1.0", "version": "2.0", "layers": 1, "tokens": tokens}
+    row |= {"ms": ms, "speed_ups": {"bitfuse": 2.0}, "peak_gb": {"stock": 2.0, "bitfuse": 1.5}, "kernels_ms": kernels}
+    return {**row, "mismatch": None, **more}
 
 
 def test_other_hosts_steps_and_ranks_have_rows_and_diffusers_none():

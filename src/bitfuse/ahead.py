@@ -15,7 +15,7 @@ import os
 import random
 import select
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,9 +24,8 @@ from rich.progress import Progress
 
 from bitfuse import deep as sweeps
 from bitfuse.contract import Operator, Plan
-from bitfuse.ptx import compile_for
+from bitfuse.ptx import TOKENS, compile_for
 
-TOKENS = 64  # few: their number is not part of what is compiled
 _NEIGHBOURS = 4  # launches that follow each other often share a kernel: they go to one process, which sees that
 _MOST = 32  # processes
 _PATIENCE = 60.0  # seconds in which none of them is done with a launch
@@ -98,27 +97,32 @@ def on_disk(made_on_cpu: list[Callable[[], Launch]], capability: int, progress: 
 
 def _compile(made_on_cpu: list[Callable[[], Launch]], capability: int, share: int, of: int) -> Iterator[None]:
     """Every `of`-th group of neighbouring launches, from the `share`-th on; yields after each."""
-    done = set()
-    for number, made in enumerate(made_on_cpu):
-        if number // _NEIGHBOURS % of == share:
-            plan, args = made()
-            if isinstance(plan, Plan) and (key := (id(plan.kernel), plan.signature(args))) not in done:
-                done.add(key)
-                with contextlib.suppress(Exception):  # see above
-                    compile_for(plan, args, capability)
-            yield
+    mine = (made for number, made in enumerate(made_on_cpu) if number // _NEIGHBOURS % of == share)
+    for new in _new(mine):
+        if new:
+            with contextlib.suppress(Exception):  # see above
+                compile_for(*new, capability)
+        yield
 
 
-def load(made: Iterator[Callable[[], Launch]], progress: Progress) -> None:
+def _new(made: Iterable[Callable[[], Launch]]) -> Iterator[tuple[Plan, tuple[Any, ...]] | None]:
+    """Each launch; None where there is none, or where one before it runs the same compiled kernel."""
+    seen = set()
+    for launch in made:
+        plan, args = launch()
+        if isinstance(plan, Plan) and (key := (id(plan.kernel), plan.signature(args))) not in seen:
+            seen.add(key)
+            yield plan, args
+        else:
+            yield None
+
+
+def load(made: Iterable[Callable[[], Launch]], progress: Progress) -> None:
     """Load each kernel from Triton's cache, or compile it, and build its launcher, in threads."""
-    distinct = {
-        (id(plan.kernel), plan.signature(args)): (plan, args)
-        for plan, args in (launch() for launch in made)
-        if isinstance(plan, Plan)
-    }
+    distinct = list(filter(None, _new(made)))
     task = progress.add_task("loading", total=len(distinct))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for plan, args in distinct.values():
+        for plan, args in distinct:
             _ = plan.kernel.compiled  # made here: two threads would make one each, with caches of their own
             done = pool.submit(plan.bind, args, plan.empty(args[0].device))
             done.add_done_callback(lambda _: progress.advance(task))

@@ -489,7 +489,7 @@ _READ = {"diffusers": "0.38 to 0.42.1", "ltx-core": "1.0.0 to 1.2.0", "sglang": 
 
 
 def _hosts(device: torch.device) -> Iterator[Finding]:
-    installed = [host for host, module in seeded.HOSTS.items() if importlib.util.find_spec(module) is not None]
+    installed = seeded.installed()
     if "diffusers" in installed:
         yield from _models("diffusers")
         yield from _connectors()

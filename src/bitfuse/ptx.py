@@ -46,7 +46,7 @@ from bitfuse.kernel import interpreting
 CAPABILITIES = (80, 90, 100, 120)
 """One of each family that Triton compiles differently: A100, H100, B200, RTX 5090."""
 
-_TOKENS = 64  # audits run on this many tokens: the count is not part of what is compiled
+TOKENS = 64  # audits run on this many tokens: the count is not part of what is compiled
 
 
 def compile_for(plan: Plan, args: tuple[Any, ...], capability: int) -> Any:
@@ -346,7 +346,7 @@ def _arguments(operator: Operator, audit: Audit) -> tuple[Any, ...]:
     case = next((c for c in operator.cases if c.name == audit.case), None)
     if case is None:
         raise ValueError(f"{operator.name} audits {audit.case!r}, which is none of its cases")
-    return case.arguments("cpu", tokens=_TOKENS)
+    return case.arguments("cpu", tokens=TOKENS)
 
 
 def _table(rows: Iterable[Audited]) -> Iterator[str]:

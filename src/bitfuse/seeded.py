@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -29,7 +30,6 @@ from torch import Tensor
 VERSIONS = ("2.0", "2.3", "2.5")
 HOSTS = {"diffusers": "diffusers", "ltx-core": "ltx_core", "sglang": "sglang"}
 """By name the module that is imported, which is there where the host is installed."""
-
 
 FPS = 24.0
 _MARGIN = 6 << 30  # bytes left free for activations: at 6144 tokens the feed-forward and the text bias take 1 to 2 GiB
@@ -141,6 +141,11 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 # -- the model and its inputs -------------------------------------------------------------------------------------
+
+
+def installed() -> list[str]:
+    """Those of `HOSTS` that are; none is imported."""
+    return [host for host, module in HOSTS.items() if importlib.util.find_spec(module) is not None]
 
 
 def of_host(name: str) -> Any:
