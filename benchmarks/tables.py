@@ -287,10 +287,10 @@ def newest(name: str) -> dict[str, Any]:
     return _load(max(RESULTS.glob(f"*-{name}.json")))
 
 
-def of_newest_day(name: str) -> list[dict[str, Any]]:
-    """All documents whose names end so, of the latest date among them: a measurement may take several commands."""
-    paths = sorted(RESULTS.glob(f"*-{name}.json"))
-    return [_load(path) for path in paths if path.name[:10] == paths[-1].name[:10]]
+def newest_of_each(name: str) -> list[dict[str, Any]]:
+    """Of all documents whose names end so, the latest of each name: a measurement may take several days' commands."""
+    latest = {path.name[len("2026-11-23-") :]: path for path in sorted(RESULTS.glob(f"*-{name}.json"))}
+    return [_load(path) for path in sorted(latest.values())]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -299,12 +299,12 @@ def _load(path: Path) -> dict[str, Any]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "rotary table": lambda: rotary(newest("rotary")),
-    "operators table": lambda: operators(of_newest_day("operators")),
+    "operators table": lambda: operators(newest_of_each("operators")),
     **{
-        f"model table {version}": functools.partial(lambda version: model(of_newest_day("model"), version), version)
+        f"model table {version}": functools.partial(lambda version: model(newest_of_each("model"), version), version)
         for version in ("2.0", "2.3", "2.5")
     },
-    "hosts table": lambda: hosts(of_newest_day("model"), of_newest_day("ranks")),
+    "hosts table": lambda: hosts(newest_of_each("model"), newest_of_each("ranks")),
     "compatibility table": lambda: compatibility(json.loads(COMPATIBILITY.read_text())),
 }
 

@@ -644,13 +644,13 @@ def test_markers_are_filled_and_other_text_stays(tables, monkeypatch):
     assert tables.filled(text.format("old\nold")) == text.format("NEW")
 
 
-def test_documents_of_the_newest_day(tables, monkeypatch, tmp_path):
+def test_the_newest_document_of_each_name(tables, monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    for name in ("2026-11-23-h100-model", "2026-11-24-h100-model", "2026-11-24-h100-large-model", "2026-11-25-h100-x"):
+    for name in ("2026-11-23-h100-model", "2026-11-24-h100-model", "2026-11-22-h100-large-model", "2026-11-25-h100-x"):
         (tmp_path / f"{name}.json").write_text("{}")
-    paths = [document["path"] for document in tables.of_newest_day("model")]
-    assert paths == ["2026-11-24-h100-large-model.json", "2026-11-24-h100-model.json"]
+    paths = [document["path"] for document in tables.newest_of_each("model")]
+    assert paths == ["2026-11-22-h100-large-model.json", "2026-11-24-h100-model.json"]
 
 
 def test_the_committed_rotary_table_still_comes_out(tables):

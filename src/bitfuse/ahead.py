@@ -39,8 +39,8 @@ def launches(chosen: Chosen, deep: bool, device: torch.device) -> Iterator[Calla
         for case in cases:
             yield functools.partial(_of_case, operator.tiers[0].plan, case, device)
         for mutant in operator.mutants:
-            case = next((c for c in operator.cases if c.name == mutant.case), operator.cases[0])
-            yield functools.partial(_of_case, functools.partial(mutant.plan, operator), case, device)
+            plan = functools.partial(mutant.plan, operator)
+            yield functools.partial(_of_case, plan, mutant.case_of(operator), device)
         if deep:
             for number, form in enumerate(sweeps.forms(operator, sweeps.ALL)):
                 yield functools.partial(_of_form, operator, form, number, device)

@@ -208,6 +208,12 @@ class Mutant:
     tier: int = 0
     case: str | None = None
 
+    def case_of(self, operator: Operator) -> Case:
+        """The operator's case that the battery catches this mutant on: the named one, or the first."""
+        if self.case is None:
+            return operator.cases[0]
+        return {case.name: case for case in operator.cases}[self.case]
+
     def plan(self, operator: Operator, *args: Any) -> Plan | str:
         plan = operator.tiers[self.tier].plan(*args)
         if isinstance(plan, str):
