@@ -101,12 +101,12 @@ def test_each_is_loaded_once_and_an_error_ends_nothing(progress, monkeypatch):
     made = [launch() for launch in ahead.launches({SPLIT_FP32: list(SPLIT_FP32.cases)}, True, CPU)]
     bound = []
 
-    def bind(plan, args, outs):
+    def compile(plan, args):
         bound.append(_key(plan, args))
         if len(bound) == 1:
             raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(Plan, "bind", bind)
+    monkeypatch.setattr(Plan, "compile", compile)
     ahead.load((lambda launch=launch: launch for launch in made), progress)
     assert len(bound) == len(set(bound))
     assert set(bound) == {_key(plan, args) for plan, args in made if isinstance(plan, Plan)}

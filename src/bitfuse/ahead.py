@@ -124,6 +124,6 @@ def load(made: Iterable[Callable[[], Launch]], progress: Progress) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for plan, args in distinct:
             _ = plan.kernel.compiled  # made here: two threads would make one each, with caches of their own
-            done = pool.submit(plan.bind, args, plan.empty(args[0].device))
+            done = pool.submit(plan.compile, args)
             done.add_done_callback(lambda _: progress.advance(task))
     progress.remove_task(task)

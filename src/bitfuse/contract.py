@@ -117,6 +117,12 @@ class Plan:
         """Witnesses and outputs, to be written."""
         return tuple(out.empty(device) for out in (*self.witnesses, *self.outputs))
 
+    def compile(self, args: tuple[Any, ...]) -> None:
+        """Compile the kernel and load it onto the arguments' device, in any thread: `bind` then finds it."""
+        with _on_device(args[0]):
+            extras = (torch.empty(16, dtype=dtype, device=args[0].device) for dtype in self.extras)
+            self._compiled((*self.pointers(args), *extras, *self.empty(args[0].device)))
+
     def bind(self, args: tuple[Any, ...], outs: tuple[Tensor, ...]) -> Callable[..., Any]:
         """Compile for these arguments; returns launch(*args, *outs), good for every call with the same layout."""
         before = self.before
@@ -208,7 +214,7 @@ class Mutant:
     tier: int = 0
     case: str | None = None
 
-    def case_of(self, operator: Operator) -> Case:
+    def case_of(self, operator: Operator) -> Any:
         """The operator's case that the battery catches this mutant on: the named one, or the first."""
         if self.case is None:
             return operator.cases[0]
@@ -427,6 +433,17 @@ class Operator:
             passed_over.append(verdict.sentence if len(self.tiers) == 1 else f"{tier.name}: {verdict.sentence}")
             mismatch, final = verdict.mismatch or mismatch, final and verdict.final
         return Route(self.reference, "; ".join(passed_over), mismatch), final
+
+    def rehearse(self, take: Callable[[Plan, tuple[Any, ...]], object], args: tuple[Any, ...]) -> Any:
+        """Run the reference. A kernel that `route` would prove for these arguments is given to `take`, as a launch."""
+        tier = self.tiers[0]
+        plan = next(self._reasons(args), None) or tier.plan(*args)
+        if isinstance(plan, Plan) and proof.known(self, tier, plan.signature(args)) is None:
+            with _on_device(args[0]), torch.no_grad():
+                _, small = next(iter(self.battery(*args)))  # of the same signature, and not for long in the way
+            if isinstance(plan := tier.plan(*small), Plan):
+                take(plan, small)
+        return self.reference(*args)
 
     def _runner(self, plan: Plan, args: tuple[Any, ...]) -> Callable[..., Any]:
         device = args[0].device

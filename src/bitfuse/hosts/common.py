@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
+import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitfuse import proof
-from bitfuse.contract import Operator
-from bitfuse.hosts.patch import Swapped
+from bitfuse import contract, proof
+from bitfuse.contract import Operator, Plan
+from bitfuse.hosts import patch
+from bitfuse.hosts.patch import Handle, Site, Swapped
 
 Ada = tuple[Tensor, Tensor | None]  # an AdaLN value [B, T or 1, D] and the table row [D] that is added to it
 
@@ -24,13 +28,28 @@ def modulation(scale: Ada, shift: Ada) -> tuple[Tensor, Tensor, Tensor | None, T
     return scale[0], shift[0], scale[1], shift[1]
 
 
+class State:
+    """What a block carries, as `_bitfuse`, while it is accelerated.
+
+    sites        its sites, by their names in it
+    rehearsal    for before its next call
+    """
+
+    sites: dict[str, Site]
+    rehearsal: Rehearsal | None = None
+
+    def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why the host's own forward must run for these arguments."""
+        raise NotImplementedError
+
+
 class Block(Swapped):
     """First base of a block with its elementwise chains fused, whose second base is the host's own.
 
-    `_bitfuse` has the block's `sites`, and `why_stock(block, args, kwargs)`: why the host's forward must run, or None.
-    Ours is `_forward(state, *args, **kwargs)`.
+    `_bitfuse` is a `State`. Our forward is `_forward(state, *args, **kwargs)`.
     """
 
+    _bitfuse: State
     _forward: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -39,6 +58,9 @@ class Block(Swapped):
         if state is not None and not torch.compiler.is_compiling():
             reason = state.why_stock(self, args, kwargs)
             if reason is None:
+                if state.rehearsal is not None:
+                    rehearsal, state.rehearsal = state.rehearsal, None
+                    rehearsal(lambda: self._forward(state, *args, **kwargs))
                 return self._forward(state, *args, **kwargs)
             for site in state.sites.values():
                 site.fall(reason)
@@ -78,6 +100,57 @@ class Quiet:
             return False
         children = [child for d in self._attributes for child in d["_modules"].values()]
         return len(children) == len(self._children) and all(map(operator.is_, children, self._children))
+
+
+class Rehearsal:
+    """Before the first call of a model's first block: run it once, for nothing but to compile its kernels in threads.
+
+    In a rehearsal all sites run the PyTorch chains; each kernel that one of them would have to prove is compiled
+    meanwhile, and all are waited for at the end. One after the other, each when a site first called for it, 15 kernels
+    took 11 s on a host with slow CPUs (H100, 2026-11-27); two thirds of that is LLVM's, ptxas' and a C compiler's,
+    which leave Python to other threads.
+
+    Only where nobody can notice that the block runs twice: not with hooks in it, nor with a module that the adapter has
+    left alone, since it may be anybody's.
+    """
+
+    def __init__(self, block: Any, name: str, handle: Handle):
+        self._block, self._name, self._handle, self._quiet = block, name, handle, Quiet(block)
+
+    @classmethod
+    def of_first(cls, blocks: Iterable[Any], handle: Handle) -> None:
+        """Have the first of these blocks that was taken over rehearse; it is `transformer_blocks.<index>`."""
+        for index, block in enumerate(blocks):
+            if isinstance(block, Block):
+                block._bitfuse.rehearsal = cls(block, f"transformer_blocks.{index}", handle)
+                return
+
+    def __call__(self, forward: Callable[[], object]) -> None:
+        if not self._unnoticed():
+            return
+        seen = set()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # which is left when all are compiled
+
+            def take(plan: Plan, args: tuple[Any, ...]) -> None:
+                if (key := (id(plan.kernel), plan.signature(args))) not in seen:
+                    seen.add(key)
+                    _ = plan.kernel.compiled  # made here: two threads would make one each
+                    pool.submit(plan.compile, args)  # an error shows again where the kernel is proved
+
+            patch.rehearsing = take
+            try:
+                with torch.no_grad(), contextlib.suppress(torch.OutOfMemoryError):  # the block needs less memory fused
+                    forward()
+            finally:
+                patch.rehearsing = None
+
+    def _unnoticed(self) -> bool:
+        if not self._compiles() or next(contract.around(), None) is not None or not self._quiet():
+            return False
+        return all(site.declined is None for site in self._handle.sites if site.name.startswith(f"{self._name}."))
+
+    def _compiles(self) -> bool:
+        return next(self._block.parameters()).is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 class Beside:

@@ -17,7 +17,7 @@ from diffusers.models import normalization
 from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
-from bitfuse.hosts.common import ABSENT, Ada, Beside, Block, Quiet, Values, modulation
+from bitfuse.hosts.common import ABSENT, Ada, Beside, Block, Quiet, Rehearsal, State, Values, modulation
 from bitfuse.hosts.patch import Handle, Site, hooked, named, swap_class, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
@@ -59,9 +59,7 @@ def _sites(block: Any) -> dict[str, Any]:
     return {site: op for site, op in _SITES.items() if modulated or "text" not in site}
 
 
-class _State:
-    """What a block carries while it is accelerated."""
-
+class _State(State):
     def __init__(self, block: Any, name: str, values: Values, beside: Beside, handle: Handle):
         self.values, self.beside = values, beside
         self.quiet = Quiet(block)
@@ -71,7 +69,6 @@ class _State:
         handle.sites += self.sites.values()
 
     def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why upstream's own forward must run."""
         if torch.is_grad_enabled():  # the gradient of a sum depends on how it was formed
             given = (*args, *kwargs.values(), *block.parameters())
             if any(isinstance(t, Tensor) and t.requires_grad for t in given):
@@ -270,6 +267,7 @@ def accelerate(model: Any, handle: Handle, host: str) -> None:
             handle.sites += [Site(f"{name}.{site}", op.name, reason) for site, op in _sites(block).items()]
             continue
         swap_class(block, LTX2VideoTransformerBlock, _State(block, name, values, beside, handle), handle)
+    Rehearsal.of_first(model.transformer_blocks, handle)
 
 
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:

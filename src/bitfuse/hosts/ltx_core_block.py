@@ -24,7 +24,7 @@ from ltx_core.guidance.perturbations import BatchedPerturbationConfig, Perturbat
 from ltx_core.model.transformer import attention, transformer
 from torch import Tensor
 
-from bitfuse.hosts.common import ABSENT, Ada, Beside, Block, Quiet, Values, modulation
+from bitfuse.hosts.common import ABSENT, Ada, Beside, Block, Quiet, Rehearsal, State, Values, modulation
 from bitfuse.hosts.patch import Handle, Site, fill, named, source_hash, swap_class, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
@@ -106,16 +106,13 @@ def _functions(block: Any) -> tuple[Any, ...]:
     )
 
 
-class _State:
-    """What a block carries while it is accelerated."""
-
+class _State(State):
     def __init__(self, block: Any, sites: dict[str, Site], values: Values, beside: Beside):
         self.sites, self.values, self.beside = sites, values, beside
         self.quiet = Quiet(block)
         self._functions = _functions(block)
 
     def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why upstream's own forward must run."""
         if torch.is_grad_enabled():  # the gradient of a sum depends on how it was formed
             given = [vars(a).values() for a in (*args, *kwargs.values()) if dataclasses.is_dataclass(a)]
             if any(isinstance(t, Tensor) and t.requires_grad for t in chain(*given, block.parameters())):
@@ -376,6 +373,7 @@ def accelerate(transformer: Any, handle: Handle, host: str) -> None:
                 handle.sites.append(site)
                 if site.declined is None:
                     fill(block, seam, ours(site, block.__dict__[seam]), handle)
+    Rehearsal.of_first(transformer.transformer_blocks, handle)
 
 
 _FILLED: dict[str, tuple[type[Seam], Any]] = {

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bitfuse.audit import Auditor
-from bitfuse.contract import Operator, Route
+from bitfuse.contract import Operator, Plan, Route
 
 
 def source_hash(fn: Callable) -> str | None:
@@ -154,6 +154,10 @@ class Options:
         return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
 
 
+# Set while a block is rehearsed (`hosts.common.Rehearsal`): its sites run the PyTorch chains and count nothing, and
+# the kernels that they would have proved are given to this.
+rehearsing: Callable[[Plan, tuple[Any, ...]], object] | None = None
+
 Observer = Callable[["Site", Operator, Route, tuple[Any, ...], Any], None]
 
 
@@ -182,6 +186,8 @@ class Site:
         """Run the operator and note which way the call went."""
         if torch.compiler.is_compiling():  # the compiler gets the PyTorch chain, and no counting in its graph
             return operator.reference(*args)
+        if rehearsing is not None:
+            return operator.rehearse(rehearsing, args)
         route = operator.route(*args)
         if route.reason is None:
             self.fused += 1
@@ -196,6 +202,8 @@ class Site:
 
     def fall(self, reason: str) -> None:
         """Note a call that is not fused, or raise where that is not wanted."""
+        if rehearsing is not None:
+            return
         if self.strict:
             raise NotFused(f"{self.name}: {reason}")
         self.fallen[reason] += 1

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bitfuse import proof
 from bitfuse.contract import Operator
-from bitfuse.hosts.common import ABSENT, Ada, Block, Values, modulation
+from bitfuse.hosts.common import ABSENT, Ada, Block, State, Values, modulation
 from bitfuse.hosts.patch import Handle, Site, hooked, named, source_hash, swap_class, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.head_gate import HEAD_GATE
@@ -127,9 +127,7 @@ def call(site: Site, operator: Operator, x: Tensor, *args: Any) -> Any:
 # -- the block ---------------------------------------------------------------------------------------------------------
 
 
-class _State:
-    """What a block carries while it is accelerated."""
-
+class _State(State):
     def __init__(self, block: Any, sites: dict[str, Site], values: Values):
         self.sites, self.values = sites, values
         self.norm = getattr(block, "rms_norm", None)
@@ -137,7 +135,6 @@ class _State:
         self.masks_the_gate = source_hash(_Stock.forward) in _MASKS_THE_GATE
 
     def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why upstream's own forward must run."""
         if torch.is_grad_enabled():  # the gradient of a sum depends on how it was formed
             given = (*args, *kwargs.values(), *block.parameters())
             if any(isinstance(t, Tensor) and t.requires_grad for t in given):
