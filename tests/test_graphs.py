@@ -1557,14 +1557,15 @@ def test_on_a_gpu_a_failed_capture_falls_back_and_leaves_cuda_well(net):
     before = replay.replays
     assert_equal(net(on_gpu(1)), replay(on_gpu(1)))  # the graph captured before
     assert replay.replays == before + 1
-    captured(replay, on_gpu(0, 5, 8))  # and another after it
-    for rows in (3, 5, 3):
+    many = 1 << 16
+    captured(replay, on_gpu(0, many, 8))  # and another after it
+    for rows in (3, many, 3):
         assert_equal(net(on_gpu(2, rows, 8)), replay(on_gpu(2, rows, 8)))
     assert replay.graphs == 2
     torch.cuda.empty_cache()
     reserved = torch.cuda.memory_reserved()
     replay.reset()
-    assert torch.cuda.memory_reserved() < reserved
+    assert torch.cuda.memory_reserved() <= reserved - many * 64 * 4  # what lies between the two layers
     assert_cuda_is_well()
 
     first = GraphedForward(net, lambda x: forward(x, wait=True))  # one with nothing captured before

@@ -103,12 +103,11 @@ class Quiet:
 
 
 class Rehearsal:
-    """Before the first call of a model's first block: run it once, for nothing but to compile its kernels in threads.
+    """Before the first call of a model's first block: run it once, for nothing but to learn which kernels it needs.
 
-    In a rehearsal all sites run the PyTorch chains; each kernel that one of them would have to prove is compiled
-    meanwhile, and all are waited for at the end. One after the other, each when a site first called for it, 15 kernels
-    took 11 s on a host with slow CPUs (H100, 2026-11-27); two thirds of that is LLVM's, ptxas' and a C compiler's,
-    which leave Python to other threads.
+    In a rehearsal all sites run the PyTorch chains, and the kernels that they would have to prove are compiled after
+    it, in threads. One after the other, each when a site first calls for it, 15 kernels took 11 s on a host with slow
+    CPUs (H100, 2026-11-27); much of that is LLVM's, ptxas' and a C compiler's, which leave Python to other threads.
 
     Only where nobody can notice that the block runs twice: not with hooks in it, nor with a module that the adapter has
     left alone, since it may be anybody's.
@@ -128,21 +127,22 @@ class Rehearsal:
     def __call__(self, forward: Callable[[], object]) -> None:
         if not self._unnoticed():
             return
-        seen = set()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # which is left when all are compiled
+        launches: dict[Any, tuple[Plan, tuple[Any, ...]]] = {}
 
-            def take(plan: Plan, args: tuple[Any, ...]) -> None:
-                if (key := (id(plan.kernel), plan.signature(args))) not in seen:
-                    seen.add(key)
-                    _ = plan.kernel.compiled  # made here: two threads would make one each
-                    pool.submit(plan.compile, args)  # an error shows again where the kernel is proved
+        def take(plan: Plan, args: tuple[Any, ...]) -> None:
+            launches.setdefault((id(plan.kernel), plan.signature(args)), (plan, args))
 
-            patch.rehearsing = take
-            try:
-                with torch.no_grad(), contextlib.suppress(torch.OutOfMemoryError):  # the block needs less memory fused
-                    forward()
-            finally:
-                patch.rehearsing = None
+        patch.rehearsing = take
+        try:
+            with torch.no_grad(), contextlib.suppress(torch.OutOfMemoryError):  # fused, the block needs less memory
+                forward()
+        finally:
+            patch.rehearsing = None
+        # not before: threads that compile would take Python away from this one, 5 ms at a time
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for plan, args in launches.values():
+                _ = plan.kernel.compiled  # made here: two threads would make one each
+                pool.submit(plan.compile, args)  # an error shows again where the kernel is proved
 
     def _unnoticed(self) -> bool:
         if not self._compiles() or next(contract.around(), None) is not None or not self._quiet():
