@@ -47,7 +47,7 @@ def tokens(*counts: int) -> str:
 
 
 PLANS = {
-    "tests": [Command("tests", "python -m pytest -m gpu -q", 300)],
+    "tests": [Command("tests", "python -m pytest -m gpu -q -n 4", 400)],
     "verify": [Command("verify", f"python {VERIFY} FILE --html PAGE", 120)],
     "deep": [Command("verify-deep", f"python {VERIFY} FILE --html PAGE --deep", 600)],
     "models": [

@@ -512,7 +512,7 @@ class GraphedForward:
         return self._cuda.pool_bytes() + preludes + sum(t.nbytes for graph in graphs for t in graph.inputs)
 
     def reset(self) -> None:
-        """Drop all graphs and give their memory back, but for cuBLAS' workspace (33 MB on an H100), which PyTorch keeps.
+        """Drop all graphs and give their memory back, but for cuBLAS' workspace (33 MB on an H100): PyTorch keeps it.
 
         Further calls start over.
         """
