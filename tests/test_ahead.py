@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -55,7 +56,8 @@ from bitfuse.ops.split_rotary import SPLIT_FP32
 cache = Path(os.environ["TRITON_CACHE_DIR"])
 few = {SPLIT_FP32: [case for case in SPLIT_FP32.cases if case.name in ("one token", "misaligned")]}
 made = list(ahead.launches(few, False, torch.device("cpu")))
-ahead.on_disk(made, 90, Progress(disable=True))
+with ahead.on_disk(made, 90, Progress(disable=True)):
+    pass
 found = set(cache.iterdir())
 for plan, args in (launch() for launch in made):
     ptx.compile_for(plan, args, 90)
@@ -75,12 +77,17 @@ def test_processes_leave_in_the_cache_what_this_one_would_compile(tmp_path):
 
 def test_a_process_that_dies_or_hangs_or_a_kernel_that_does_not_compile_ends_nothing(progress, monkeypatch):
     monkeypatch.setattr(ahead, "compile_for", lambda *_: os._exit(3))
-    ahead.on_disk(list(ahead.launches(_few(), False, CPU)), 90, progress)
+    with ahead.on_disk(list(ahead.launches(_few(), False, CPU)), 90, progress):
+        pass
     monkeypatch.setattr(ahead, "compile_for", lambda *_: time.sleep(60))
     monkeypatch.setattr(ahead, "_PATIENCE", 0.5)
     start = time.monotonic()
-    ahead.on_disk(list(ahead.launches(_few(), False, CPU)), 90, progress)
+    with ahead.on_disk(list(ahead.launches(_few(), False, CPU)), 90, progress):
+        pass
+    with pytest.raises(KeyboardInterrupt), ahead.on_disk(list(ahead.launches(_few(), False, CPU)), 90, progress):
+        raise KeyboardInterrupt
     assert time.monotonic() - start < 30
+    assert not multiprocessing.active_children()
     monkeypatch.setattr(ahead, "compile_for", lambda *_: 1 / 0)
     made = list(ahead.launches(_few(), False, CPU))
     assert len(list(ahead._compile(made, 90, 0, 1))) == len(made)
@@ -97,16 +104,16 @@ def test_shares_are_all_of_it_and_each_kernel_is_compiled_once_in_a_process(monk
     assert len(compiled) == len(set(compiled)) < len(made)
 
 
-def test_each_is_loaded_once_and_an_error_ends_nothing(progress, monkeypatch):
+def test_what_comes_in_several_calls_is_loaded_once_and_an_error_ends_nothing(progress, monkeypatch):
     made = [launch() for launch in ahead.launches({SPLIT_FP32: list(SPLIT_FP32.cases)}, True, CPU)]
-    bound = []
+    loaded = []
 
     def compile(plan, args):
-        bound.append(_key(plan, args))
-        if len(bound) == 1:
+        loaded.append(_key(plan, args))
+        if len(loaded) == 1:
             raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(Plan, "compile", compile)
-    ahead.load((lambda launch=launch: launch for launch in made), progress)
-    assert len(bound) == len(set(bound))
-    assert set(bound) == {_key(plan, args) for plan, args in made if isinstance(plan, Plan)}
+    ahead.load(list(filter(None, ahead._new(lambda launch=launch: launch for launch in made))), progress)
+    assert len(loaded) == len(set(loaded)) < len(made)
+    assert set(loaded) == {_key(plan, args) for plan, args in made if isinstance(plan, Plan)}

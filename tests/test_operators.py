@@ -93,6 +93,15 @@ def test_every_case_is_fused_and_equal(operator, case, device):
     assert compare(operator.reference(*args), operator(*args)) is None
 
 
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=label)
+def test_one_token_is_fused(operator, device):
+    """Its rows look like a sample's: a battery must not take the one for the other."""
+    case = next(case for case in operator.cases if case.real)
+    args = case.arguments(device, tokens=1)
+    assert operator.explain(*args) == []
+    assert compare(operator.reference(*args), operator(*args)) is None
+
+
 @pytest.mark.parametrize(
     ("operator", "tier", "dtype"),
     [(o, tier, dtype) for o in OPERATORS.values() for tier in o.tiers for dtype in DTYPES[o.name]],

@@ -59,14 +59,17 @@ def _of_form(operator: Operator, form: sweeps.Form, number: int, device: torch.d
 def compile_ahead(chosen: Chosen, deep: bool, device: torch.device, progress: Progress) -> None:
     """Compile and load what will be launched on this GPU."""
     major, minor = torch.cuda.get_device_capability(device)
-    on_disk(list(launches(chosen, deep, torch.device("cpu"))), 10 * major + minor, progress)
-    load(launches(chosen, deep, device), progress)
+    with on_disk(list(launches(chosen, deep, torch.device("cpu"))), 10 * major + minor, progress):
+        distinct = list(filter(None, _new(launches(chosen, deep, device))))  # 10 s, and this process has nothing to do
+    load(distinct, progress)
 
 
-def on_disk(made_on_cpu: list[Callable[[], Launch]], capability: int, progress: Progress) -> None:
+@contextlib.contextmanager
+def on_disk(made_on_cpu: list[Callable[[], Launch]], capability: int, progress: Progress) -> Iterator[None]:
     """Compile for a GPU of this compute capability into Triton's cache, in forked processes that touch no GPU.
 
-    Not started anew: importing PyTorch takes each seconds. One that dies or hangs leaves its share to `load`.
+    They are waited for at the end of the block. Not started anew: importing PyTorch takes each seconds. One that dies
+    or hangs leaves its share to `load`.
     """
     of = min(os.cpu_count() or 1, _MOST, -(-len(made_on_cpu) // _NEIGHBOURS))
     task = progress.add_task("compiling", total=len(made_on_cpu))
@@ -84,15 +87,19 @@ def on_disk(made_on_cpu: list[Callable[[], Launch]], capability: int, progress: 
         for process in processes:
             process.start()
     os.close(writing)
-    with open(reading, "rb", buffering=0) as done:
-        while select.select([done], [], [], _PATIENCE)[0]:
-            if not (some := done.read(1 << 10)):  # no process is left that could write
-                break
-            progress.advance(task, len(some))
-    for process in processes:
-        process.kill()  # those that hang; the others have ended
-        process.join()
-    progress.remove_task(task)
+    try:
+        yield
+        with open(reading, "rb", buffering=0, closefd=False) as done:
+            while select.select([done], [], [], _PATIENCE)[0]:
+                if not (some := done.read(1 << 10)):  # no process is left that could write
+                    break
+                progress.advance(task, len(some))
+    finally:
+        for process in processes:
+            process.kill()  # those that hang; the others have ended
+            process.join()
+        os.close(reading)
+        progress.remove_task(task)
 
 
 def _compile(made_on_cpu: list[Callable[[], Launch]], capability: int, share: int, of: int) -> Iterator[None]:
@@ -117,9 +124,8 @@ def _new(made: Iterable[Callable[[], Launch]]) -> Iterator[tuple[Plan, tuple[Any
             yield None
 
 
-def load(made: Iterable[Callable[[], Launch]], progress: Progress) -> None:
+def load(distinct: list[tuple[Plan, tuple[Any, ...]]], progress: Progress) -> None:
     """Load each kernel from Triton's cache, or compile it, and build its launcher, in threads."""
-    distinct = list(filter(None, _new(made)))
     task = progress.add_task("loading", total=len(distinct))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for plan, args in distinct:

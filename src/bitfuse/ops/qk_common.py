@@ -100,7 +100,8 @@ def battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, tu
     given = named(reference, args)
     device = given["q"].device
     generator = torch.Generator(device).manual_seed(23)
-    shapes = {side: battery_shape(*given[side].shape[:2]) for side in "qk"}
+    # of one token many: tables of one sample serve all, and have a row for each token
+    shapes = {side: battery_shape(given[side].shape[0], max(2, given[side].shape[1])) for side in "qk"}
     batch = min(shape[0] for shape in shapes.values())
     for family, draw in DRAWS.items():
         found: list[Any] = []
@@ -114,8 +115,8 @@ def battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, tu
             elif t.ndim == 1:
                 drawn = draw("value", list(t.shape), t.dtype, generator, device)
             else:
-                shape = list(t.shape)
-                shape[0], shape[-2] = (batch if shape[0] > 1 else 1), (tokens if shape[-2] > 1 else 1)
+                shape, one = list(t.shape), given[name[0]].shape[1] == 1
+                shape[0], shape[-2] = (batch if shape[0] > 1 else 1), (tokens if shape[-2] > 1 or one else 1)
                 drawn = draw("value", shape, t.dtype, generator, device)
                 if family in ("live", "absorption", "special rows"):
                     angle = 1e3 * torch.randn(shape, generator=generator, device=device)
