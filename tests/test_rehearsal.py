@@ -5,6 +5,8 @@ In the interpreter there is nothing to compile, so these tests say that there is
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -56,6 +58,23 @@ def test_it_compiles_what_is_then_proved_and_nothing_shows_of_it(host, version, 
     with bitfuse.accelerate(model):  # all is proved already
         step()
     assert len(compiled) == len(first)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_threads_begin_where_one_is_not_in_the_cache(slow, model_and_step, compiled, monkeypatch):
+    model, step = model_and_step
+    threads, compile = [], Plan.compile
+
+    def noted(plan, args):
+        compile(plan, args)
+        threads.append(threading.current_thread() is threading.main_thread())
+        if slow or len(threads) == 1:  # when Triton starts up
+            time.sleep(2 * Rehearsal.AT_ONCE)
+
+    monkeypatch.setattr(Plan, "compile", noted)
+    with bitfuse.accelerate(model):
+        step()
+    assert threads == [number < 2 or not slow for number in range(len(compiled))]
 
 
 @pytest.fixture
