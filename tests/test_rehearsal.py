@@ -21,7 +21,6 @@ from bitfuse.hosts.constant import Constant
 
 pytestmark = pytest.mark.usefixtures("fresh_routes")
 HOSTS = [name for name in ("diffusers", "ltx-core") if name in seeded.installed()]
-LAYERS = 2
 
 
 @pytest.fixture
@@ -33,9 +32,9 @@ def compiled(monkeypatch):
     return found
 
 
-def build(device, host, version="2.0"):
-    """A transformer, and one step of it."""
-    geometry = replace(seeded.SMALL, host=host, version=version, layers=LAYERS)
+def build(device, host, version="2.0", **sizes):
+    """A transformer of one layer, and one step of it."""
+    geometry = replace(seeded.SMALL, host=host, version=version, layers=1, **sizes)
     model = seeded.build(geometry, device, 0)
     return model, seeded.one_step(model, seeded.make_inputs(model, geometry, device, 0))
 
@@ -82,8 +81,10 @@ def model_and_step(device):
     return build(device, HOSTS[0])
 
 
-def test_it_is_of_one_block_once(model_and_step, compiled, monkeypatch):
-    model, step = model_and_step
+def test_it_is_of_one_block_once(device, monkeypatch):
+    geometry = replace(seeded.SMALL, host=HOSTS[0], layers=2)
+    model = seeded.build(geometry, device, 0)
+    step = seeded.one_step(model, seeded.make_inputs(model, geometry, device, 0))
     rehearsed = []
     monkeypatch.setattr(Rehearsal, "__call__", lambda self, forward: rehearsed.append(self._name))
     with bitfuse.accelerate(model):
@@ -194,9 +195,7 @@ def test_on_a_gpu_all_is_compiled_in_it(device, monkeypatch, tmp_path):
     from triton import knobs
 
     # widths that no other test has, as Triton remembers kernels in the process, too
-    geometry = replace(seeded.SMALL, host=HOSTS[0], layers=LAYERS, heads=12, audio_heads=12)
-    model = seeded.build(geometry, device, 0)
-    step = seeded.one_step(model, seeded.make_inputs(model, geometry, device, 0))
+    model, step = build(device, HOSTS[0], heads=12, audio_heads=12)
     expected = step()
     compiled, after = [], []
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
