@@ -71,7 +71,7 @@ PLANS = {
             380,
         ),
     ],
-    "ranks": [  # two GPUs
+    "two-gpus": [
         Command("ranks", f"{RANKS} --tokens 6144 --json FILE", 240),
         Command("2.3-ranks", f"{RANKS} --tokens 6144 --ltx 2.3 --json FILE", 240),
     ],

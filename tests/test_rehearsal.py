@@ -5,6 +5,7 @@ In the interpreter there is nothing to compile, so these tests say that there is
 
 from __future__ import annotations
 
+import collections
 import threading
 import time
 from dataclasses import replace
@@ -130,6 +131,29 @@ def test_not_where_a_hook_would_be_called_twice(model_and_step, compiled):
     assert (len(called), compiled) == (1, [])
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_hook_of_all_modules_hears_what_it_hears_of_stock(host, device, compiled):
+    model, step = build(device, host)
+    heard = collections.Counter()
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: heard.update([module]))
+    try:
+        expected = step()
+        of_stock = heard.copy()
+        heard.clear()
+        with bitfuse.accelerate(model):
+            assert [bitfuse.compare(*pair) for pair in zip(expected, step(), strict=True)] == [None, None]
+    finally:
+        hook.remove()
+    assert heard == of_stock
+    assert compiled == []
+
+
+def test_a_trace_hears_the_real_call_only(model_and_step, compiled):
+    model, step = model_and_step
+    assert bitfuse.trace(step, step, [()], model=model, around_b=lambda: bitfuse.accelerated(model)) is None
+    assert compiled == []
+
+
 def test_not_where_a_module_of_the_block_may_be_anybodys(model_and_step, compiled):
     model, step = model_and_step
     stock = model.transformer_blocks[0].attn2.processor
@@ -167,6 +191,16 @@ def test_observers_see_the_real_call_only(model_and_step, compiled):
             site.observers += (lambda site, *_: seen.append(site.name),)
         step()
         assert sorted(seen) == sorted(site.name for site in handle.sites)
+    assert compiled
+
+
+def test_it_is_not_timed(model_and_step, compiled, monkeypatch):
+    model, step = model_and_step
+    marks, mark = [], patch._mark
+    monkeypatch.setattr(patch, "_mark", lambda device: marks.append(1) or mark(device))
+    with bitfuse.accelerate(model) as handle:
+        handle.report(time_share_of=step)
+        assert len(marks) == 2 * len(handle.sites)
     assert compiled
 
 

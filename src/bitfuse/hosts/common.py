@@ -17,7 +17,7 @@ from torch import Tensor
 from bitfuse import contract, proof
 from bitfuse.contract import Operator, Plan
 from bitfuse.hosts import patch
-from bitfuse.hosts.patch import Handle, Site, Swapped
+from bitfuse.hosts.patch import Handle, Site, Swapped, hooked_everywhere
 
 Ada = tuple[Tensor, Tensor | None]  # an AdaLN value [B, T or 1, D] and the table row [D] that is added to it
 
@@ -89,14 +89,16 @@ class Values:
 
 
 class Quiet:
-    """Called, whether nobody else is called in the block: no module has a hook, a forward of its own, or was replaced
-    since the block was taken over."""
+    """Called, whether nobody else is called in the block: no module has a hook or a forward of its own, nor have all
+    (as while `bitfuse.trace` listens), and none was replaced since the block was taken over."""
 
     def __init__(self, block: Any):
         self._attributes = [module.__dict__ for module in block.modules()]
         self._children = [child for d in self._attributes for child in d["_modules"].values()]
 
     def __call__(self) -> bool:
+        if hooked_everywhere() or torch.nn.Module.__call__ is not torch.nn.Module._wrapped_call_impl:
+            return False
         if any(d["_forward_hooks"] or d["_forward_pre_hooks"] or "forward" in d for d in self._attributes):
             return False
         children = [child for d in self._attributes for child in d["_modules"].values()]

@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _has_any_global_hook as hooked_everywhere  # register_module_forward_hook, say
 
 from bitfuse.audit import Auditor
 from bitfuse.contract import Operator, Plan, Route
@@ -37,7 +38,8 @@ def source_hash(fn: Callable) -> str | None:
 def hooked(module: Any) -> bool:
     """Whether somebody is called when this module is, or instead of it: torch's hooks, or a replaced forward."""
     found = module.__dict__
-    return bool(found["_forward_hooks"] or found["_forward_pre_hooks"] or "forward" in found)
+    own = found["_forward_hooks"] or found["_forward_pre_hooks"] or "forward" in found
+    return bool(own or hooked_everywhere())
 
 
 def named(kind: type) -> str:
@@ -415,7 +417,8 @@ def measure(sites: list[Site], run: Callable[[], Any]) -> Times:
     spans: list[tuple[str, torch.device, Any, Any]] = []
 
     def timed(site: Site, operator: Operator, x: Any, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or rehearsing is not None or capturing:
             return Site.call(site, operator, x, *args)
         start = _mark(x.device)
         result = Site.call(site, operator, x, *args)
