@@ -96,8 +96,8 @@ def test_every_case_is_fused_and_equal(operator, case, device):
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=label)
 def test_one_token_is_fused(operator, device):
     """Its rows look like a sample's: a battery must not take the one for the other."""
-    case = next(case for case in operator.cases if case.real)
-    args = case.arguments(device, tokens=1)
+    of_hosts = (case.arguments(device, tokens=1) for case in operator.cases if case.real)
+    args = min(of_hosts, key=lambda args: args[0].numel())
     assert operator.explain(*args) == []
     assert compare(operator.reference(*args), operator(*args)) is None
 
