@@ -329,7 +329,7 @@ _NO_GATE = (None, None)
 
 def accelerate(model: Any, handle: Handle, host: str) -> None:
     """Give every block of a transformer the forward above, noting each site in the handle."""
-    values = Values()
+    values = Values()  # and no Rehearsal: with several ranks, what they exchange in a block would be exchanged twice
     for index, block in enumerate(model.transformer_blocks):
         name, modulated = f"transformer_blocks.{index}", getattr(block, "cross_attention_adaln", False)
         reason = next(_why_left_alone(block, host), None)
