@@ -124,7 +124,7 @@ def _run(request: Request, call: dict[str, Any], device: torch.device, out: Path
 
     divergence = None
     if request.trace and not all(row["equal"] for row in (*rows, *decoded.values())):
-        kept = {"keep_text": request.keep_text}
+        kept: dict[str, Any] = {"keep_text": request.keep_text}
         divergence = _traced(subject, request, lambda: bitfuse.accelerated(subject.target, **kept))
 
     films = comparison_page.write_films(out, stock, fused, subject.frame_rate, subject.sample_rate)

@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 
 from bitfuse import proof
 from bitfuse.kernel import EXACT, Kernel, interpreting
+from bitfuse.originals import called_by
 from bitfuse.proof import Outputs
 
 _ROUTES_KEPT = 4096  # layouts remembered per operator; a render uses a dozen
@@ -328,6 +329,12 @@ class Operator:
                 _remember(self._routes, key, route)
         return route
 
+    routed = route
+
+    @functools.cached_property
+    def originals(self) -> tuple:
+        return called_by(self.reference)
+
     def explain(self, *args: Any) -> list[str]:
         """All reasons why a call with these arguments would run the reference; empty when it would be fused."""
         reason = self.route(*args).reason
@@ -434,8 +441,8 @@ class Operator:
             mismatch, final = verdict.mismatch or mismatch, final and verdict.final
         return Route(self.reference, "; ".join(passed_over), mismatch), final
 
-    def rehearse(self, take: Callable[[Plan, tuple[Any, ...]], object], args: tuple[Any, ...]) -> Any:
-        """Run the reference. A kernel that `route` would prove for these arguments is given to `take`, as a launch."""
+    def rehearse(self, take: Callable[[Plan, tuple[Any, ...]], object], args: tuple[Any, ...]) -> None:
+        """Give `take` the kernel that `route` would prove for these arguments, as a launch, where there is one."""
         tier = self.tiers[0]
         plan = next(self._reasons(args), None) or tier.plan(*args)
         if isinstance(plan, Plan) and proof.known(self, tier, plan.signature(args)) is None:
@@ -444,7 +451,6 @@ class Operator:
                 _, small = next(iter(self.battery(*args)))
                 if isinstance(plan := tier.plan(*small), Plan):
                     take(plan, small)
-        return self.reference(*args)
 
     def _runner(self, plan: Plan, args: tuple[Any, ...]) -> Callable[..., Any]:
         device = args[0].device

@@ -2,9 +2,9 @@
 
 A replay launches what a capture recorded: the same kernels on the same addresses. So it is right only while all
 that the forward's Python code looked at is as it was. Here that is the call's key (forms of tensors, values of
-everything else, PyTorch's settings) and a watch over the model (weights, hooks, modes, LoRA scales); whatever they
-can't cover runs the forward itself, for a reason that is a sentence. Each graph is compared with the forward, bit
-for bit, before a result of it is handed out.
+everything else, PyTorch's settings) and a watch over the model (weights, hooks, modes, LoRA scales, the functions
+that it may call); whatever they can't cover runs the forward itself, for a reason that is a sentence. Each graph is
+compared with the forward, bit for bit, before a result of it is handed out.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import dataclasses
 import functools
 import gc
 import inspect
+import sys
 import threading
+import types
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -28,6 +30,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _has_any_global_hook
 
 from bitfuse import contract, proof
+from bitfuse.swap import Forward, plain
 
 _HOST_ELEMENTS = 64  # a CPU tensor of up to so many is a value, like a float: a mask of samples, a noise level
 _KEYS_KEPT = 256  # keys remembered, most of them without a graph
@@ -299,7 +302,8 @@ class _Watch:
     and lists kept so (but those of LoRA and of attention processors), state outside the model. It holds the modules
     below the model, but not the model: a handle, which may be kept globally, holds the watch.
 
-    reason    why no graph may be used for the model as it is, or None
+    reason       why no graph may be used for the model as it is, or None
+    functions    those that its forward may call
     """
 
     def __init__(self, model: nn.Module, own: object, holds: Callable[[Tensor], bool]):
@@ -308,6 +312,7 @@ class _Watch:
         self._holds = holds
         self.reason = next(self._why_not(named, own, holds), None)
         self._saved: list[list] = []
+        self.functions = _Functions(module for _, module in named)
         if any(isinstance(module, torch.jit.ScriptModule) for _, module in named):  # these keep nothing in a __dict__
             return
         self._below = [module for _, module in named[1:]]
@@ -394,7 +399,7 @@ class _Watch:
             if module._forward_hooks or module._forward_pre_hooks:
                 yield f"{name} has a forward hook"
             forward = attributes.get("forward")
-            if not (forward is None or forward is own or _is_plain(module)):
+            if not (forward is own or isinstance(forward, Forward) or plain(module)):
                 yield f"the forward of {name} was replaced"
             if getattr(module, "_compiled_call_impl", None) is not None:
                 yield f"{name} is compiled by torch.compile"
@@ -415,10 +420,54 @@ def _is_value(v: Any) -> bool:
     return type(v) in _VALUES or (isinstance(v, tuple) and all(type(item) in _VALUES for item in v))
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether its forward is its class's: also where that was made an attribute, as removing a hook does."""
-    forward = module.__dict__.get("forward")
-    return forward is None or forward == type(module).forward.__get__(module)
+class _Functions:
+    """The functions that a model's forward may call, by identity: a capture recorded what those of its time did.
+
+    Those of PyTorch that are commonly patched, of the classes of the model's modules and processors, and of the Python
+    modules in which these are defined. 3,000 are looked at in 0.1 ms.
+    """
+
+    KEPT = 16  # states remembered, with the functions in them: only of what lives is an identity worth something
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        kinds: dict[type, None] = {}
+        for module in modules:
+            kinds |= dict.fromkeys(type(module).__mro__[:-1])
+            if (processor := module.__dict__.get("processor")) is not None:
+                kinds |= dict.fromkeys(type(processor).__mro__[:-1])
+        homes = {kind.__module__ for kind in kinds}
+        homes |= {
+            v.__module__ for home in homes for v in _namespace(home).values() if isinstance(v, types.FunctionType)
+        }
+        homes |= {"torch", "torch.nn.functional"}
+        owners: list[Any] = [*map(vars, (*kinds, Tensor)), *(_namespace(home) for home in homes if home)]
+        self._found: list[tuple[Any, tuple[str, ...]]] = []
+        for namespace in owners:
+            names = tuple(name for name, value in namespace.items() if callable(value) or isinstance(value, _WRAPPED))
+            self._found.append((namespace, names))
+        self._states: OrderedDict[int, list] = OrderedDict()
+        self._number = 0
+
+    def state(self) -> int:
+        """A number for what they are now: the same one whenever they are that."""
+        now: list[Any] = [value for namespace, names in self._found for value in map(namespace.get, names)]
+        now += [value.__code__ for value in now if type(value) is types.FunctionType]
+        now += [len(namespace) for namespace, _ in self._found if type(namespace) is not dict]  # a class's
+        for number, then in reversed(self._states.items()):
+            if now == then:
+                return number
+        self._number += 1
+        self._states[self._number] = now
+        if len(self._states) > self.KEPT:
+            self._states.popitem(last=False)
+        return self._number
+
+
+_WRAPPED = (staticmethod, classmethod, property)
+
+
+def _namespace(module: str) -> dict[str, Any]:
+    return getattr(sys.modules.get(module), "__dict__", {})
 
 
 # -- the forward --------------------------------------------------------------------------------------------------
@@ -446,6 +495,20 @@ class _Entry:
     graph: _Graph | None = None
 
 
+@dataclasses.dataclass
+class Counts:
+    """What a `GraphedForward` did, which a report may ask for when the model is gone.
+
+    reasons     why calls ran without a graph, and how many for each reason
+    replays     calls answered by a replay
+    captures    graphs captured
+    """
+
+    reasons: Counter[str] = dataclasses.field(default_factory=Counter)
+    replays: int = 0
+    captures: int = 0
+
+
 class GraphedForward:
     """`forward`, through a CUDA graph where that can't change a bit of the result.
 
@@ -459,14 +522,12 @@ class GraphedForward:
     on_capture       called with (args, kwargs) before a capture, for a host that prepares what the graph will read
     before_replay    called with (args, kwargs) after that and before each replay, to refresh such things in place
     settings         whatever else kernels are chosen by in the host, as a hashable value: part of the key
+    complete         given all arguments by their names, returns further ones, which the forward would otherwise make
+                     itself in a way that can't be captured (on the CPU, say)
     prelude          makes what notes the parts of a forward that need no replay while their inputs are the same, and
                      hands them to the capture: `bitfuse.hosts.constant.Prelude`
 
     `on_capture` and `before_replay` may return a sentence: why this call is to run without a graph.
-
-    reasons     why calls ran without a graph, and how many for each reason
-    replays     calls answered by a replay
-    captures    graphs captured
     """
 
     def __init__(
@@ -479,18 +540,17 @@ class GraphedForward:
         *,
         after: int = 1,
         settings: Callable[[], Hashable] | None = None,
+        complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         prelude: Callable[[], Any] | None = None,
     ):
         if limit < 1 or after < 1:
             raise ValueError(f"limit is {limit} and after is {after}; both must be at least 1")
-        self.reasons: Counter[str] = Counter()
-        self.replays = 0
-        self.captures = 0
-        self._model = weakref.ref(model)
+        self.counts = Counts()
+        self._model = weakref.ref(model, functools.partial(_gone, weakref.ref(self)))
         self._forward = forward
         self._limit, self._after = limit, after
         self._on_capture, self._before_replay, self._host_settings = on_capture, before_replay, settings
-        self._prelude = prelude
+        self._complete, self._prelude = complete, prelude
         self._names = list(inspect.signature(forward).parameters)
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
         self._watch: _Watch | None = None
@@ -499,6 +559,18 @@ class GraphedForward:
         self._news: str | None = None  # how the model has changed since the call before, if so
         self._lock = threading.Lock()
         self._cuda = _Cuda()
+
+    @property
+    def reasons(self) -> Counter[str]:
+        return self.counts.reasons
+
+    @property
+    def replays(self) -> int:
+        return self.counts.replays
+
+    @property
+    def captures(self) -> int:
+        return self.counts.captures
 
     @property
     def graphs(self) -> int:
@@ -522,7 +594,8 @@ class GraphedForward:
     def retire(self, reason: str) -> None:
         """Use no graph any more, for this reason."""
         self._retired = reason
-        self.reset()
+        if not self._lock.locked():  # else the call that is under way drops them at its end
+            self.reset()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """In a copy or a pickle of its model, the forward of the class: that one is a plain model."""
@@ -534,15 +607,20 @@ class GraphedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # the compiler gets the forward itself, and no counting in its graph
             return self._forward(*args, **kwargs)
-        if not self._lock.acquire(blocking=False):
+        if self._lock.locked():
             return self._eagerly("another call of this model is under way", args, kwargs)
-        try:
-            call = self._look(args, kwargs)
-            if isinstance(call, str):
-                return self._eagerly(call, args, kwargs, alone=True)
-            return self._run(call, args, kwargs)
-        finally:
-            self._lock.release()
+        with self._lock:  # not acquired and released by hand: Ctrl-C between two lines would leave it held
+            if self._complete is not None and self._retired is None:
+                given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+                kwargs = {**kwargs, **self._complete(given)}
+            try:
+                call = self._look(args, kwargs)
+                if isinstance(call, str):
+                    return self._eagerly(call, args, kwargs, alone=True)
+                return self._run(call, args, kwargs)
+            finally:
+                if self._retired is not None:
+                    self._drop_all()
 
     # Below, the lock is held, but in `_eagerly` where it says so.
 
@@ -575,7 +653,8 @@ class GraphedForward:
         if self._watch.devices - {parts.tensors[0].device}:
             return f"{parts.names[0]} is on {parts.tensors[0].device} and the weights are not"
         settings = self._host_settings() if self._host_settings else None
-        key = (len(args), tuple(kwargs), tuple(parts.key), _settings(), settings)
+        functions = self._watch.functions.state()
+        key = (len(args), tuple(kwargs), tuple(parts.key), _settings(), settings, functions)
 
         def rebuild(tensors: list[Tensor]) -> tuple[tuple, dict]:
             return tuple(part(tensors) for part in by_position), {n: part(tensors) for n, part in by_name.items()}
@@ -607,7 +686,7 @@ class GraphedForward:
             reason = self._before_replay(args, kwargs) if self._before_replay else None
             if reason:
                 return self._eagerly(reason, args, kwargs, alone=True)
-            self.replays += 1
+            self.counts.replays += 1
             return self._replay(entry.graph, call)
         entry.calls += 1
         if entry.calls <= entry.wait:
@@ -711,7 +790,7 @@ class GraphedForward:
                 self._cuda.wait(call.device)
                 for one in captured:
                     self._cuda.drop(one)
-        self.captures += 1
+        self.counts.captures += 1
         while self.graphs > self._limit:  # after the capture, so that the pool is never empty in between
             oldest = next(e for e in self._entries.values() if e.graph)
             self._drop(oldest)
@@ -755,32 +834,48 @@ def _without_addresses(key: list) -> list:
     return [part[:-1] if type(part) is tuple and part and isinstance(part[0], torch.dtype) else part for part in key]
 
 
-def graph_forward(model: nn.Module, handle: Any, **options: Any) -> GraphedForward:
-    """Make a module's forward a `GraphedForward` until the handle is restored; `options` are those of that class.
+def _gone(reference: weakref.ref, _: object) -> None:
+    """The model is gone: its graph drops what it watches of it, and its memory."""
+    graph = reference()
+    if graph is not None:
+        graph.retire("the model is gone")
 
-    The module keeps it as an attribute of its own. Where there is one already (a hook, offloading) that stays, and
-    the result only says so.
+
+def graph_forward(model: nn.Module, handle: Any, **options: Any) -> GraphedForward:
+    """Run a module's forward through a `GraphedForward` until the handle is restored; `options` are that class's.
+
+    It goes inside a forward of ours that stands in the module and has room for it (`hosts.common.ModelForward`), else
+    it becomes an attribute of the module's own. Where there is another one already (a hook, offloading) that stays,
+    and the result only says so.
     """
     own, reference = type(model).forward, weakref.ref(model)  # a module that holds its own method is a cycle
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return own(reference(), *args, **kwargs)
+        module: Any = reference()
+        return type(module).forward(module, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(own.__get__(model))  # type: ignore[attr-defined]
     replay = GraphedForward(model, forward, **options)
-    handle.graphs.append(replay)
-    if not _is_plain(model):
+    handle.add_graph(replay)
+    around = model.__dict__.get("forward")
+    if isinstance(around, Forward) and hasattr(around, "inner"):
+        around.inner = replay
+    elif plain(model):
+        functools.update_wrapper(replay, forward)
+        model.forward = replay
+    else:
         replay.retire("the forward of the model was replaced before bitfuse came (a hook, or offloading)")
         return replay
-    functools.update_wrapper(replay, forward)
-    model.forward = replay
+    placed = weakref.ref(replay)
 
     def undo() -> None:
-        module = reference()
-        if module is not None and module.__dict__.get("forward") is replay:  # somebody else's, set since, stays
+        module, found = reference(), placed()
+        if found is None:
+            return
+        found.retire("bitfuse was restored")
+        if module is not None and module.__dict__.get("forward") is found:  # somebody else's, set since, stays
             del module.forward
-        replay.retire("bitfuse was restored")
 
     handle.on_restore(undo)
     return replay

@@ -79,7 +79,7 @@ def stock_twice_then_fused(
     denoise: Callable[[str, Callable[[], None]], Denoising],
     steps: int,
     console: Console,
-    **options: bool,
+    **options: Any,
 ) -> tuple[Denoising, Denoising, bitfuse.Report]:
     """The second stock run, the accelerated one, and the report of its sites; CannotRun if stock is not fit for it.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import logging
@@ -11,10 +10,12 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from bitfuse.hosts.patch import Handle, Options, named
+from bitfuse.hosts.patch import Handle, Options, Site, lock
+from bitfuse.swap import named
 
 _log = logging.getLogger("bitfuse")
-# An adapter has NAME, transformers(target) -> list of models to be accelerated, and accelerate(model, handle).
+# An adapter has NAME, transformers(target) -> list of models to be accelerated, accelerate(model, handle), and
+# unrecognised(target) -> sentences by the name of each part in which there should be a model and none was found.
 # By a module of the host that has been imported where there is a model of it.
 _ADAPTERS = {
     "diffusers": "diffusers",
@@ -61,57 +62,112 @@ def accelerate(
     TypeError for any other target.
     """
     options = Options(strict=strict, cuda_graph=cuda_graph, keep_text=keep_text, audit=audit, require=require)
-    return _accelerate(target, options)
+    return _begin(target, options)
 
 
-def accelerated(target: Any, **options: Any) -> contextlib.AbstractContextManager[Handle]:
+def accelerated(
+    target: Any,
+    *,
+    strict: bool = False,
+    cuda_graph: bool = False,
+    keep_text: bool = False,
+    audit: int | None = None,
+    require: Sequence[str] = (),
+) -> Accelerated:
     """`with bitfuse.accelerated(pipe) as handle: ...`: accelerate, and restore at the end of the block.
 
-    options    those of `accelerate`
+    The parameters are those of `accelerate`.
 
-    Inside an acceleration that is already in force it changes nothing, and leaves that one in force.
+    Inside an acceleration that is already in force, whatever its options, it changes nothing. Several threads may be
+    inside such blocks of one model: the last one to leave restores it, and none where `accelerate` was called.
     """
-    wanted = Options(**options)
-    outer = next((_active[model] for model in _find(target)[1] if model in _active), None)
-    return _accelerate(target, wanted) if outer is None else contextlib.nullcontext(outer)
+    options = Options(strict=strict, cuda_graph=cuda_graph, keep_text=keep_text, audit=audit, require=require)
+    return Accelerated(target, options)
 
 
-def _accelerate(target: Any, options: Options) -> Handle:
+class Accelerated:
+    """The context manager that `accelerated` returns."""
+
+    def __init__(self, target: Any, options: Options):
+        self._target, self._options = target, options
+        self._handle: Handle | None = None
+
+    def __enter__(self) -> Handle:
+        self._handle = _begin(self._target, self._options, user=self)
+        return self._handle
+
+    def __exit__(self, *exception: object) -> None:
+        handle = self._handle
+        if handle is None:
+            return
+        with lock:
+            handle.users.discard(self)
+            last = not handle.users and not handle.pinned
+        if last:
+            handle.restore()
+        self._handle = None
+
+
+def _begin(target: Any, options: Options, user: Accelerated | None = None) -> Handle:
+    """The handle in force, or a new one, for as long as the user is inside its block; without one, until restored.
+
+    The options of an acceleration in force need not be a user's.
+    """
     adapter, models = _find(target)
     if adapter is None:
         raise TypeError(f"target is a {named(type(target))}; accepted: {_ACCEPTED}")
+    made: Handle | None = None
+    try:
+        with lock:
+            handle = _in_force(models, options, any_part=user is not None)
+            if handle is None:
+                handle = made = Handle(adapter.NAME, options)
+                _take_over(adapter, target, models, handle)
+            if user is None:
+                handle.pinned = True
+            else:
+                handle.users.add(user)  # held weakly: one that never came to be inside is gone by itself
+            return handle
+    except BaseException:  # an interrupt too, at whichever line: all or nothing
+        if made is not None:
+            made.finish()
+        raise
+
+
+def _in_force(models: list[Any], options: Options, any_part: bool) -> Handle | None:
+    """The handle of these models, if they have one. ValueError where only some have, or where it has other options."""
+    for ended in {_active[model] for model in models if model in _active and not _active[model].on}:
+        ended.finish()  # restored while a forward was under way, which may go on: it is right either way
     handles = {_active.get(model) for model in models}
+    if any_part:
+        return next((handle for handle in handles if handle is not None), None)
     if len(handles) > 1:
         done = " and ".join(type(model).__name__ for model in models if model in _active)
         raise ValueError(
             f"a part of target is accelerated already, without the rest: {done}; restore() that, then accelerate it all"
         )
-    handle = handles.pop()
-    if handle is not None:
-        if handle.options != options:
-            raise ValueError(
-                f"the model is accelerated already, with {handle.options}; given {options}; "
-                "restore() the first handle before"
-            )
-        return handle
+    found = handles.pop()
+    if found is not None and found.options != options:
+        raise ValueError(
+            f"the model is accelerated already, with {found.options}; given {options}; "
+            "restore() the first handle before"
+        )
+    return found
 
-    handle = Handle(adapter.NAME, options)
+
+def _take_over(adapter: Any, target: Any, models: list[Any], handle: Handle) -> None:
     handle.on_restore(functools.partial(_forget, handle))
-    try:
-        for model in models:
-            adapter.accelerate(model, handle)
-            _active[model] = handle
-        handle.watch_sites()
-    except BaseException:
-        handle.restore()
-        raise
+    for model in models:
+        _active[model] = handle
+        adapter.accelerate(model, handle)
+    handle.sites += [Site(name, "none", reason) for name, reason in adapter.unrecognised(target).items()]
+    handle.watch_sites()
     _log.info(
         "bitfuse: %d of %d sites taken over in %s; handle.restore() or BITFUSE=0 switches it off",
         sum(site.declined is None for site in handle.sites),
         len(handle.sites),
         adapter.NAME,
     )
-    return handle
 
 
 def _forget(handle: Handle) -> None:
@@ -129,6 +185,7 @@ def _find(target: Any) -> tuple[Any, list[Any]]:
             found = importlib.import_module(f"bitfuse.hosts.{adapter}")
         except ImportError:  # a version without LTX-2, or without something that it needs
             continue
-        if models := found.transformers(target):
+        models = list({id(model): model for model in found.transformers(target)}.values())  # each once
+        if models:
             return found, models
     return None, []

@@ -1,13 +1,17 @@
-"""What the adapters share: a block's forward, AdaLN values and second CUDA stream; a rotary function's check."""
+"""What the adapters share: the forwards that stand in a model, AdaLN values, a second CUDA stream, a rotary check."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
 import os
+import sys
+import threading
 import time
+import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,9 +19,10 @@ import torch
 from torch import Tensor
 
 from bitfuse import contract, proof
-from bitfuse.contract import Operator, Plan
-from bitfuse.hosts import patch
-from bitfuse.hosts.patch import Handle, Site, Swapped, hooked_everywhere
+from bitfuse.contract import Operator, Plan, Route
+from bitfuse.hosts.patch import COMPILING, Handle, Site
+from bitfuse.originals import Originals, is_own, source_of
+from bitfuse.swap import Forward, hooked, hooked_everywhere, named, plain
 
 Ada = tuple[Tensor, Tensor | None]  # an AdaLN value [B, T or 1, D] and the table row [D] that is added to it
 
@@ -29,45 +34,258 @@ def modulation(scale: Ada, shift: Ada) -> tuple[Tensor, Tensor, Tensor | None, T
     return scale[0], shift[0], scale[1], shift[1]
 
 
-class State:
-    """What a block carries, as `_bitfuse`, while it is accelerated.
+ENDED = "the acceleration was restored"
 
-    sites        its sites, by their names in it
-    rehearsal    for before its next call
+
+class Model:
+    """What the forwards that stand in one accelerated model share.
+
+    left_out    the functions of the host and of PyTorch that the forwards of ours leave out: (owner, name, what
+                sentences call it). Whether each is still the one that was read is looked at once per forward of the
+                whole model, and else at each call of a part
     """
 
-    sites: dict[str, Site]
-    rehearsal: Rehearsal | None = None
+    def __init__(self, handle: Handle, left_out: Iterable[tuple[Any, str, str]]):
+        self.handle = handle
+        self._originals = Originals(left_out)
+        self._foreign = self._find_foreign()
+        self._here = threading.local()  # .forward: the latest of this thread, which may be over
+        self._forwards: list[_UnderWay] = []
+        handle.models.append(self)
 
-    def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why the host's own forward must run for these arguments."""
+    @property
+    def under_way(self) -> bool:
+        """Whether a forward of the whole model is under way, in any thread."""
+        return any(forward.lock.locked() for forward in tuple(self._forwards))
+
+    def begin(self, forward: _UnderWay) -> None:
+        """Note a forward of the whole model, whose lock is held for as long as it is under way.
+
+        A lock, since nothing else is sure to be given back when Ctrl-C comes between two lines.
+        """
+        self._forwards.append(forward)
+        forward.reason = self._look()
+        self._here.forward = forward
+
+    def end(self) -> None:
+        """Forget the forwards that are over. A restore that has waited for them takes effect."""
+        for forward in tuple(self._forwards):
+            if not forward.lock.locked():
+                with contextlib.suppress(ValueError):  # another thread was quicker
+                    self._forwards.remove(forward)
+        self.handle.settle()
+
+    def why_stock(self) -> str | None:
+        """Why a part called now must be the host's own; `ENDED` is a reason that nobody is told."""
+        forward = getattr(self._here, "forward", None)
+        return forward.reason if forward is not None and forward.lock.locked() else self._look()
+
+    def _look(self) -> str | None:
+        if not self.handle.on:
+            return ENDED
+        replaced = self._originals.difference()
+        if replaced is None and self._foreign is None:
+            return None
+        if (foreign := self._find_foreign()) is not None:
+            return f"{foreign} was replaced: what stands there is not the code that bitfuse stands in for"
+        self._originals, self._foreign = Originals(self._originals.entries), None  # the own ones are back
+        return None
+
+    def _find_foreign(self) -> str | None:
+        """What the first of the functions that is not its own package's is called; None: all are."""
+        return next((label for owner, name, label in self._originals.entries if not own(owner, name)), None)
+
+
+class _UnderWay:
+    """A forward of the whole model. `lock` is held meanwhile; `reason`: why the host's own code is to run in it."""
+
+    __slots__ = ("lock", "reason")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.reason: str | None = None
+
+
+class ModelForward(Forward):
+    """In place of a whole transformer's forward: it looks once at all that its parts depend on, then runs the host's.
+
+    inner    called instead of the host's own, where there is one: a `bitfuse.graphs.GraphedForward`
+    """
+
+    __slots__ = ("inner", "model")
+
+    def __init__(self, module: Any, model: Model):
+        super().__init__(module)
+        self.model = model
+        self.inner: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.stock(*args, **kwargs)
+        forward = _UnderWay()
+        try:
+            with forward.lock:
+                self.model.begin(forward)
+                run = self.inner if self.inner is not None and forward.reason is not ENDED else self.stock
+                return run(*args, **kwargs)
+        finally:
+            self.model.end()
+
+    @classmethod
+    def install(cls, module: Any, model: Model) -> None:
+        """Where a hook stands already it stays, and each part looks by itself."""
+        if plain(module):
+            model.handle.put(module, "forward", cls(module, model))
+
+
+class Part(Forward):
+    """Base of what stands in place of the forward of a part: a block, an attention, an activation.
+
+    `fused` restates the host's forward with operators; `why_stock` says why it may not run.
+    """
+
+    __slots__ = ("model", "sites")
+    sites: Sequence[Site]
+
+    def __init__(self, module: Any, model: Model, sites: Sequence[Site] = ()):
+        super().__init__(module)
+        self.model, self.sites = model, sites
+
+    def fused(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
+    def why_stock(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why the host's own forward must run for these arguments."""
+        return None
 
-class Block(Swapped):
-    """First base of a block with its elementwise chains fused, whose second base is the host's own.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.stock(*args, **kwargs)
+        module = self.module
+        reason = self.model.why_stock()
+        if reason is None:
+            reason = self._another(module) or self.why_stock(module, args, kwargs)
+        if reason is None:
+            return self.fused(module, *args, **kwargs)
+        if reason is not ENDED:
+            for site in self.sites:
+                site.fall(reason)
+        return type(module).forward(module, *args, **kwargs)
 
-    `_bitfuse` is a `State`. Our forward is `_forward(state, *args, **kwargs)`.
+    def _another(self, module: Any) -> str | None:
+        if type(module).forward is self.own:
+            return None
+        return f"the forward of {named(type(module))} was replaced meanwhile"
+
+
+class Block(Part):
+    """Base of a block's. `named_sites` are its sites by their names in it; `rehearsal` is for its next call."""
+
+    __slots__ = ("named_sites", "rehearsal")
+
+    def __init__(self, module: Any, model: Model, sites: dict[str, Site]):
+        super().__init__(module, model, tuple(sites.values()))
+        self.named_sites = sites
+        self.rehearsal: Rehearsal | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        rehearsal, self.rehearsal = self.rehearsal, None
+        if rehearsal is None or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        return rehearsal(lambda: super(Block, self).__call__(*args, **kwargs))
+
+
+def own(owner: Any, name: str) -> bool:
+    """Whether the function that stands under this name comes from the package of its owner, a module or a class: a
+    wrapper that somebody has put there does not, nor does a function whose code was replaced."""
+    package = (owner.__name__ if isinstance(owner, types.ModuleType) else owner.__module__).partition(".")[0]
+    found = inspect.getattr_static(owner, name)
+    found = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
+    if not isinstance(found, types.FunctionType):
+        names = {name, name.strip("_")}  # torch.Tensor.__neg__ is TensorBase.neg
+        return any(is_own(found, sys.modules[package], name) for name in names)
+    home = getattr(sys.modules.get(package), "__path__", ())
+    inside = any(found.__code__.co_filename.startswith(f"{folder}{os.sep}") for folder in home)
+    return inside and source_of(found) is not None
+
+
+def left_out(entries: Iterable[tuple[Any, str, str]], operators: Iterable[Operator]) -> Iterable[tuple[Any, str, str]]:
+    """The functions (owner, name, what sentences call it) that a host's forwards leave out when these operators run."""
+    found = {(id(owner), name): (owner, name, label) for owner, name, label in _CALLING_A_MODULE}
+    for used in operators:
+        of_others = (entry for entry in used.originals if not entry[2].startswith("bitfuse."))
+        found |= {(id(owner), name): (owner, name, label) for owner, name, label in of_others}
+    found |= {(id(owner), name): (owner, name, label) for owner, name, label in entries}
+    return found.values()
+
+
+# How a module is called: a norm, say, that is not called when it is fused.
+_CALLING_A_MODULE = [
+    (torch.nn.Module, name, f"torch.nn.Module.{name}") for name in ("__call__", "_call_impl", "_wrapped_call_impl")
+]
+_CALLING_A_MODULE.append((torch.nn.RMSNorm, "forward", "torch.nn.RMSNorm.forward"))
+
+
+class Norms:
+    """The norms of a block that are not called when they are fused: whether each is still as it was taken over.
+
+    It is looked at before each call of the block, so it is kept as plain comparisons: 8 norms take 2 us.
     """
 
-    _bitfuse: State
-    _forward: Any
+    def __init__(self, block: Any, names: Iterable[str]):
+        self._norms = [
+            (name, norm, norm.__dict__, type(norm), norm.eps) for name in names for norm in [getattr(block, name)]
+        ]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # a hook that wrapped this method may still call it when the block is stock again, or in a copy of it
-        state = self.__dict__.get("_bitfuse")
-        if state is not None and not torch.compiler.is_compiling():
-            reason = state.why_stock(self, args, kwargs)
-            if reason is None:
-                if state.rehearsal is not None:
-                    rehearsal, state.rehearsal = state.rehearsal, None
-                    rehearsal(lambda: self._forward(state, *args, **kwargs))
-                return self._forward(state, *args, **kwargs)
-            for site in state.sites.values():
-                site.fall(reason)
-        own = type(self)
-        stock: Any = own.__bases__[1] if issubclass(own, Block) else own
-        return stock.forward(self, *args, **kwargs)
+    def changed(self, block: Any) -> str | None:
+        """Why the norms must be called, if so."""
+        children = block._modules
+        for name, norm, attributes, kind, eps in self._norms:
+            if children.get(name) is not norm or type(norm) is not kind or attributes.get("eps") != eps:
+                return f"{name} was replaced or changed meanwhile"
+            if attributes["_parameters"].get("weight") is not None or attributes["_parameters"].get("bias") is not None:
+                return f"{name} has got a weight meanwhile"
+            if attributes.get("weight") is not None or attributes.get("bias") is not None:
+                return f"{name} has got a weight meanwhile"
+            if hooked(norm):
+                return f"a hook is attached to {name}, which is not called when it is fused"
+        return None
+
+
+def models_in(parts: Iterable[Any], kind: type) -> list[Any]:
+    """The models of this class among these parts, or inside them: in torch.compile's module, PeftModel, DDP or another
+    wrapper, which may be a module or hold one as an attribute. Each once."""
+    found: dict[int, Any] = {}
+    for part in parts:
+        held = [part] if isinstance(part, torch.nn.Module) else vars(part).values() if hasattr(part, "__dict__") else ()
+        for module in held:
+            if isinstance(module, torch.nn.Module):
+                found |= {id(model): model for model in module.modules() if isinstance(model, kind)}
+    return list(found.values())
+
+
+def alone(t: Tensor) -> bool:
+    """Whether nobody but the caller's one variable holds this tensor or its memory, so that it may be written into."""
+    return sys.getrefcount(t) <= _REFERENCES and _holders(t) <= _HOLDERS
+
+
+def _holders(t: Tensor) -> int:
+    return torch._C._storage_Use_Count(t.untyped_storage()._cdata)
+
+
+def _calibrate() -> tuple[int, int]:
+    """What `alone` sees of a tensor that one variable holds: Python's versions count in different ways."""
+    found: list[tuple[int, int]] = []
+
+    def look(t: Tensor) -> None:
+        found.append((sys.getrefcount(t), _holders(t)))
+
+    fresh = torch.empty(1)
+    look(fresh)
+    return found[0]
+
+
+_REFERENCES, _HOLDERS = _calibrate()
 
 
 class Values:
@@ -82,70 +300,98 @@ class Values:
     def of(self, temb: Tensor, count: int) -> tuple[Tensor, ...]:
         key = id(temb)
         found = self._views.get(key)
-        if found is None or found[0]() is not temb or len(found[1]) != count:
+        if (
+            found is None
+            or found[0]() is not temb
+            or len(found[1]) != count
+            or found[1][0].data_ptr() != temb.data_ptr()  # `temb.data` was given other memory
+        ):
             views = temb.unflatten(-1, (count, -1)).unbind(dim=2)  # never a copy, so on no stream
             self._views[key] = found = (weakref.ref(temb, lambda _: self._views.pop(key, None)), views)
         return found[1]
 
 
 class Quiet:
-    """Called, whether nobody else is called in the block: no module has a hook or a forward of its own, nor have all
-    (as while `bitfuse.trace` listens), and none was replaced since the block was taken over."""
+    """Whether no hook, and no forward but the class's and ours, would notice in which order the modules of a block run.
+
+    Called once per block: none of its modules has a hook or a foreign forward, nor have all modules (as while
+    `bitfuse.trace` listens), and none was replaced since the block was taken over.
+    """
 
     def __init__(self, block: Any):
-        self._attributes = [module.__dict__ for module in block.modules()]
+        self._modules = list(block.modules())
+        self._attributes = [module.__dict__ for module in self._modules]
         self._children = [child for d in self._attributes for child in d["_modules"].values()]
 
     def __call__(self) -> bool:
         if hooked_everywhere() or torch.nn.Module.__call__ is not torch.nn.Module._wrapped_call_impl:
             return False
-        if any(d["_forward_hooks"] or d["_forward_pre_hooks"] or "forward" in d for d in self._attributes):
-            return False
+        for module, d in zip(self._modules, self._attributes, strict=True):
+            if d["_forward_hooks"] or d["_forward_pre_hooks"]:
+                return False
+            if "forward" in d and not isinstance(d["forward"], Forward) and not plain(module):
+                return False
         children = [child for d in self._attributes for child in d["_modules"].values()]
         return len(children) == len(self._children) and all(map(operator.is_, children, self._children))
 
 
 class Rehearsal:
-    """Before the first call of a model's first block: run it once, for nothing but to learn which kernels it needs.
+    """The first call of a model's first block: it runs the PyTorch chains, and what its sites need is compiled at once.
 
-    In a rehearsal all sites run the PyTorch chains, and the kernels that they would have to prove are compiled after
-    it, in threads. One after the other, each when a site first calls for it, 15 kernels took 11 s on a host with slow
-    CPUs (H100, 2026-11-27), and in threads 3: much of it is LLVM's, ptxas' and a C compiler's, which leave Python to
-    other threads. But what is in Triton's cache is loaded by Python alone, for which threads queue: 15 took 0.8 s with
-    16 of them, 0.6 s with 4. So they begin with the first kernel that has to be compiled.
+    One after the other, each when a site first calls for it, 15 kernels took 11 s on a host with slow CPUs (H100,
+    2026-11-27), and in threads 3: much of it is LLVM's, ptxas' and a C compiler's, which leave Python to other threads.
+    But what is in Triton's cache is loaded by Python alone, for which threads queue: 15 took 0.8 s with 16 of them,
+    0.6 s with 4. So threads begin with the first kernel that has to be compiled.
 
-    Only where nobody can notice that the block runs twice: not with hooks in it, nor with a module that the adapter has
-    left alone, since it may be anybody's.
+    The block runs once, as it would, so nothing but time tells of it; its sites count one call in `Site.compiling`.
+    Not where a site may not fall back (`strict`), for a CUDA graph, without a GPU, or in a model of few blocks, where
+    one of them on PyTorch's chains is more than is won.
+
+    under_way    held while the sites take part
     """
 
     AT_ONCE = 0.15  # seconds: a kernel in Triton's cache takes 0.03, one that is not 0.3 and more
+    MIN_BLOCKS = 8
 
-    def __init__(self, block: Any, name: str, handle: Handle):
-        self._block, self._name, self._handle, self._quiet = block, name, handle, Quiet(block)
+    def __init__(self, block: Any, sites: Iterable[Site]):
+        self._block, self._sites = weakref.ref(block), tuple(sites)
+        self._launches: dict[Any, tuple[Plan, tuple[Any, ...]]] = {}
+        self.under_way = threading.Lock()
 
     @classmethod
-    def of_first(cls, blocks: Iterable[Any], handle: Handle) -> None:
+    def of_first(cls, blocks: Sequence[Any], handle: Handle) -> None:
         """Have the first of these blocks that was taken over rehearse; it is `transformer_blocks.<index>`."""
+        if len(blocks) < cls.MIN_BLOCKS:
+            return
         for index, block in enumerate(blocks):
-            if isinstance(block, Block):
-                block._bitfuse.rehearsal = cls(block, f"transformer_blocks.{index}", handle)
+            if isinstance(ours := block.__dict__.get("forward"), Block):
+                sites = [s for s in handle.sites if s.name.startswith(f"transformer_blocks.{index}.")]
+                ours.rehearsal = cls(block, sites)
                 return
 
-    def __call__(self, forward: Callable[[], object]) -> None:
-        if not self._unnoticed():
-            return
-        launches: dict[Any, tuple[Plan, tuple[Any, ...]]] = {}
+    def route(self, operator: Operator, args: tuple[Any, ...]) -> Route:
+        """The reference; and the kernel that is to be proved for these arguments is noted."""
 
         def take(plan: Plan, args: tuple[Any, ...]) -> None:
-            launches.setdefault((id(plan.kernel), plan.signature(args)), (plan, args))
+            self._launches.setdefault((id(plan.kernel), plan.signature(args)), (plan, args))
 
-        patch.rehearsing = take
-        try:
-            with torch.no_grad(), contextlib.suppress(torch.OutOfMemoryError):  # fused, the block needs less memory
-                forward()
-        finally:
-            patch.rehearsing = None
-        waiting = iter(launches.values())
+        operator.rehearse(take, args)
+        return Route(operator.reference, COMPILING)
+
+    def __call__(self, forward: Callable[[], Any]) -> Any:
+        if not self._unnoticed():
+            return forward()
+        for site in self._sites:
+            site.rehearsal = self
+        with self.under_way:
+            result = forward()
+        for site in self._sites:
+            site.rehearsal = None
+        self._compile(list(self._launches.values()))
+        return result
+
+    def _compile(self, launches: list[tuple[Plan, tuple[Any, ...]]]) -> None:
+        waiting = iter(launches)
         for number, (plan, args) in enumerate(waiting):
             start = time.perf_counter()
             with contextlib.suppress(Exception):  # it shows again where the kernel is proved
@@ -158,13 +404,15 @@ class Rehearsal:
                 _ = plan.kernel.compiled  # made here: two threads would make one each
                 pool.submit(plan.compile, args)
 
-    def _unnoticed(self) -> bool:
-        if not self._compiles() or next(contract.around(), None) is not None or not self._quiet():
+    def _pays(self) -> bool:
+        if any(site.strict for site in self._sites) or next(contract.around(), None) is not None:
             return False
-        return all(site.declined is None for site in self._handle.sites if site.name.startswith(f"{self._name}."))
+        return self._compiles()
 
     def _compiles(self) -> bool:
-        return next(self._block.parameters()).is_cuda and not torch.cuda.is_current_stream_capturing()
+        block = self._block()
+        on_a_gpu = block is not None and next(block.parameters()).is_cuda
+        return on_a_gpu and not torch.cuda.is_current_stream_capturing()
 
 
 class Beside:

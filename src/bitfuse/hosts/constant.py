@@ -1,11 +1,12 @@
 """What doesn't change from step to step, computed once: a result is kept while its inputs are the same.
 
-"The same" means the same tensor object, of the same PyTorch version counter (every in-place op counts it up), and
-weights of the same storage and version: a fact that costs no wait for the device. A write through `.data` counts up
-no version and is not seen, so what depends on weights is kept only with `keep_text=True`. A result is dropped when its
-input is freed, when two newer ones have come, and on `restore()`. Nothing is kept or used where a tensor has no version
-counter (inference mode), a CUDA graph is captured (it must not remember an address that may be freed), a block is
-rehearsed, or somebody watches the ops. For graphs there is `Prelude`.
+"The same" means the same tensor object at the same address, of the same PyTorch version counter (every in-place op
+counts it up), and weights of the same storage and version: a fact that costs no wait for the device. It is not the
+whole truth: writes through `.data`, numpy, DLPack, shared memory and `torch.distributed.broadcast` count up no version.
+So nothing is kept by default; what is here serves `keep_text=True`, where the user says that there are no such writes.
+A result is dropped when its input is freed, when it was written into, when two newer ones have come, and on
+`restore()`. Nothing is kept or used where a tensor has no version counter (inference mode), a CUDA graph is captured
+(it must not remember an address that may be freed), or somebody watches the ops. For graphs there is `Prelude`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from torch.multiprocessing.reductions import StorageWeakRef  # its storage's add
 
 from bitfuse.contract import around
 from bitfuse.graphs import flat, stand_in
-from bitfuse.hosts import patch
-from bitfuse.hosts.patch import hooked
 from bitfuse.proof import as_tuple
+from bitfuse.swap import hooked
 
 _KEPT = 2  # results of one function: the conditional and the unconditional prompt, say
 _here = threading.local()  # .prelude: whoever notes, or hands out, the constants of this thread's forward
@@ -35,7 +35,7 @@ class Constant:
     """Results of one function of one tensor, by the tensor. `hits` and `misses` count its calls."""
 
     def __init__(self) -> None:
-        self._kept: list[tuple[weakref.ref, Hashable, Any]] = []
+        self._kept: list[tuple[weakref.ref, Hashable, Any, tuple[int, ...]]] = []
         self.hits = self.misses = 0
 
     def of(self, x: Tensor, extra: Hashable, compute: Callable[[Tensor], Any]) -> Any:
@@ -43,8 +43,6 @@ class Constant:
 
         compute    a function of x alone, and of what `extra` stands for
         """
-        if patch.rehearsing is not None:
-            return compute(x)
         prelude: Prelude | None = getattr(_here, "prelude", None)
         if prelude is not None and (handed := prelude.handed_out(self, x)) is not None:
             return handed
@@ -59,14 +57,15 @@ class Constant:
 
     def _kept_or_computed(self, stamp: tuple, extra: Hashable, x: Tensor, compute: Callable[[Tensor], Any]) -> Any:
         root, key = stamp[0], (*stamp[1:], extra)
-        for ref, kept_key, value in self._kept:
-            if ref() is root and kept_key == key:
+        for ref, kept_key, value, versions in self._kept:
+            if ref() is root and kept_key == key and _versions(value) == versions:
                 self.hits += 1
                 return value
         self.misses += 1
         value = compute(x)
         if not torch.is_grad_enabled():
-            self._kept = [*self._kept[1 - _KEPT :], (weakref.ref(root, self._drop), key, value)]
+            entry = (weakref.ref(root, self._drop), key, value, _versions(value))
+            self._kept = [*self._kept[1 - _KEPT :], entry]
         return value
 
     def clear(self) -> None:
@@ -76,12 +75,17 @@ class Constant:
         self._kept = [entry for entry in self._kept if entry[0] is not dead]
 
 
-def _stamp(x: Tensor) -> tuple[Tensor, Any, Any, Any, Any, Any] | None:
+def _versions(value: Any) -> tuple[int, ...]:
+    """How often each tensor of a result was written into."""
+    return tuple(t._version for t in as_tuple(value) if not t.is_inference())
+
+
+def _stamp(x: Tensor) -> tuple[Tensor, Any, Any, Any, Any, Any, Any] | None:
     """(the tensor that owns the memory, its version, which part of it x is), or None where that can't be told."""
     if type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference():
         return None
     root = x if x._base is None else x._base
-    return root, x._version, x.storage_offset(), x.shape, x.stride(), x.dtype
+    return root, x._version, x.data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
 def weights(*linears: Any) -> Hashable:

@@ -1,17 +1,15 @@
-"""diffusers' LTX-2 transformer and text connectors (0.37 to 0.42.1): their attentions, through processors, and blocks.
+"""diffusers' LTX-2 transformer and text connectors (0.37 to 0.42.1): their attentions, and what is beside the blocks.
 
-A processor is diffusers' own seam: hooks and LoRA sit on the modules around it and keep working, and no weight
-or state-dict key is touched. The processors below restate the upstream `__call__`, with the Q/K norms, the rotary
-embedding and the head gate fused. They stand in only for upstream code whose hash is listed here; any other is left
-in place, and the report says why. The rest of a block is in `diffusers_block.py`, that of a connector's block in
-`diffusers_connectors.py`.
+Each module that is taken over keeps its class and its place, and gets a `forward` of its own (`bitfuse.swap`). An
+attention's restates upstream's and its processor's, with Q/K norms, rotary embedding and head gate fused; the processor
+stays where it is, and is asked for its attention backend. Ours stand in only for upstream code whose hash is listed
+here; any other is left in place, and the report says why. The rest of a block is in `diffusers_block.py`, that of a
+connector's block in `diffusers_connectors.py`.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -21,32 +19,31 @@ import torch
 from diffusers.models import activations
 from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 
 from bitfuse.contract import around
 from bitfuse.graphs import graph_forward
 from bitfuse.hosts import constant, diffusers_block
-from bitfuse.hosts.common import rotary_difference, weights_of
-from bitfuse.hosts.constant import Constant, Prelude
-from bitfuse.hosts.patch import (
-    Handle,
-    Site,
-    Swapped,
-    hooked,
-    named,
-    source_hash,
-    swap_class,
-    why_norms_are_called,
-    why_not_read,
+from bitfuse.hosts.common import (
+    Model,
+    ModelForward,
+    Part,
+    alone,
+    left_out,
+    models_in,
+    rotary_difference,
+    weights_of,
 )
+from bitfuse.hosts.constant import Constant, Prelude
+from bitfuse.hosts.patch import Handle, Site, source_hash, why_norms_are_called, why_not_stock
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_RMS_NORM, QK_SPLIT_FP32
 from bitfuse.ops.split_rotary import SPLIT_FP32
+from bitfuse.swap import hooked, named, plain
 
 NAME = f"diffusers {diffusers.__version__}"
 
-_Rope: Any = upstream.LTX2AudioVideoRotaryPosEmbed
+_Attention: Any = upstream.LTX2Attention
 _Projection: Any = upstream.PixArtAlphaTextProjection
 _GELU: Any = activations.GELU
 
@@ -61,64 +58,87 @@ _ATTENTIONS = ("attn1", "audio_attn1", "attn2", "audio_attn2", "audio_to_video_a
 _READ = {
     "apply_split_rotary_emb": {"101de9c72dfea98a"},  # 0.37.0 to 0.42.1
     "apply_interleaved_rotary_emb": {"755d35ce421998d4"},  # 0.37.0 to 0.42.1
+    "LTX2Attention.forward": {"f6a037079b264fd9"},  # 0.37 to 0.42.1
     "LTX2AudioVideoAttnProcessor": {"9ebca207676df638", "c9aac3cbef11d6dc"},  # 0.37; 0.38 to 0.42.1 (head gates)
     "LTX2PerturbedAttnProcessor": {"4561ef5c659b4df1"},  # 0.38 to 0.42.1
-    "rope": {"7bc6591c85ff4955"},  # LTX2AudioVideoRotaryPosEmbed.forward, 0.37 to 0.42.1
     "projection": {"4d14e462258d31c2"},  # PixArtAlphaTextProjection.forward, 0.37 to 0.42.1
     "GELU.forward": {"3640c152cb8c0d01", "d6728e812cd51ebb"},  # 0.37 to 0.40; 0.41 to 0.42.1
     "GELU.gelu": {"9688d8847aaf631e"},  # 0.37 to 0.42.1
 }
 
+# A processor's parameters besides those of LTX2Attention.forward, and whether it projects the values first: gradients
+# add up, and LoRA dropout draws, in the order of the projections.
+_PROCESSORS: dict[type, tuple[frozenset[str], bool]] = {upstream.LTX2AudioVideoAttnProcessor: (frozenset(), False)}
+if hasattr(upstream, "LTX2PerturbedAttnProcessor"):  # from 0.38
+    _PERTURBED = frozenset({"perturbation_mask", "all_perturbed"})
+    _PROCESSORS[upstream.LTX2PerturbedAttnProcessor] = (_PERTURBED, True)
 
-class _Processor:
-    """What both processors do: upstream's attention, its elementwise chains run through the sites."""
 
-    __slots__ = ("gate_site", "host_function", "site", "stock", "text")
-    site: Site
-    gate_site: Site
-    stock: Any
-    text: Constant | None  # keys and values of a text that is the same at every step (LTX-2.0)
-    host_function: Any  # the one that was read and checked; another, patched in since, is run instead of ours
-    values_first: bool
-    _attention_backend: Any  # these two are upstream's, set by set_attention_backend and enable_parallelism
-    _parallel_config: Any
+class Attention(Part):
+    """`LTX2Attention.forward` and its processor's `__call__`, with Q/K norms, rotary embedding and head gate fused.
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy or a pickle of an accelerated model holds stock processors: it is a plain model."""
-        return copy.copy, (self.stock,)
+    text    keys and values of a text that is the same at every step, where they are kept (LTX-2.0)
+    """
 
-    def _attend(
+    __slots__ = ("_unchecked", "gate_site", "site", "text")
+
+    def __init__(self, attn: Any, model: Model, site: Site, gate_site: Site, unchecked: bool):
+        gated = getattr(attn, "to_gate_logits", None) is not None  # not in 0.37
+        super().__init__(attn, model, (site, gate_site) if gated else (site,))
+        self.site, self.gate_site = site, gate_site
+        self.text: Constant | None = None
+        self._unchecked = unchecked  # somebody watched the ops when it was taken over
+
+    def why_stock(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        processor = attn.processor
+        found = _PROCESSORS.get(type(processor))
+        if found is None:
+            return f"its processor is {named(type(processor))}, not one of diffusers' LTX-2 processors"
+        if more := kwargs.keys() - found[0] - _SHARED:
+            return f"{', '.join(sorted(more))} is given, which {type(processor).__name__} does not take"
+        if self._unchecked:
+            if (reason := next(around(), None)) is not None:
+                return reason
+            if difference := _difference(attn):
+                return difference
+            self._unchecked = False
+        return None
+
+    def fused(
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        attention_mask: Tensor | None,
-        query_rotary_emb: tuple[Tensor, Tensor] | None,
-        key_rotary_emb: tuple[Tensor, Tensor] | None,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
         perturbation_mask: Tensor | None = None,
-        all_perturbed: bool | Tensor = False,
+        all_perturbed: bool | Tensor | None = None,
     ) -> Tensor:
+        processor = attn.processor
+        _, values_first = _PROCESSORS[type(processor)]
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attention_mask is not None:
             batch, length, _ = context.shape
             attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
 
-        to_gate_logits = getattr(attn, "to_gate_logits", None)  # not in 0.37
+        to_gate_logits = getattr(attn, "to_gate_logits", None)
         gate_logits = None if to_gate_logits is None else to_gate_logits(hidden_states)
-        # The order of the projections is upstream's: gradients add up, and LoRA dropout draws, in that order.
-        text = None if torch.compiler.is_compiling() else self.text
-        value: Any = attn.to_v(context) if self.values_first and text is None else None
+        value: Any = attn.to_v(context) if values_first and self.text is None else None
+        if all_perturbed is None:
+            all_perturbed = perturbation_mask is not None and torch.all(perturbation_mask == 0)
         if all_perturbed:
-            out = value  # spatio-temporal guidance: the values stand in for the attention
+            # spatio-temporal guidance: the values stand in for the attention
+            out = attn.to_v(context) if value is None else value
         else:
             query = attn.to_q(hidden_states)
-            if text is None:
+            if self.text is None:
                 key = attn.to_k(context)
                 value = attn.to_v(context) if value is None else value
             else:
                 weights = constant.weights(attn.to_k, attn.to_v)
-                key, value = text.of(context, weights, lambda text: (attn.to_k(text), attn.to_v(text)))
+                key, value = self.text.of(context, weights, lambda text: (attn.to_k(text), attn.to_v(text)))
             query, key = self._norm_and_turn(attn, query, key, query_rotary_emb, key_rotary_emb)
             out = upstream.dispatch_attention_fn(
                 query.unflatten(2, (attn.heads, -1)),
@@ -127,8 +147,8 @@ class _Processor:
                 attn_mask=attention_mask,
                 dropout_p=0.0,
                 is_causal=False,
-                backend=self._attention_backend,
-                parallel_config=self._parallel_config,
+                backend=processor._attention_backend,
+                parallel_config=processor._parallel_config,
             )
             out = out.flatten(2, 3).to(query.dtype)
             if perturbation_mask is not None:
@@ -146,13 +166,7 @@ class _Processor:
         query_rotary_emb: tuple[Tensor, Tensor] | None,
         key_rotary_emb: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        turned = query_rotary_emb is not None
-        function = getattr(upstream, _HOST_FUNCTIONS[attn.rope_type]) if turned else None
-        reason = None
-        if turned and function is not self.host_function:
-            reason = f"{_HOST_FUNCTIONS[attn.rope_type]} of {NAME} was replaced meanwhile"
-        else:
-            reason = next(why_norms_are_called(norm_q=attn.norm_q, norm_k=attn.norm_k), None)
+        reason = next(why_norms_are_called(norm_q=attn.norm_q, norm_k=attn.norm_k), None)
         if reason is None:
             norms = (attn.norm_q.weight, attn.norm_k.weight)
             if query_rotary_emb is None:
@@ -162,172 +176,155 @@ class _Processor:
             return self.site.call(operator, query, key, *norms, *query_rotary_emb, *own, attn.norm_q.eps)
 
         query, key = attn.norm_q(query), attn.norm_k(key)
-        if query_rotary_emb is None or function is None:
-            return self.site.leave(lambda: (query, key), reason)
-        key_rotary_emb = query_rotary_emb if key_rotary_emb is None else key_rotary_emb
-        if function is not self.host_function:
-            return self.site.leave(lambda: (function(query, query_rotary_emb), function(key, key_rotary_emb)), reason)
         self.site.fall(reason)  # the norms; the turns are fused by themselves
+        if query_rotary_emb is None:
+            return query, key
         operator = _OPERATORS[attn.rope_type]
-        return operator(query, *query_rotary_emb), operator(key, *key_rotary_emb)
+        return operator(query, *query_rotary_emb), operator(key, *(key_rotary_emb or query_rotary_emb))
 
 
-class AudioVideoProcessor(_Processor, upstream.LTX2AudioVideoAttnProcessor):
-    """`LTX2AudioVideoAttnProcessor` with Q/K norms, rotary embedding and head gate fused."""
-
-    values_first = False
-
-    def __call__(
-        self,
-        attn,
-        hidden_states,
-        encoder_hidden_states=None,
-        attention_mask=None,
-        query_rotary_emb=None,
-        key_rotary_emb=None,
-    ):
-        return self._attend(
-            attn, hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb
-        )
-
-
-_REPLACEMENTS: dict[type, type] = {upstream.LTX2AudioVideoAttnProcessor: AudioVideoProcessor}
-
-if hasattr(upstream, "LTX2PerturbedAttnProcessor"):  # from 0.38
-
-    class PerturbedProcessor(_Processor, upstream.LTX2PerturbedAttnProcessor):
-        """`LTX2PerturbedAttnProcessor` with Q/K norms, rotary embedding and head gate fused."""
-
-        values_first = True
-
-        def __call__(
-            self,
-            attn,
-            hidden_states,
-            encoder_hidden_states=None,
-            attention_mask=None,
-            query_rotary_emb=None,
-            key_rotary_emb=None,
-            perturbation_mask=None,
-            all_perturbed=None,
-        ):
-            if all_perturbed is None:
-                all_perturbed = perturbation_mask is not None and torch.all(perturbation_mask == 0)
-            return self._attend(
-                attn,
-                hidden_states,
-                encoder_hidden_states,
-                attention_mask,
-                query_rotary_emb,
-                key_rotary_emb,
-                perturbation_mask,
-                all_perturbed,
-            )
-
-    _REPLACEMENTS[upstream.LTX2PerturbedAttnProcessor] = PerturbedProcessor
-
-for _ours in _REPLACEMENTS.values():
-    # LTX2Attention.forward asks for it at each of a step's 288 calls, and takes 40 us for finding it out by itself
-    _call: Any = _ours.__call__
-    _call.__signature__ = inspect.signature(_call)
+_SHARED = frozenset({"hidden_states", "encoder_hidden_states", "attention_mask", "query_rotary_emb", "key_rotary_emb"})
 
 
 def transformers(target: Any) -> list[Any]:
-    """The LTX-2 transformers in a pipeline, then its text connectors; or the one given; empty when there is none."""
+    """The LTX-2 transformers in a pipeline, then its text connectors; or in the one given; empty when there is none."""
+    parts = [target, *_components(target).values()]
+    found = models_in(parts, upstream.LTX2VideoTransformer3DModel)
+    module = sys.modules.get("diffusers.pipelines.ltx2.connectors")  # not imported: then nothing can be of it
+    return found + (models_in(parts, module.LTX2TextConnectors) if module is not None else [])
+
+
+def unrecognised(target: Any) -> dict[str, str]:
+    """Of each part of a pipeline that should be an LTX-2 transformer and holds none, by its name, what it is."""
+    parts = {name: part for name, part in _components(target).items() if name.startswith("transformer")}
+    return {
+        name: f"it is a {named(type(part))}, in which no LTX2VideoTransformer3DModel was found"
+        for name, part in parts.items()
+        if part is not None and not models_in([part], upstream.LTX2VideoTransformer3DModel)
+    }
+
+
+def _components(target: Any) -> dict[str, Any]:
     components = getattr(target, "components", None)
-    parts = [target, *(components.values() if isinstance(components, dict) else ())]
-    parts = [getattr(part, "_orig_mod", part) for part in parts]  # torch.compile's wrapper
-    found = [part for part in parts if isinstance(part, upstream.LTX2VideoTransformer3DModel)]
-    return found + [part for part in parts if _are_connectors(part)]
-
-
-def _are_connectors(part: Any) -> bool:
-    module = sys.modules.get("diffusers.pipelines.ltx2.connectors")  # not imported: then part can't be of it
-    return module is not None and isinstance(part, module.LTX2TextConnectors)
+    return components if isinstance(components, dict) else {}
 
 
 def accelerate(model: Any, handle: Handle) -> None:
     """Take over every site of one transformer, or of text connectors, noting each in the handle."""
-    if _are_connectors(model):
+    if not isinstance(model, upstream.LTX2VideoTransformer3DModel):
         from bitfuse.hosts import diffusers_connectors  # only here: it imports diffusers' pipelines
 
+        shared = Model(handle, left_out(_originals() + diffusers_connectors.ORIGINALS, _USED))
         for name, block in diffusers_connectors.blocks(model):
-            _take_over(f"{name}.attn1", block.attn1, handle)
-        diffusers_connectors.accelerate(model, handle, NAME)
+            _take_over(f"{name}.attn1", block.attn1, shared)
+        diffusers_connectors.accelerate(model, shared, NAME)
+        ModelForward.install(model, shared)
         return
+    shared = Model(handle, left_out(_originals() + diffusers_block.ORIGINALS, _USED + diffusers_block.OPERATORS))
     for name, attn in _attentions(model):
-        _take_over(name, attn, handle)
-    diffusers_block.accelerate(model, handle, NAME)
-    _keep_what_is_constant(model, handle)
-    _activate_in_place(model, handle)
+        _take_over(name, attn, shared)
+    diffusers_block.accelerate(model, shared, NAME)
+    if handle.keep_text:
+        _keep_text(model, shared)
+    _activate_in_place(model, shared)
+    ModelForward.install(model, shared)
     if handle.cuda_graph:
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
-        functions = tuple(_HOST_FUNCTIONS.values())
         graph_forward(
             model,
             handle,
-            prelude=Prelude,
-            settings=lambda: (registry.get_active_backend()[0], *(id(getattr(upstream, f)) for f in functions)),
+            prelude=Prelude if handle.keep_text else None,
+            complete=functools.partial(_with_coordinates, model.rope, model.audio_rope),
+            settings=lambda: (registry.get_active_backend()[0], shared.why_stock()),
         )
 
 
-def _keep_what_is_constant(model: Any, handle: Handle) -> None:
-    """The rotary tables, and in LTX-2.0, where asked for, the text: projections, and every block's keys and values."""
-    for rope in (model.rope, model.audio_rope, model.cross_attn_rope, model.cross_attn_audio_rope):
-        if type(rope) is _Rope and "forward" not in rope.__dict__ and source_hash(_Rope.forward) in _READ["rope"]:
-            swap_class(rope, LTX2AudioVideoRotaryPosEmbed, Constant(), handle)
-    if not handle.keep_text:
-        return  # weights written through `.data` would not be noticed: only where the user says that none is
+_USED = (*_OPERATORS.values(), *_QK_OPERATORS.values(), QK_RMS_NORM, HEAD_GATE)
+
+
+def _originals() -> list[tuple[Any, str, str]]:
+    """The functions that the forwards in this file leave out, besides those of the operators' references."""
+    found = [(upstream, name, name) for name in _HOST_FUNCTIONS.values()]
+    found += [(_Attention, "forward", "LTX2Attention.forward")]
+    found += [(kind, "__call__", f"{kind.__name__}.__call__") for kind in _PROCESSORS]
+    found += [(_GELU, name, f"GELU.{name}") for name in ("forward", "gelu")]
+    found += [(activations.F, "gelu", "torch.nn.functional.gelu")]
+    return found
+
+
+def _with_coordinates(rope: Any, audio_rope: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The coordinates that upstream's forward would make on the CPU, from where a CUDA graph can't copy them."""
+    found: dict[str, Any] = {}
+    x, y = given.get("hidden_states"), given.get("audio_hidden_states")
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return found  # upstream has an error for it
+    if given.get("video_coords") is None:
+        sizes = (given.get(name) for name in ("num_frames", "height", "width"))
+        fps = given.get("fps", 24.0)
+        found["video_coords"] = rope.prepare_video_coords(x.shape[0], *sizes, x.device, fps=fps)
+    if given.get("audio_coords") is None:
+        found["audio_coords"] = audio_rope.prepare_audio_coords(y.shape[0], given.get("audio_num_frames"), y.device)
+    return found
+
+
+def _keep_text(model: Any, shared: Model) -> None:
+    """In LTX-2.0, where asked for: the text's projections, and every block's keys and values of it."""
     if getattr(model, "prompt_modulation", False) or not model.config.get("use_prompt_embeddings", True):
         return  # the text is modulated anew at every step
     for projection in (model.caption_projection, model.audio_caption_projection):
         known = source_hash(_Projection.forward) in _READ["projection"]
-        if known and type(projection) is _Projection and "forward" not in projection.__dict__:
-            swap_class(projection, PixArtAlphaTextProjection, Constant(), handle)
+        if known and type(projection) is _Projection and plain(projection):
+            shared.handle.put(projection, "forward", Projection(projection, shared))
     for block in model.transformer_blocks:
         for attn in (block.attn2, block.audio_attn2):
-            if isinstance(attn.processor, _Processor):
-                attn.processor.text = Constant()
-                handle.on_restore(attn.processor.text.clear)
+            if isinstance(ours := attn.__dict__.get("forward"), Attention):
+                ours.text = Constant()
 
 
-def _activate_in_place(model: Any, handle: Handle) -> None:
+def _activate_in_place(model: Any, shared: Model) -> None:
     """The feed-forwards' GELU, into the memory of its input: the widest tensor of a block, held once and not twice."""
     known = source_hash(_GELU.forward) in _READ["GELU.forward"] and source_hash(_GELU.gelu) in _READ["GELU.gelu"]
     for block in model.transformer_blocks if known else ():
         for feed_forward in (block.ff, block.audio_ff):
             activation = next(iter(getattr(feed_forward, "net", ())), None)
-            if type(activation) is _GELU and not {"forward", "gelu"} & activation.__dict__.keys():
-                swap_class(activation, GELU, None, handle)
+            if type(activation) is _GELU and plain(activation) and "gelu" not in activation.__dict__:
+                shared.handle.put(activation, "forward", GELU(activation, shared))
 
 
-class LTX2AudioVideoRotaryPosEmbed(Swapped, _Rope):  # the same name as upstream's
-    def forward(self, coords: Tensor, device: Any = None) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling() or hooked(self) or "_bitfuse" not in self.__dict__:
-            return _Rope.forward(self, coords, device)
-        plain = (int, float, str, tuple, list)
-        settings = tuple((name, repr(value)) for name, value in self.__dict__.items() if isinstance(value, plain))
-        return self._bitfuse.of(coords, (str(device), settings), lambda coords: _Rope.forward(self, coords, device))
+class Projection(Part):
+    """`PixArtAlphaTextProjection.forward`, of a text that is the same at every step computed once."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, projection: Any, model: Model):
+        super().__init__(projection, model)
+        self._kept = Constant()
+
+    def fused(self, projection: Any, caption: Tensor) -> Tensor:
+        weights = constant.weights(projection.linear_1, projection.linear_2)
+        return self._kept.of(caption, weights, lambda caption: _Projection.forward(projection, caption))
 
 
-class PixArtAlphaTextProjection(Swapped, _Projection):  # the same name as upstream's
-    def forward(self, caption: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or hooked(self) or "_bitfuse" not in self.__dict__:
-            return _Projection.forward(self, caption)
-        weights = constant.weights(self.linear_1, self.linear_2)
-        return self._bitfuse.of(caption, weights, lambda caption: _Projection.forward(self, caption))
+class GELU(Part):
+    """`GELU.forward`, into the memory of what it activates, where nobody else can hold that."""
 
+    __slots__ = ()
 
-class GELU(Swapped, _GELU):  # the same name as upstream's
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        proj = self.proj
-        ours = type(proj) is torch.nn.Linear and "gelu" not in self.__dict__
+    def why_stock(self, activation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        proj = activation.proj
+        if type(proj) is not torch.nn.Linear or "gelu" in activation.__dict__:
+            return "its projection or its activation is not the host's own"
         # a gradient needs what proj gives, and so may whoever watches
-        watched = torch.is_grad_enabled() or hooked(proj) or _has_any_global_hook() or next(around(), None) is not None
-        if not ours or watched or "_bitfuse" not in self.__dict__:
-            return _GELU.forward(self, hidden_states)
-        return torch.ops.aten.gelu_(proj(hidden_states), approximate=self.approximate)
+        if torch.is_grad_enabled() or hooked(proj) or next(around(), None) is not None:
+            return "somebody may look at what the projection gave"
+        return None
+
+    def fused(self, activation: Any, hidden_states: Tensor) -> Tensor:
+        projected = activation.proj(hidden_states)
+        if not alone(projected):  # a wrapper of F.linear, say, has kept it
+            return activation.gelu(projected)
+        return torch.ops.aten.gelu_(projected, approximate=activation.approximate)
 
 
 def _attentions(model: Any) -> Iterator[tuple[str, Any]]:
@@ -337,30 +334,42 @@ def _attentions(model: Any) -> Iterator[tuple[str, Any]]:
                 yield f"transformer_blocks.{index}.{name}", attn
 
 
-def _take_over(name: str, attn: Any, handle: Handle) -> None:
+def _take_over(name: str, attn: Any, model: Model) -> None:
     operator = _QK_OPERATORS.get(attn.rope_type, QK_RMS_NORM) if "attn2" not in name else QK_RMS_NORM
     site = Site(name, operator.name)
-    handle.sites.append(site)
-    site.declined = next(_why_left_alone(attn), None)
+    model.handle.sites.append(site)
+    unchecked = next(around(), None) is not None  # a mode, say: the functions can't be tried under it
+    site.declined = next(_why_left_alone(attn), None) or (None if unchecked else _difference(attn))
     gate_site = Site(f"{name}.gate", HEAD_GATE.name, site.declined)
     if getattr(attn, "to_gate_logits", None) is not None:
-        handle.sites.append(gate_site)
+        model.handle.sites.append(gate_site)
     if site.declined is None:
-        _replace_processor(attn, site, gate_site, handle)
+        model.handle.put(attn, "forward", Attention(attn, model, site, gate_site, unchecked))
 
 
 def _why_left_alone(attn: Any) -> Iterator[str]:
-    stock = type(attn.processor)
-    if stock not in _REPLACEMENTS:
-        yield f"its processor is {named(stock)}, not one of diffusers' LTX-2 processors"
+    processor = type(attn.processor)
+    if processor not in _PROCESSORS:
+        yield f"its processor is {named(processor)}, not one of diffusers' LTX-2 processors"
         return
     if attn.rope_type not in _OPERATORS:
         yield f"its rope_type is {attn.rope_type!r}; known: {', '.join(_OPERATORS)}"
         return
     function = _HOST_FUNCTIONS[attn.rope_type]
-    yield from why_not_read(NAME, _READ, {stock.__name__: stock.__call__, function: getattr(upstream, function)})
-    if difference := _differs_from_host(attn.rope_type, attn.heads, attn.head_dim, *weights_of(attn)):
-        yield f"{function} of {NAME} and bitfuse's reference part here: {difference}"
+    sources = {
+        "LTX2Attention.forward": _Attention.forward,
+        processor.__name__: processor.__call__,
+        function: getattr(upstream, function),
+    }
+    yield from why_not_stock(attn, _Attention, "attention", NAME, _READ, sources)
+
+
+def _difference(attn: Any) -> str | None:
+    """Why the host's rotary function and bitfuse's reference are not the same, tried in this process."""
+    difference = _differs_from_host(attn.rope_type, attn.heads, attn.head_dim, *weights_of(attn))
+    if difference is None:
+        return None
+    return f"{_HOST_FUNCTIONS[attn.rope_type]} of {NAME} and bitfuse's reference part here: {difference}"
 
 
 @functools.cache
@@ -378,20 +387,3 @@ def _differs_from_host(
         torch.float32,
         device,
     )
-
-
-def _replace_processor(attn: Any, site: Site, gate_site: Site, handle: Handle) -> None:
-    stock = attn.processor
-    ours: Any = object.__new__(_REPLACEMENTS[type(stock)])
-    # One attribute dictionary for both: what is set on ours while it is in place (an attention backend, a
-    # parallel config) is set on the stock one too, and stays when it comes back.
-    ours.__dict__ = stock.__dict__
-    ours.site, ours.gate_site, ours.stock, ours.text = site, gate_site, stock, None
-    ours.host_function = getattr(upstream, _HOST_FUNCTIONS[attn.rope_type])
-    attn.set_processor(ours)
-
-    def undo() -> None:
-        if attn.processor is ours:  # somebody else's processor, set since, is not ours to take away
-            attn.set_processor(stock)
-
-    handle.on_restore(undo)

@@ -2,8 +2,7 @@
 
 The forward below restates `LTX2VideoTransformerBlock.forward`: the same modules called in the same order (hooks, LoRA
 and dropout notice the order), and between them operators, each of which equals its chain bit for bit or runs it. A
-block gets it by changing its class to a subclass of the same name, so that torch's hooks, which sit in `__call__`,
-keep working, and so does whatever finds blocks by their class or its name.
+block gets it as an attribute of its own (`bitfuse.swap`).
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from diffusers.models import normalization
 from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
-from bitfuse.hosts.common import ABSENT, Ada, Beside, Block, Quiet, Rehearsal, State, Values, modulation
-from bitfuse.hosts.patch import Handle, Site, hooked, named, swap_class, why_not_stock
+from bitfuse.hosts.common import ABSENT, Ada, Beside, Block, Model, Norms, Quiet, Rehearsal, Values, modulation
+from bitfuse.hosts.patch import Site, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
 from bitfuse.ops.residual_rms_norm import (
@@ -26,6 +25,7 @@ from bitfuse.ops.residual_rms_norm import (
     RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED,
 )
 from bitfuse.ops.rms_norm_modulate import RMS_NORM_MODULATE_COMPOSED
+from bitfuse.swap import named
 
 _Stock: Any = upstream.LTX2VideoTransformerBlock
 
@@ -59,36 +59,41 @@ def _sites(block: Any) -> dict[str, Any]:
     return {site: op for site, op in _SITES.items() if modulated or "text" not in site}
 
 
-class _State(State):
-    def __init__(self, block: Any, name: str, values: Values, beside: Beside, handle: Handle):
-        self.values, self.beside = values, beside
-        self.quiet = Quiet(block)
-        self.norms = [(norm, getattr(block, norm)) for norm in _VIDEO_NORMS + _AUDIO_NORMS]
-        self.eps = self.norms[0][1].eps
-        self.sites = {site: Site(f"{name}.{site}", op.name) for site, op in _sites(block).items()}
-        handle.sites += self.sites.values()
+OPERATORS = tuple(dict.fromkeys(_SITES.values()))
+
+# The functions that the forward below leaves out, besides those of the operators' references.
+ORIGINALS = [
+    (_Stock, "forward", "LTX2VideoTransformerBlock.forward"),
+    (normalization.RMSNorm, "forward", "diffusers' RMSNorm.forward"),
+]
+if hasattr(_Stock, "get_mod_params"):  # from 0.38
+    ORIGINALS.append((_Stock, "get_mod_params", "LTX2VideoTransformerBlock.get_mod_params"))
+
+
+class LTX2VideoTransformerBlock(Block):
+    """In place of the forward of upstream's block: its elementwise chains are fused."""
+
+    __slots__ = ("_beside", "_eps", "_norms", "_quiet", "_values")
+
+    def __init__(self, block: Any, name: str, model: Model, values: Values, beside: Beside):
+        sites = {site: Site(f"{name}.{site}", op.name) for site, op in _sites(block).items()}
+        super().__init__(block, model, sites)
+        self._values, self._beside, self._quiet = values, beside, Quiet(block)
+        self._norms, self._eps = Norms(block, _VIDEO_NORMS + _AUDIO_NORMS), block.norm1.eps
+        model.handle.sites += sites.values()
 
     def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if torch.is_grad_enabled():  # the gradient of a sum depends on how it was formed
             given = (*args, *kwargs.values(), *block.parameters())
             if any(isinstance(t, Tensor) and t.requires_grad for t in given):
                 return "a gradient is required of the block's inputs or weights"
-        for name, norm in self.norms:
-            if block._modules[name] is not norm or norm.eps != self.eps:
-                return f"{name} was replaced or changed meanwhile"
-            if hooked(norm):
-                return f"a hook is attached to {name}, which is not called when it is fused"
-        return None
+        if type(block).get_mod_params is not _Stock.get_mod_params:
+            return f"the get_mod_params of {named(type(block))} is another than that of diffusers' block"
+        return self._norms.changed(block)
 
-
-class LTX2VideoTransformerBlock(Block, _Stock):
-    """Upstream's block, of the same name, with its elementwise chains fused."""
-
-    _bitfuse: _State
-
-    def _forward(
+    def fused(
         self,
-        state: _State,
+        block: Any,
         hidden_states: Tensor,
         audio_hidden_states: Tensor,
         encoder_hidden_states: Tensor,
@@ -116,15 +121,15 @@ class LTX2VideoTransformerBlock(Block, _Stock):
         perturbation_mask: Tensor | None = None,
         all_perturbed: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        site, eps = state.sites, state.eps
+        site, eps = self.named_sites, self._eps
         residual = RESIDUAL_RMS_NORM_MODULATE_COMPOSED
         x, y = hidden_states, audio_hidden_states
         perturbed = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
-        perturbed = perturbed if self.perturbed_attn else {}
-        video = self._ada(self.scale_shift_table, temb)
-        audio = self._ada(self.audio_scale_shift_table, temb_audio)
+        perturbed = perturbed if block.perturbed_attn else {}
+        video = self._ada(block.scale_shift_table, temb)
+        audio = self._ada(block.audio_scale_shift_table, temb_audio)
         main: Any = None
-        side = state.beside.of(x, state.quiet)
+        side = self._beside.of(x, self._quiet)
         on_side: Any = contextlib.nullcontext() if side is None else torch.cuda.stream(side)
         if side is not None:
             main = torch.cuda.current_stream(x.device)
@@ -132,7 +137,7 @@ class LTX2VideoTransformerBlock(Block, _Stock):
 
         # 1. self-attention
         n = site["norm1"].call(RMS_NORM_MODULATE_COMPOSED, x, *modulation(video[1], video[0]), eps)
-        attended = self.attn1(
+        attended = block.attn1(
             hidden_states=n,
             encoder_hidden_states=None,
             query_rotary_emb=video_rotary_emb,
@@ -141,7 +146,7 @@ class LTX2VideoTransformerBlock(Block, _Stock):
         )
         with on_side:
             n = site["audio_norm1"].call(RMS_NORM_MODULATE_COMPOSED, y, *modulation(audio[1], audio[0]), eps)
-            audio_attended = self.audio_attn1(
+            audio_attended = block.audio_attn1(
                 hidden_states=n,
                 encoder_hidden_states=None,
                 query_rotary_emb=audio_rotary_emb,
@@ -151,34 +156,34 @@ class LTX2VideoTransformerBlock(Block, _Stock):
 
         # 2. cross-attention to the text
         text, audio_text = encoder_hidden_states, audio_encoder_hidden_states
-        if self.cross_attn_adaln:
-            shift, scale = self._prompt(self.prompt_scale_shift_table, temb_prompt, x)
+        if block.cross_attn_adaln:
+            shift, scale = self._prompt(block.prompt_scale_shift_table, temb_prompt, x)
             text = site["text"].call(MODULATE, text, *modulation(scale, shift))
             with on_side:
-                shift, scale = self._prompt(self.audio_prompt_scale_shift_table, temb_prompt_audio, y)
+                shift, scale = self._prompt(block.audio_prompt_scale_shift_table, temb_prompt_audio, y)
                 audio_text = site["audio_text"].call(MODULATE, audio_text, *modulation(scale, shift))
-        query = modulation(video[7], video[6]) if self.video_cross_attn_adaln else ABSENT
+        query = modulation(video[7], video[6]) if block.video_cross_attn_adaln else ABSENT
         x, n = site["norm2"].call(residual, x, attended, *video[2], None, *query, eps)
-        attended = self.attn2(
+        attended = block.attn2(
             n, encoder_hidden_states=text, query_rotary_emb=None, attention_mask=encoder_attention_mask
         )
         with on_side:
-            query = modulation(audio[7], audio[6]) if self.audio_cross_attn_adaln else ABSENT
+            query = modulation(audio[7], audio[6]) if block.audio_cross_attn_adaln else ABSENT
             y, n = site["audio_norm2"].call(residual, y, audio_attended, *audio[2], None, *query, eps)
-            audio_attended = self.audio_attn2(
+            audio_attended = block.audio_attn2(
                 n, encoder_hidden_states=audio_text, query_rotary_emb=None, attention_mask=audio_encoder_attention_mask
             )
         # what is still to be added to each stream, and its gate
-        gate = video[8] if self.video_cross_attn_adaln else (None, None)
-        audio_gate = audio[8] if self.audio_cross_attn_adaln else (None, None)
+        gate = video[8] if block.video_cross_attn_adaln else (None, None)
+        audio_gate = audio[8] if block.audio_cross_attn_adaln else (None, None)
 
         # 3. cross-attention between video and audio, each of the other as it was before
         if use_a2v_cross_attention or use_v2a_cross_attention:
             wanted = use_a2v_cross_attention, use_v2a_cross_attention
-            ca = self._ada(self.video_a2v_cross_attn_scale_shift_table[:4], temb_ca_scale_shift)
+            ca = self._ada(block.video_a2v_cross_attn_scale_shift_table[:4], temb_ca_scale_shift)
             x, for_a2v, for_v2a = self._between(site["audio_to_video_norm"], x, attended, gate, ca, *wanted)
             with on_side:
-                ca = self._ada(self.audio_a2v_cross_attn_scale_shift_table[:4], temb_ca_audio_scale_shift)
+                ca = self._ada(block.audio_a2v_cross_attn_scale_shift_table[:4], temb_ca_audio_scale_shift)
                 y, audio_for_a2v, audio_for_v2a = self._between(
                     site["video_to_audio_norm"], y, audio_attended, audio_gate, ca, *wanted
                 )
@@ -188,8 +193,8 @@ class LTX2VideoTransformerBlock(Block, _Stock):
                 main.wait_event(met)
             attended = audio_attended = None
             if use_a2v_cross_attention:
-                (gate,) = self._ada(self.video_a2v_cross_attn_scale_shift_table[4:], temb_ca_gate)
-                attended = self.audio_to_video_attn(
+                (gate,) = self._ada(block.video_a2v_cross_attn_scale_shift_table[4:], temb_ca_gate)
+                attended = block.audio_to_video_attn(
                     for_a2v,
                     encoder_hidden_states=audio_for_a2v,
                     query_rotary_emb=ca_video_rotary_emb,
@@ -199,8 +204,8 @@ class LTX2VideoTransformerBlock(Block, _Stock):
             for_a2v = None  # memory for the feed-forward; what the other stream reads stays until it has joined
             if use_v2a_cross_attention:
                 with on_side:
-                    (audio_gate,) = self._ada(self.audio_a2v_cross_attn_scale_shift_table[4:], temb_ca_audio_gate)
-                    audio_attended = self.video_to_audio_attn(
+                    (audio_gate,) = self._ada(block.audio_a2v_cross_attn_scale_shift_table[4:], temb_ca_audio_gate)
+                    audio_attended = block.video_to_audio_attn(
                         audio_for_v2a,
                         encoder_hidden_states=for_v2a,
                         query_rotary_emb=ca_audio_rotary_emb,
@@ -212,11 +217,11 @@ class LTX2VideoTransformerBlock(Block, _Stock):
         mlp = modulation(video[4], video[3])
         x, n = self._before_feed_forward(site["norm3"], x, attended, gate, mlp)
         attended = None
-        x = site["output"].call(GATED_RESIDUAL, x, self.ff(n), *video[5])
+        x = site["output"].call(GATED_RESIDUAL, x, block.ff(n), *video[5])
         with on_side:
             mlp = modulation(audio[4], audio[3])
             y, n = self._before_feed_forward(site["audio_norm3"], y, audio_attended, audio_gate, mlp)
-            y = site["audio_output"].call(GATED_RESIDUAL, y, self.audio_ff(n), *audio[5])
+            y = site["audio_output"].call(GATED_RESIDUAL, y, block.audio_ff(n), *audio[5])
         if side is not None:
             main.wait_stream(side)
         return x, y
@@ -225,7 +230,7 @@ class LTX2VideoTransformerBlock(Block, _Stock):
         """(value, table row) of each row of a table, not yet added: `get_mod_params` before its sum."""
         if table.device != temb.device:  # offloaded: upstream moves it
             table = table.to(temb.device)
-        return list(zip(self._bitfuse.values.of(temb, table.shape[0]), table.unbind(0), strict=True))
+        return list(zip(self._values.of(temb, table.shape[0]), table.unbind(0), strict=True))
 
     def _prompt(self, table: Tensor, temb: Tensor | None, x: Tensor) -> list[Ada]:
         if temb is not None:
@@ -238,7 +243,7 @@ class LTX2VideoTransformerBlock(Block, _Stock):
         self, site: Site, x: Tensor, attended: Tensor, gate: Any, ca: list[Ada], use_a2v: bool, use_v2a: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The stream with `attended` added, and its norm modulated for the one, the other, or both attentions."""
-        a2v, v2a, eps = modulation(ca[0], ca[1]), modulation(ca[2], ca[3]), self._bitfuse.eps
+        a2v, v2a, eps = modulation(ca[0], ca[1]), modulation(ca[2], ca[3]), self._eps
         if use_a2v and use_v2a:
             return site.call(RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED, x, attended, *gate, None, *a2v, *v2a, eps)
         only = a2v if use_a2v else v2a
@@ -248,7 +253,7 @@ class LTX2VideoTransformerBlock(Block, _Stock):
     def _before_feed_forward(
         self, site: Site, x: Tensor, attended: Tensor | None, gate: Any, mlp: tuple
     ) -> tuple[Tensor, Tensor]:
-        eps = self._bitfuse.eps
+        eps = self._eps
         if attended is None:  # an attention that was left out: nothing to add
             return x, site.call(RMS_NORM_MODULATE_COMPOSED, x, *mlp, eps)
         return site.call(RESIDUAL_RMS_NORM_MODULATE_COMPOSED, x, attended, *gate, None, *mlp, eps)
@@ -257,16 +262,16 @@ class LTX2VideoTransformerBlock(Block, _Stock):
 # -- taking over -----------------------------------------------------------------------------------------------------
 
 
-def accelerate(model: Any, handle: Handle, host: str) -> None:
+def accelerate(model: Any, shared: Model, host: str) -> None:
     """Give every block of a transformer the forward above, noting each site in the handle."""
-    values, beside = Values(), Beside()
+    values, beside, handle = Values(), Beside(), shared.handle
     for index, block in enumerate(model.transformer_blocks):
         name = f"transformer_blocks.{index}"
         reason = next(_why_left_alone(block, host), None)
         if reason is not None:
             handle.sites += [Site(f"{name}.{site}", op.name, reason) for site, op in _sites(block).items()]
             continue
-        swap_class(block, LTX2VideoTransformerBlock, _State(block, name, values, beside, handle), handle)
+        handle.put(block, "forward", LTX2VideoTransformerBlock(block, name, shared, values, beside))
     Rehearsal.of_first(model.transformer_blocks, handle)
 
 

@@ -15,9 +15,10 @@ import torch
 from diffusers.pipelines.ltx2 import connectors as upstream
 from torch import Tensor
 
-from bitfuse.hosts.common import ABSENT
-from bitfuse.hosts.patch import Handle, Site, Swapped, hooked, named, swap_class, why_not_stock
+from bitfuse.hosts.common import ABSENT, Model, Norms, Part
+from bitfuse.hosts.patch import Site, why_not_stock
 from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_NATIVE
+from bitfuse.swap import named
 
 _Stock: Any = upstream.LTX2TransformerBlock1d
 
@@ -25,43 +26,42 @@ _Stock: Any = upstream.LTX2TransformerBlock1d
 _READ = {"LTX2TransformerBlock1d.forward": {"626a037be303cd63"}}  # 0.37 to 0.42.1
 
 
-class _State:
-    """What a block carries while it is accelerated."""
+OPERATORS = (RESIDUAL_RMS_NORM_MODULATE_NATIVE,)
 
-    def __init__(self, block: Any, site: Site):
-        self.site, self.norm, self.eps = site, block.norm2, block.norm2.eps
+# The functions that the forward below leaves out, besides those of the operator's reference.
+ORIGINALS = [
+    (_Stock, "forward", "LTX2TransformerBlock1d.forward"),
+    (torch.nn.RMSNorm, "forward", "torch.nn.RMSNorm.forward"),
+]
 
-    def why_stock(self, block: Any, given: tuple[Any, ...]) -> str | None:
-        """Why upstream's own forward must run."""
-        tensors = (*given, *block.parameters()) if torch.is_grad_enabled() else ()
-        if any(isinstance(t, Tensor) and t.requires_grad for t in tensors):  # a sum's depends on how it was formed
+
+class LTX2TransformerBlock1d(Part):
+    """In place of the forward of upstream's block: its first residual add and second norm are fused."""
+
+    __slots__ = ("_eps", "_norms", "_site")
+
+    def __init__(self, block: Any, model: Model, site: Site):
+        super().__init__(block, model, (site,))
+        self._site, self._norms, self._eps = site, Norms(block, ("norm2",)), block.norm2.eps
+
+    def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        given = [*args, *kwargs.values(), *block.parameters()] if torch.is_grad_enabled() else []
+        given += [table for pair in given if isinstance(pair, tuple) for table in pair]
+        if any(isinstance(t, Tensor) and t.requires_grad for t in given):  # a sum's depends on how it was formed
             return "a gradient is required of the block's inputs or weights"
-        if block._modules["norm2"] is not self.norm or self.norm.eps != self.eps or self.norm.weight is not None:
-            return "norm2 was replaced or changed meanwhile"
-        if hooked(self.norm):
-            return "a hook is attached to norm2, which is not called when it is fused"
-        return None
+        return self._norms.changed(block)
 
-
-class LTX2TransformerBlock1d(Swapped, _Stock):
-    """Upstream's block, of the same name, with its first residual add and second norm fused."""
-
-    def forward(
+    def fused(
         self,
+        block: Any,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        # a hook that wrapped this method may still call it when the block is stock again, or in a copy of it
-        state = self.__dict__.get("_bitfuse")
-        if state is None or torch.compiler.is_compiling():
-            return _Stock.forward(self, hidden_states, attention_mask, rotary_emb)
-        if (reason := state.why_stock(self, (hidden_states, *(rotary_emb or ())))) is not None:
-            return state.site.leave(lambda: _Stock.forward(self, hidden_states, attention_mask, rotary_emb), reason)
         x = hidden_states
-        attended = self.attn1(self.norm1(x), attention_mask=attention_mask, query_rotary_emb=rotary_emb)
-        x, n = state.site.call(RESIDUAL_RMS_NORM_MODULATE_NATIVE, x, attended, None, None, None, *ABSENT, state.eps)
-        return x + self.ff(n)
+        attended = block.attn1(block.norm1(x), attention_mask=attention_mask, query_rotary_emb=rotary_emb)
+        x, n = self._site.call(RESIDUAL_RMS_NORM_MODULATE_NATIVE, x, attended, None, None, None, *ABSENT, self._eps)
+        return x + block.ff(n)
 
 
 def blocks(connectors: Any) -> Iterator[tuple[str, Any]]:
@@ -71,14 +71,14 @@ def blocks(connectors: Any) -> Iterator[tuple[str, Any]]:
             yield f"connectors.{side}.transformer_blocks.{index}", block
 
 
-def accelerate(connectors: Any, handle: Handle, host: str) -> None:
+def accelerate(connectors: Any, shared: Model, host: str) -> None:
     """Give every block the forward above, noting each site in the handle."""
     for name, block in blocks(connectors):
         reason = next(_why_left_alone(block, host), None)
         site = Site(f"{name}.norm2", RESIDUAL_RMS_NORM_MODULATE_NATIVE.name, reason)
-        handle.sites.append(site)
+        shared.handle.sites.append(site)
         if reason is None:
-            swap_class(block, LTX2TransformerBlock1d, _State(block, site), handle)
+            shared.handle.put(block, "forward", LTX2TransformerBlock1d(block, shared, site))
 
 
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:

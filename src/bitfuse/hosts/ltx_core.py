@@ -1,9 +1,9 @@
-"""Lightricks' ltx-core (1.0.0 to 1.2.0): the attentions of its LTX-2 transformer, and its rotary tables.
+"""Lightricks' ltx-core (1.0.0 to 1.2.0): the attentions of its LTX-2 transformer, and the grid of its rotary tables.
 
 From 1.1.4 on ltx-core has seams: an attention calls its `preattention_function` (Q/K norms and rotary embedding) and
 its `gated_attention_function` (the head gate), which `TransformerOpsConfig.from_functions` or anybody else fills. The
-two callables below go in there. Before 1.1.4 there are none: there an attention gets its class changed to a subclass of
-the same name, whose forward restates upstream's with the same two callables. They stand in only for upstream code whose
+two callables below go in there. Before 1.1.4 there are none: there an attention gets a forward of its own
+(`bitfuse.swap`), which restates upstream's with the same two callables. They stand in only for upstream code whose
 hash is listed here; any other is left in place, and the report says why. The rest of a block is in `ltx_core_block.py`.
 """
 
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ltx_core
@@ -20,19 +21,16 @@ import torch
 from ltx_core.model.transformer import attention, model, rope, transformer_args
 from torch import Tensor
 
+from bitfuse.contract import around
 from bitfuse.graphs import graph_forward
 from bitfuse.hosts import ltx_core_block
-from bitfuse.hosts.common import rotary_difference, weights_of
-from bitfuse.hosts.constant import Constant, Prelude
+from bitfuse.hosts.common import Model, ModelForward, Part, left_out, models_in, rotary_difference, weights_of
 from bitfuse.hosts.ltx_core_block import Seam, ops, why_seam_stays
 from bitfuse.hosts.patch import (
     Handle,
     Site,
-    Swapped,
-    fill,
     not_own,
     source_hash,
-    swap_class,
     why_norms_are_called,
     why_not_read,
     why_not_stock,
@@ -84,12 +82,12 @@ _READ = {
 class PreAttention(Seam):
     """ltx-core's `PreAttentionCallable`: Q/K norms and rotary embedding, in one kernel."""
 
-    def __init__(self, site: Site, stock: Any):
-        super().__init__(site, stock)
-        self._functions = _rotary_functions()
+    def __init__(self, site: Site, stock: Any, model: Model, unchecked: bool):
+        super().__init__(site, stock, model)
         self._own_batch = source_hash(rope.apply_split_rotary_emb) in _OWN_BATCH
+        self._unchecked = unchecked  # somebody watched the ops when it was taken over
 
-    def __call__(
+    def run(
         self,
         q: Tensor,
         k: Tensor,
@@ -99,22 +97,35 @@ class PreAttention(Seam):
         k_pe: _Tables | None,
     ) -> tuple[Tensor, Tensor]:
         attn = attn_module
-        if torch.compiler.is_compiling():
-            return _pre_attention(q, k, attn, pe, k_pe)
         if (reason := next(self._why_stock(q, k, attn, pe, k_pe), None)) is not None:
-            return self.site.leave(lambda: _pre_attention(q, k, attn, pe, k_pe), reason)
+            self.site.fall(reason)
+            return self.chain(q, k, attn, mask, pe, k_pe)
         norms = (attn.q_norm.weight, attn.k_norm.weight)
         if pe is None:
             return self.site.call(QK_RMS_NORM, q, k, *norms, attn.q_norm.eps)
         own = (None, None) if k_pe is None else k_pe
         return self.site.call(_QK_OPERATORS[attn.rope_type.value], q, k, *norms, *pe, *own, attn.q_norm.eps)
 
+    def chain(
+        self, q: Tensor, k: Tensor, attn: Any, mask: Tensor | None, pe: _Tables | None, k_pe: _Tables | None
+    ) -> tuple[Tensor, Tensor]:
+        """The host's own chain, with its norms called as modules."""
+        if self.stock is not None:
+            return self.stock(q, k, attn, mask, pe, k_pe)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if pe is None:
+            return q, k
+        turn = _rotary_home().apply_rotary_emb
+        return turn(q, pe, attn.rope_type), turn(k, pe if k_pe is None else k_pe, attn.rope_type)
+
     def _why_stock(self, q: Tensor, k: Tensor, attn: Any, pe: _Tables | None, k_pe: _Tables | None) -> Iterator[str]:
         yield from why_norms_are_called(q_norm=attn.q_norm, k_norm=attn.k_norm)
         if pe is None:
             return
-        if _rotary_functions() != self._functions:
-            yield f"a rotary function of {NAME} was replaced meanwhile"
+        if self._unchecked:
+            if (reason := next(around(), None) or _difference(attn)) is not None:
+                yield reason
+            self._unchecked = False
         if self._own_batch and attn.rope_type.value == "split":  # tables of another batch are an error there
             for x, (cos, _) in ((q, pe), (k, k_pe or pe)):
                 if cos.shape[0] != x.shape[0]:
@@ -124,7 +135,7 @@ class PreAttention(Seam):
 class GatedAttention(Seam):
     """ltx-core's `GatedAttentionCallable`: the head gate."""
 
-    def __call__(self, x: Tensor, attn_out: Tensor, attn_module: Any) -> Tensor:
+    def run(self, x: Tensor, attn_out: Tensor, attn_module: Any) -> Tensor:
         return self.site.call(HEAD_GATE, attn_out, attn_module.to_gate_logits(x))
 
 
@@ -133,32 +144,19 @@ def _rotary_home() -> Any:
     return ops or attention
 
 
-def _rotary_functions() -> tuple[Any, ...]:
-    return _rotary_home().apply_rotary_emb, rope.apply_split_rotary_emb, rope.apply_interleaved_rotary_emb
+class Attention(Part):
+    """In place of an attention's forward before 1.1.4: the two callables above, where later versions have seams."""
 
+    __slots__ = ("_gated_attention", "_pre_attention")
 
-def _pre_attention(q: Tensor, k: Tensor, attn: Any, pe: _Tables | None, k_pe: _Tables | None) -> tuple[Tensor, Tensor]:
-    """The host's own chain, with its norms called as modules."""
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    if pe is None:
-        return q, k
-    turn = _rotary_home().apply_rotary_emb
-    return turn(q, pe, attn.rope_type), turn(k, pe if k_pe is None else k_pe, attn.rope_type)
+    def __init__(self, attn: Any, model: Model, pre_attention: PreAttention, gated_attention: GatedAttention):
+        gated = attn.to_gate_logits is not None
+        super().__init__(attn, model, (pre_attention.site, gated_attention.site) if gated else (pre_attention.site,))
+        self._pre_attention, self._gated_attention = pre_attention, gated_attention
 
-
-class Attention(Swapped, _Attention):  # the same name as upstream's
-    """Upstream's attention before 1.1.4, with the two callables above where later versions have seams for them."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        seams = self.__dict__.get("_bitfuse")
-        if seams is None or torch.compiler.is_compiling():
-            return _Attention.forward(self, *args, **kwargs)
-        return self._forward(*seams, *args, **kwargs)
-
-    def _forward(
+    def fused(
         self,
-        pre_attention: PreAttention,
-        gated_attention: GatedAttention,
+        attn: Any,
         x: Tensor,
         context: Tensor | None = None,
         mask: Tensor | None = None,
@@ -168,69 +166,67 @@ class Attention(Swapped, _Attention):  # the same name as upstream's
         all_perturbed: bool = False,
     ) -> Tensor:
         context = x if context is None else context
-        v = self.to_v(context)
+        v = attn.to_v(context)
         if all_perturbed:  # spatio-temporal guidance: the values stand in for the attention
             out = v
         else:
-            q, k = self.to_q(x), self.to_k(context)
-            q, k = pre_attention(q, k, self, mask, pe, k_pe)
-            out = self.attention_function(q, k, v, self.heads, mask)
+            q, k = attn.to_q(x), attn.to_k(context)
+            q, k = self._pre_attention.run(q, k, attn, mask, pe, k_pe)
+            out = attn.attention_function(q, k, v, attn.heads, mask)
             if perturbation_mask is not None:
                 out = out * perturbation_mask + v * (1 - perturbation_mask)
-        if self.to_gate_logits is not None:
-            out = gated_attention(x, out, self)
-        return self.to_out(out)
+        if attn.to_gate_logits is not None:
+            out = self._gated_attention.run(x, out, attn)
+        return attn.to_out(out)
 
 
 # -- rotary tables -----------------------------------------------------------------------------------------------------
 
 
-class _KeptTables:
-    """Rotary tables, kept while the positions are the same: four of them are computed anew in every forward else."""
+class Positions:
+    """In place of a preprocessor's `_prepare_positional_embeddings`: the grid of frequencies is on the device already.
 
-    def __init__(self) -> None:
-        self._constants: defaultdict[Hashable, Constant] = defaultdict(Constant)  # by what else they depend on
+    The tables themselves are computed in each forward, as in stock.
+    """
 
-    def of(self, positions: Tensor, settings: Hashable, compute: Callable[[Tensor], Any]) -> Any:
-        return self._constants[settings].of(positions, settings, compute)
+    def __init__(self, preprocessor: Any, model: Model):
+        self._preprocessor, self._model = weakref.ref(preprocessor), model
+        self.__signature__ = inspect.signature(preprocessor._prepare_positional_embeddings)
 
-    def clear(self) -> None:
-        self._constants.clear()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found: Any = self._preprocessor()
+        stock = type(found)._prepare_positional_embeddings
+        if torch.compiler.is_compiling() or self._model.why_stock() is not None or next(around(), None) is not None:
+            return stock(found, *args, **kwargs)
+        return self._tables(found, *args, **kwargs)
 
-
-class TransformerArgsPreprocessor(Swapped, _Preprocessor):  # the same name as upstream's
-    def _prepare_positional_embeddings(
+    def _tables(
         self,
+        found: Any,
         positions: Tensor,
         inner_dim: int,
         max_pos: list[int],
         use_middle_indices_grid: bool,
         num_attention_heads: int,
         x_dtype: torch.dtype,
-    ) -> Any:
-        tables = self.__dict__.get("_bitfuse")
-        if tables is None or torch.compiler.is_compiling():
-            return _Preprocessor._prepare_positional_embeddings(
-                self, positions, inner_dim, max_pos, use_middle_indices_grid, num_attention_heads, x_dtype
-            )
-        double, theta, kind = self.double_precision_rope, self.positional_embedding_theta, self.rope_type
+    ) -> _Tables:
+        double = found.double_precision_rope
         grid = transformer_args.generate_freq_grid_np if double else transformer_args.generate_freq_grid_pytorch
+        return transformer_args.precompute_freqs_cis(
+            positions,
+            dim=inner_dim,
+            out_dtype=x_dtype,
+            theta=found.positional_embedding_theta,
+            max_pos=max_pos,
+            use_middle_indices_grid=use_middle_indices_grid,
+            num_attention_heads=num_attention_heads,
+            rope_type=found.rope_type,
+            freq_grid_generator=functools.partial(_grid_on, positions.device, grid),
+        )
 
-        def compute(positions: Tensor) -> _Tables:
-            return transformer_args.precompute_freqs_cis(
-                positions,
-                dim=inner_dim,
-                out_dtype=x_dtype,
-                theta=theta,
-                max_pos=max_pos,
-                use_middle_indices_grid=use_middle_indices_grid,
-                num_attention_heads=num_attention_heads,
-                rope_type=kind,
-                freq_grid_generator=functools.partial(_grid_on, positions.device, grid),
-            )
-
-        settings = (inner_dim, tuple(max_pos), use_middle_indices_grid, num_attention_heads, x_dtype)
-        return tables.of(positions, (*settings, double, theta, kind), compute)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """In a copy or a pickle of the preprocessor: its own method."""
+        return getattr, (self._preprocessor(), "_prepare_positional_embeddings")
 
 
 @functools.lru_cache(maxsize=8)
@@ -243,16 +239,19 @@ def _grid_on(device: torch.device, grid: Callable[..., Tensor], *settings: Any) 
 
 
 def transformers(target: Any) -> list[Any]:
-    """The LTX-2 transformer given, or the one in an `X0Model`; empty when there is none."""
-    parts = [target, getattr(target, "velocity_model", None)]
-    parts = [getattr(part, "_orig_mod", part) for part in parts]  # torch.compile's wrapper
-    return [part for part in parts if isinstance(part, model.LTXModel)]
+    """The LTX-2 transformer given, or the one inside (an `X0Model`, a wrapper); empty when there is none."""
+    return models_in([target], model.LTXModel)
+
+
+def unrecognised(target: Any) -> dict[str, str]:
+    return {}
 
 
 def accelerate(transformer: Any, handle: Handle) -> None:
     """Take over every site of one transformer, noting each in the handle. ValueError for options it has not."""
     if handle.keep_text:
         raise ValueError("keep_text is True; accepted for an ltx-core model: False, its text is not kept")
+    shared = Model(handle, left_out(_originals() + ltx_core_block.originals(), _USED + ltx_core_block.OPERATORS))
     for name, block, attn in _attentions(transformer):
         kind = str(getattr(attn.rope_type, "value", attn.rope_type))
         operator = QK_RMS_NORM if "attn2" in name else _QK_OPERATORS.get(kind, QK_RMS_NORM)
@@ -260,11 +259,24 @@ def accelerate(transformer: Any, handle: Handle) -> None:
         handle.sites.append(site)
         if attn.to_gate_logits is not None:
             handle.sites.append(gate_site)
-        _take_over(block, attn, site, gate_site, handle)
-    ltx_core_block.accelerate(transformer, handle, NAME)
-    _keep_tables(transformer, handle)
+        _take_over(block, attn, site, gate_site, shared)
+    ltx_core_block.accelerate(transformer, shared, NAME)
+    _hold_grids(transformer, shared)
+    ModelForward.install(transformer, shared)
     if handle.cuda_graph:
-        graph_forward(transformer, handle, prelude=Prelude, settings=lambda: tuple(map(id, _rotary_functions())))
+        graph_forward(transformer, handle, settings=shared.why_stock)
+
+
+_USED = (*_OPERATORS.values(), *_QK_OPERATORS.values(), QK_RMS_NORM, HEAD_GATE)
+
+
+def _originals() -> list[tuple[Any, str, str]]:
+    """The functions that the callables in this file leave out, besides those of the operators' references."""
+    found = [(_rotary_home(), "apply_rotary_emb", "apply_rotary_emb")]
+    found += [(rope, name, name) for name in ("apply_split_rotary_emb", "apply_interleaved_rotary_emb")]
+    found += [(_Attention, "forward", "Attention.forward")] if ops is None else []
+    name = "_prepare_positional_embeddings"
+    return [*found, (_Preprocessor, name, f"TransformerArgsPreprocessor.{name}")]
 
 
 def _attentions(transformer: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -274,20 +286,22 @@ def _attentions(transformer: Any) -> Iterator[tuple[str, Any, Any]]:
                 yield f"transformer_blocks.{index}.{name}", block, attn
 
 
-def _take_over(block: Any, attn: Any, site: Site, gate_site: Site, handle: Handle) -> None:
-    reason = next(_why_left_alone(block, attn), None)
+def _take_over(block: Any, attn: Any, site: Site, gate_site: Site, model: Model) -> None:
+    reason, put = next(_why_left_alone(block, attn), None), model.handle.put
+    unchecked = next(around(), None) is not None  # a mode, say: the functions can't be tried under it
     if ops is None:  # one forward, so both or neither
-        site.declined = gate_site.declined = reason or next(_why_not_turned(attn), None)
+        site.declined = gate_site.declined = reason or next(_why_not_turned(attn, unchecked), None)
         if site.declined is None:
-            swap_class(attn, Attention, (PreAttention(site, None), GatedAttention(gate_site, None)), handle)
+            callables = PreAttention(site, None, model, unchecked), GatedAttention(gate_site, None, model)
+            put(attn, "forward", Attention(attn, model, *callables))
         return
     pre, gated = "preattention_function", "gated_attention_function"
-    site.declined = reason or why_seam_stays(attn, pre) or next(_why_not_turned(attn), None)
+    site.declined = reason or why_seam_stays(attn, pre) or next(_why_not_turned(attn, unchecked), None)
     gate_site.declined = reason or why_seam_stays(attn, gated)
     if site.declined is None:
-        fill(attn, pre, PreAttention(site, attn.preattention_function), handle)
+        put(attn, pre, PreAttention(site, Seam.stock_of(attn.preattention_function), model, unchecked))
     if gate_site.declined is None:
-        fill(attn, gated, GatedAttention(gate_site, attn.gated_attention_function), handle)
+        put(attn, gated, GatedAttention(gate_site, Seam.stock_of(attn.gated_attention_function), model))
 
 
 def _why_left_alone(block: Any, attn: Any) -> Iterator[str]:
@@ -296,11 +310,11 @@ def _why_left_alone(block: Any, attn: Any) -> Iterator[str]:
     if ops is None:
         sources = {"Attention.forward": _Attention.forward}
         yield from why_not_stock(attn, _Attention, "attention", NAME, _READ, sources)
-    elif type(attn) is not _Attention:  # its seams are filled, whatever its forward is
+    elif not isinstance(attn, _Attention):  # its seams are filled, whatever its forward is
         yield not_own(attn, "attention", NAME)
 
 
-def _why_not_turned(attn: Any) -> Iterator[str]:
+def _why_not_turned(attn: Any, unchecked: bool) -> Iterator[str]:
     """Why its Q/K norms and rotary embedding stay."""
     kind = getattr(attn.rope_type, "value", attn.rope_type)
     if kind not in _OPERATORS:
@@ -308,8 +322,16 @@ def _why_not_turned(attn: Any) -> Iterator[str]:
         return
     function = getattr(rope, name := f"apply_{kind}_rotary_emb")
     yield from why_not_read(NAME, _READ, {"apply_rotary_emb": _rotary_home().apply_rotary_emb, name: function})
+    if not unchecked and (difference := _difference(attn)):
+        yield difference
+
+
+def _difference(attn: Any) -> str | None:
+    """Why the host's rotary function and bitfuse's reference are not the same, tried in this process."""
+    kind = attn.rope_type.value
     if difference := _differs_from_host(kind, attn.heads, attn.dim_head, *weights_of(attn)):
-        yield f"{name} of {NAME} and bitfuse's reference part here: {difference}"
+        return f"apply_{kind}_rotary_emb of {NAME} and bitfuse's reference part here: {difference}"
+    return None
 
 
 @functools.cache
@@ -318,10 +340,10 @@ def _differs_from_host(kind: str, heads: int, head_dim: int, dtype: torch.dtype,
     return rotary_difference(host, _OPERATORS[kind], kind == "interleaved", heads, head_dim, dtype, dtype, device)
 
 
-def _keep_tables(transformer: Any, handle: Handle) -> None:
+def _hold_grids(transformer: Any, model: Model) -> None:
     for name in ("video_args_preprocessor", "audio_args_preprocessor"):
         found = getattr(transformer, name, None)
         found = getattr(found, "simple_preprocessor", found)
         known = source_hash(_Preprocessor._prepare_positional_embeddings) in _READ["tables"]
         if known and type(found) is _Preprocessor and "_prepare_positional_embeddings" not in found.__dict__:
-            swap_class(found, TransformerArgsPreprocessor, _KeptTables(), handle)
+            model.handle.put(found, "_prepare_positional_embeddings", Positions(found, model))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import hashlib
 import html
-import inspect
 import itertools
 import textwrap
+import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -17,33 +17,17 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch.nn.modules.module import _has_any_global_hook as hooked_everywhere  # register_module_forward_hook, say
 
 from bitfuse.audit import Auditor
-from bitfuse.contract import Operator, Plan, Route
+from bitfuse.contract import Operator, Route
+from bitfuse.originals import source_of
+from bitfuse.swap import Forward, hooked, named, plain
 
 
 def source_hash(fn: Callable) -> str | None:
-    """The first 16 hex digits of the SHA-256 of a function's source text, or None where there is no source.
-
-    Of its code object's: `inspect` would look through a wrapper made with `functools.wraps` and see the original.
-    """
-    try:
-        source = textwrap.dedent(inspect.getsource(fn.__code__))
-    except (AttributeError, OSError, TypeError):
-        return None
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
-
-
-def hooked(module: Any) -> bool:
-    """Whether somebody is called when this module is, or instead of it: torch's hooks, or a replaced forward."""
-    found = module.__dict__
-    own = found["_forward_hooks"] or found["_forward_pre_hooks"] or "forward" in found
-    return bool(own or hooked_everywhere())
-
-
-def named(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    """The first 16 hex digits of the SHA-256 of a function's source text; None where no text is its code."""
+    source = source_of(fn)
+    return None if source is None else hashlib.sha256(textwrap.dedent(source).encode()).hexdigest()[:16]
 
 
 def not_own(module: Any, what: str, host: str) -> str:
@@ -63,11 +47,19 @@ def why_not_read(host: str, read: Mapping[str, Collection[str]], sources: Mappin
 def why_not_stock(
     module: Any, own: type, what: str, host: str, read: Mapping[str, Collection[str]], sources: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Why a module can't be given a forward that restates these sources: it is not the host's own as it was read."""
-    if type(module) is not own:
+    """Why a module can't be given a forward that restates these sources: it is not the host's own as it was read.
+
+    sources    the functions that are restated, by `Class.name` or name. The module's class may be one derived from the
+               host's (FSDP's, say), as long as none of them is another there
+    """
+    if not isinstance(module, own):
         yield not_own(module, what, host)
         return
-    if "forward" in module.__dict__:
+    for name in sources:
+        kind, _, method = name.partition(".")
+        if kind == own.__name__ and getattr(type(module), method, None) is not getattr(own, method, None):
+            yield f"{not_own(module, what, host)}, and has a {method} of its own"
+    if not isinstance(module.__dict__.get("forward"), Forward) and not plain(module):
         yield f"a hook or a wrapper has replaced the {what}'s forward, and is left in place"
     yield from why_not_read(host, read, sources)
 
@@ -87,48 +79,6 @@ def why_norms_are_called(**norms: Any) -> Iterator[str]:
             yield f"the eps of {name} is {norm.eps} and that of {first} {eps[first]}"
 
 
-class Swapped:
-    """First base of a class that a module is given in place of its own, which is the second base.
-
-    Such a class has the name of the stock one, for whoever finds modules by it, and a `forward` of its own: torch's
-    hooks, which sit in `__call__`, keep working. A copy or a pickle of such a module is the stock module.
-    """
-
-    _bitfuse: Any
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {name: value for name, value in self.__dict__.items() if name != "_bitfuse"}
-        return copyreg._reconstructor, (type(self).__bases__[1], object, None), state  # type: ignore[attr-defined]
-
-
-def swap_class(module: Any, ours: type, state: Any, handle: Handle) -> None:
-    """Give the module our class and, as `_bitfuse`, our state, until the handle is restored."""
-    stock = type(module)
-    module._bitfuse = state
-    module.__class__ = ours
-
-    def undo() -> None:
-        if type(module) is ours:
-            module.__class__ = stock
-        kept = module.__dict__.pop("_bitfuse", None)
-        if hasattr(kept, "clear"):
-            kept.clear()
-
-    handle.on_restore(undo)
-
-
-def fill(owner: Any, attribute: str, ours: Any, handle: Handle) -> None:
-    """Put something of ours into an attribute of the owner's own, until the handle is restored."""
-    stock = owner.__dict__[attribute]
-    setattr(owner, attribute, ours)
-
-    def undo() -> None:
-        if owner.__dict__.get(attribute) is ours:  # somebody else's, set since, is not ours to take away
-            setattr(owner, attribute, stock)
-
-    handle.on_restore(undo)
-
-
 class NotFused(RuntimeError):
     """With `strict=True`, or of what `require` names: the site that would have run the PyTorch chain, and why."""
 
@@ -144,6 +94,9 @@ class Options:
     require: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for name in ("strict", "cuda_graph", "keep_text"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} is {value!r}; accepted: True or False")
         audit, require = self.audit, self.require
         if audit is not None and (not isinstance(audit, int) or isinstance(audit, bool) or audit < 1):
             raise ValueError(f"audit is {audit!r}; accepted: None (off), or an int of at least 1: one call in so many")
@@ -156,9 +109,10 @@ class Options:
         return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
 
 
-# Set while a block is rehearsed (`hosts.common.Rehearsal`): its sites run the PyTorch chains and count nothing, and
-# the kernels that they would have proved are given to this.
-rehearsing: Callable[[Plan, tuple[Any, ...]], object] | None = None
+_counting = threading.Lock()
+
+COMPILING = "kernels are being compiled side by side"
+"""The reason of a route in a rehearsal. It is no fall-back: the kernels are used from the next call on."""
 
 Observer = Callable[["Site", Operator, Route, tuple[Any, ...], Any], None]
 
@@ -169,7 +123,8 @@ class Site:
 
     declined    why this site was left as it was, or None when it was taken over
     fused       calls that ran the kernel
-    fallen      calls that ran the PyTorch chain, by the reason
+    fallen      calls that ran the PyTorch chain, by the reason; of all reasons beyond `REASONS_KEPT` together
+    compiling   calls that ran the PyTorch chain because kernels were compiled meanwhile, side by side (`Rehearsal`)
     tiers       the ways in which calls were fused (`Operator.tiers`)
     strict      raise `NotFused` instead of running the PyTorch chain
     observers   called after each call, on its stream, with (site, operator, route, arguments, result)
@@ -180,22 +135,29 @@ class Site:
     declined: str | None = None
     fused: int = 0
     fallen: Counter[str] = field(default_factory=Counter)
+    compiling: int = 0
     tiers: set[str] = field(default_factory=set)
     strict: bool = False
     observers: tuple[Observer, ...] = ()
+    rehearsal: Any = None  # a `Rehearsal` that this site takes part in, while its `under_way` is locked
+
+    REASONS_KEPT = 32  # a reason may hold a shape, of which a server sees ever more
+    OTHERS = "for another reason than those that are listed"
 
     def call(self, operator: Operator, *args: Any) -> Any:
         """Run the operator and note which way the call went."""
         if torch.compiler.is_compiling():  # the compiler gets the PyTorch chain, and no counting in its graph
             return operator.reference(*args)
-        if rehearsing is not None:
-            return operator.rehearse(rehearsing, args)
-        route = operator.route(*args)
+        if self.rehearsal is not None and self.rehearsal.under_way.locked():
+            route = self.rehearsal.route(operator, args)
+            self.compiling += 1
+        else:
+            route = operator.routed(*args)
         if route.reason is None:
-            self.fused += 1
+            self.fused += 1  # no other thread comes in between: Python switches threads at calls and jumps back
             if route.tier not in self.tiers:
                 self.tiers.add(str(route.tier))
-        else:
+        elif route.reason is not COMPILING:
             self.fall(route.reason)
         result = route.run(*args)
         for observe in self.observers:
@@ -204,11 +166,12 @@ class Site:
 
     def fall(self, reason: str) -> None:
         """Note a call that is not fused, or raise where that is not wanted."""
-        if rehearsing is not None:
-            return
         if self.strict:
             raise NotFused(f"{self.name}: {reason}")
-        self.fallen[reason] += 1
+        with _counting:  # a reason's first call runs Python, where another thread may come in between
+            if reason not in self.fallen and len(self.fallen) >= self.REASONS_KEPT:
+                reason = self.OTHERS
+            self.fallen[reason] += 1
 
     def leave(self, chain: Callable[[], Any], reason: str) -> Any:
         """Run the host's own chain, for this reason."""
@@ -221,11 +184,11 @@ class Site:
 
     @property
     def state(self) -> str:
-        """fused, partly fused, fallen back, left alone, or not called yet."""
+        """fused, partly fused, fallen back, left alone, compiling (called in a rehearsal only), or not called yet."""
         if self.declined:
             return "left alone"
         if not self.fused and not self.fallen:
-            return "not called yet"
+            return "compiling" if self.compiling else "not called yet"
         if not self.fallen:
             return "fused"
         return "partly fused" if self.fused else "fallen back"
@@ -273,7 +236,7 @@ class Report:
 
     @property
     def fused(self) -> int:
-        """Sites that ran the kernel at every call so far."""
+        """Sites that ran the kernel at every call so far, but for one in which kernels were compiled."""
         return sum(site.state == "fused" for site in self.sites)
 
     def as_dict(self) -> dict[str, Any]:
@@ -302,6 +265,7 @@ class Report:
             "state": site.state,
             "calls_fused": site.fused,
             "calls_fallen_back": sum(site.fallen.values()),
+            "calls_compiling": site.compiling,
             "reasons": site.reasons,
             "tiers": sorted(site.tiers),
         }
@@ -316,7 +280,12 @@ class Report:
         So 48 blocks show as one block does; their calls and times are summed.
         """
         kinds: dict[tuple, dict[str, Any]] = {}
-        summed = ("calls_fused", "calls_fallen_back", *(("seconds", "time_share") if self.times else ()))
+        summed = (
+            "calls_fused",
+            "calls_fallen_back",
+            "calls_compiling",
+            *(("seconds", "time_share") if self.times else ()),
+        )
         for site in map(self._site, self.sites):
             name = kind_of(site["name"])
             key = (name, site["operator"], site["state"], tuple(site["reasons"]), tuple(site["tiers"]))
@@ -418,7 +387,7 @@ def measure(sites: list[Site], run: Callable[[], Any]) -> Times:
 
     def timed(site: Site, operator: Operator, x: Any, *args: Any) -> Any:
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if torch.compiler.is_compiling() or rehearsing is not None or capturing:
+        if torch.compiler.is_compiling() or capturing:
             return Site.call(site, operator, x, *args)
         start = _mark(x.device)
         result = Site.call(site, operator, x, *args)
@@ -455,8 +424,18 @@ def _mark(device: torch.device) -> Any:
     return event
 
 
+_ABSENT = object()
+lock = threading.RLock()  # of all that begins or ends an acceleration
+
+
 class Handle:
-    """An acceleration in force: `report()` says what it does, `restore()` undoes it. Also a context manager."""
+    """An acceleration in force: `report()` says what it does, `restore()` undoes it. Also a context manager.
+
+    It holds no module: a handle that is kept does not keep a model's weights.
+
+    on        False once it was restored. Forwards of a model that are under way then go on as they began
+    models    for each accelerated model what its forwards share (`hosts.common.Model`)
+    """
 
     def __init__(self, host: str, options: Options | None = None):
         self.host = host
@@ -464,11 +443,49 @@ class Handle:
         self.cuda_graph, self.keep_text = self.options.cuda_graph, self.options.keep_text  # what adapters look at
         self.auditor = Auditor(self.options.audit) if self.options.audit else None
         self.sites: list[Site] = []
-        self.graphs: list[Any] = []  # `bitfuse.graphs.GraphedForward`, one for each model
+        self.models: list[Any] = []
+        self.on = True
+        self.pinned = False  # by `accelerate`; else it ends with the last of its users
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # those inside `with accelerated(...)`
+        self._graphs: list[tuple[weakref.ref, Any]] = []
         self._undo: list[Callable[[], object]] = []
 
     def on_restore(self, undo: Callable[[], object]) -> None:
+        """Have this called when the acceleration ends. It may be called again where it was interrupted."""
         self._undo.append(undo)
+
+    def put(self, owner: Any, attribute: str, ours: Any) -> None:
+        """Give the owner something of ours in an attribute of its own, until the handle is restored.
+
+        What somebody else puts there meanwhile stays.
+        """
+        had = owner.__dict__.get(attribute, _ABSENT)
+        bound = attribute == "forward" and had is not _ABSENT and plain(owner)  # it would hold its module
+        had = None if bound else had
+        owned, placed = weakref.ref(owner), weakref.ref(ours)
+
+        def undo() -> None:
+            found = owned()
+            if found is None or (now := found.__dict__.get(attribute)) is None or now is not placed():
+                return
+            if bound:
+                found.__dict__[attribute] = type(found).forward.__get__(found)
+            elif had is _ABSENT:
+                found.__dict__.pop(attribute, None)
+            else:
+                found.__dict__[attribute] = had
+
+        self.on_restore(undo)
+        owner.__dict__[attribute] = ours
+
+    def add_graph(self, graph: Any) -> None:
+        """Note a model's `bitfuse.graphs.GraphedForward`, which dies with its model; its counts stay."""
+        self._graphs.append((weakref.ref(graph), graph.counts))
+
+    @property
+    def graphs(self) -> list[Any]:
+        """The `GraphedForward` of each model, as far as the models live."""
+        return [graph for reference, _ in self._graphs if (graph := reference()) is not None]
 
     def watch_sites(self) -> None:
         """Put the options into force at all sites, once they are known.
@@ -509,14 +526,31 @@ class Handle:
         return self._report(times)
 
     def _report(self, times: Times | None = None) -> Report:
-        return Report(self.host, self.sites, self.graphs, self.auditor, times)
+        return Report(self.host, self.sites, [counts for _, counts in self._graphs], self.auditor, times)
 
     def restore(self) -> None:
-        """Put every attribute back, and wait for audits that are under way. Safe to call twice."""
-        while self._undo:
-            self._undo.pop()()
+        """Put every attribute back, and wait for audits that are under way.
+
+        Forwards that begin from now on are stock. Where one is under way in some thread, the attributes are put back
+        at its end: it goes on as it began. Safe to call again, also after an interrupt (Ctrl-C) of it.
+        """
+        self.on = False
+        self.settle()
         if self.auditor:
             self.auditor.settle()
+
+    def settle(self) -> None:
+        """Of an acceleration that was restored, put back what is not yet, unless a forward is under way."""
+        if not self.on and not any(model.under_way for model in self.models):
+            self.finish()
+
+    def finish(self) -> None:
+        """Put every attribute back, whoever is under way."""
+        with lock:
+            self.on = False
+            while self._undo:
+                self._undo[-1]()  # taken off the list afterwards: an interrupt loses none
+                self._undo.pop()
 
     def __enter__(self) -> Handle:
         return self

@@ -1,7 +1,7 @@
 """SGLang's LTX-2 transformer (0.5.12 to 0.5.23): its attentions and blocks, and the functions of its module.
 
-An attention gets its class changed to a subclass of the same name, whose forward restates upstream's with Q/K norms,
-rotary embedding and head gate as operators; `sglang_block.py` does the same for the rest of a block, and says how it
+An attention gets a forward of its own (`bitfuse.swap`), which restates upstream's with Q/K norms, rotary embedding and
+head gate as operators; `sglang_block.py` does the same for the rest of a block, and says how it
 goes under SGLang's autocast. The rotary function of the model, and `_ltx2_modulate` of the output norm, are replaced in
 SGLang's module: whoever else calls them there gets them too, an attention that is left alone, say. The last restore
 puts them back. All of it only for upstream code whose hash is listed here; any other is left in place, and the report
@@ -26,17 +26,8 @@ from torch import Tensor
 
 from bitfuse.contract import OPERATORS, Operator
 from bitfuse.hosts import sglang_block
-from bitfuse.hosts.common import rotary_difference
-from bitfuse.hosts.patch import (
-    Handle,
-    Site,
-    Swapped,
-    source_hash,
-    swap_class,
-    why_norms_are_called,
-    why_not_read,
-    why_not_stock,
-)
+from bitfuse.hosts.common import ENDED, Model, ModelForward, Part, left_out, models_in, rotary_difference
+from bitfuse.hosts.patch import Handle, Site, source_hash, why_norms_are_called, why_not_read, why_not_stock
 from bitfuse.hosts.sglang_block import call, unaffected, why_autocast
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
@@ -80,11 +71,11 @@ _READ = {
 
 @dataclass
 class _Function:
-    """A function of SGLang's module that ours stands in for, and the sites of the handles that hold it replaced."""
+    """A function of SGLang's module that ours stands in for, and the sites of the models that hold it replaced."""
 
     name: str
     operator: Operator
-    sites: list[Site] = field(default_factory=list)
+    sites: list[tuple[Site, Model]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.stock = getattr(upstream, self.name)
@@ -93,35 +84,42 @@ class _Function:
 
     def run(self, *args: Tensor, stock: Callable[[], Tensor]) -> Tensor:
         """The operator where it is fused, counted by the latest handle; else SGLang's own function."""
-        if torch.compiler.is_compiling() or not self.sites:
+        if torch.compiler.is_compiling() or not (sites := tuple(self.sites)):
             return stock()
-        x, site = args[0], self.sites[-1]
-        reason = why_autocast(x, guarded=True)  # there is no norm in any of these
-        reason = reason or unaffected(x.device.type, self.operator.route, *args).reason
-        return site.leave(stock, reason) if reason else call(site, self.operator, *args)
+        x, (site, model) = args[0], sites[-1]
+        reason = model.why_stock()
+        if reason is ENDED:
+            return stock()
+        reason = reason or why_autocast(x, guarded=True)  # there is no norm in any of these
+        reason = reason or unaffected(x.device.type, self.operator.routed, *args).reason
+        if reason is None:
+            return call(site, self.operator, *args)
+        site.fall(reason)
+        return stock()
 
 
 _functions: dict[str, _Function] = {}  # those that are replaced
 
 
-def _replace_function(name: str, site: Site, handle: Handle) -> None:
-    handle.sites.append(site)
+def _replace_function(name: str, site: Site, model: Model) -> None:
+    model.handle.sites.append(site)
     if site.declined is not None:
         return
-    found = _functions.get(name)
-    if found is None:
-        found = _functions[name] = _Function(name, OPERATORS[site.operator])
-        setattr(upstream, name, found.ours)
-    found.sites.append(site)
+    found = _functions.get(name) or _Function(name, OPERATORS[site.operator])
 
     def undo() -> None:
-        found.sites[:] = [other for other in found.sites if other is not site]
-        if not found.sites and _functions.get(name) is found:
-            del _functions[name]
+        found.sites[:] = [entry for entry in found.sites if entry[0] is not site]
+        if not found.sites:
             if getattr(upstream, name) is found.ours:  # somebody else's, put there since, is not ours to take away
                 setattr(upstream, name, found.stock)
+            if _functions.get(name) is found:
+                del _functions[name]
 
-    handle.on_restore(undo)
+    model.handle.on_restore(undo)
+    _functions[name] = found
+    found.sites.append((site, model))
+    if getattr(upstream, name) is found.stock:
+        setattr(upstream, name, found.ours)
 
 
 def _turn(function: _Function, x: Tensor, freqs: _Tables) -> Tensor:
@@ -135,45 +133,33 @@ def _modulate(function: _Function, x: Tensor, scale: Tensor, shift: Tensor) -> T
 # -- an attention ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _State:
-    """What an attention carries while it is accelerated."""
+class LTX2Attention(Part):
+    """In place of the forward of upstream's attention: Q/K norms, rotary embedding and head gate are fused.
 
-    site: Site
-    gate_site: Site
-    function: str  # the rotary function
-    guarded: bool
+    function    the name of the rotary function
+    """
 
-    def why_stock(self, attn: Any, x: Tensor, context_kv: Any) -> Iterator[str]:
-        """Why upstream's own forward must run."""
-        if context_kv is not None:
-            yield "the text's keys are kept, normed; of the queries' norm alone nothing is left to fuse"
-        yield from why_norms_are_called(q_norm=attn.q_norm, k_norm=attn.k_norm)
-        function = _functions.get(self.function)
-        if function is None or getattr(upstream, self.function) is not function.ours:
-            yield f"{self.function} of {NAME} was replaced meanwhile"
-        if reason := why_autocast(x, self.guarded):
-            yield reason
+    __slots__ = ("_function", "_guarded", "gate_site", "site")
 
+    def __init__(self, attn: Any, model: Model, site: Site, gate_site: Site, function: str):
+        super().__init__(attn, model, (site,) if attn.to_gate_logits is None else (site, gate_site))
+        self.site, self.gate_site, self._function = site, gate_site, function
+        self._guarded = source_hash(_Attention.forward) in _GUARDED
 
-class LTX2Attention(Swapped, _Attention):  # the same name as upstream's
-    """Upstream's attention with Q/K norms, rotary embedding and head gate fused."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        state = self.__dict__.get("_bitfuse")
-        if state is None or torch.compiler.is_compiling():
-            return _Attention.forward(self, *args, **kwargs)
-        x = args[0] if args else kwargs["x"]
+    def why_stock(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         context_kv = args[_CONTEXT_KV] if len(args) > _CONTEXT_KV else kwargs.get("context_kv")
-        if (reason := next(state.why_stock(self, x, context_kv), None)) is not None:
-            for site in (state.site,) if self.to_gate_logits is None else (state.site, state.gate_site):
-                site.fall(reason)
-            return _Attention.forward(self, *args, **kwargs)
-        return self._forward(state, *args, **kwargs)
+        if context_kv is not None:
+            return "the text's keys are kept, normed; of the queries' norm alone nothing is left to fuse"
+        if (reason := next(why_norms_are_called(q_norm=attn.q_norm, k_norm=attn.k_norm), None)) is not None:
+            return reason
+        function = _functions.get(self._function)
+        if function is None or getattr(upstream, self._function) is not function.ours:
+            return f"{self._function} of {NAME} was replaced meanwhile"
+        return why_autocast(args[0] if args else kwargs["x"], self._guarded)
 
-    def _forward(
+    def fused(
         self,
-        state: _State,
+        attn: Any,
         x: Tensor,
         context: Tensor | None = None,
         mask: Tensor | None = None,
@@ -187,40 +173,40 @@ class LTX2Attention(Swapped, _Attention):  # the same name as upstream's
         context_kv: None = None,
     ) -> Tensor:
         context = x if context is None else context
-        value, _ = self.to_v(context)
-        v = value.view(*value.shape[:-1], self.local_heads, self.dim_head)
+        value, _ = attn.to_v(context)
+        v = value.view(*value.shape[:-1], attn.local_heads, attn.dim_head)
         if all_perturbed:  # spatio-temporal guidance: the values stand in for the attention
             out = v
         else:
-            q, _ = self.to_q(x)
-            k, _ = self.to_k(context)
-            q, k = self._norm_and_turn(state.site, q, k, pe, k_pe)
-            q, k = (t.view(*t.shape[:-1], self.local_heads, self.dim_head) for t in (q, k))
+            q, _ = attn.to_q(x)
+            k, _ = attn.to_k(context)
+            q, k = self._norm_and_turn(attn, q, k, pe, k_pe)
+            q, k = (t.view(*t.shape[:-1], attn.local_heads, attn.dim_head) for t in (q, k))
             k_all, v_all, here = k, v, skip_sequence_parallel_override
             if gather_context_kv_for_sp:  # each rank has its own tokens, and looks at those of all
                 k_all, v_all, mask = _gathered(k, v, mask, int(context_replicated_prefix_len))
                 here = True
-            more = {} if self.use_local_attention else {"skip_sequence_parallel_override": here}
-            out = self.attn(q, k_all, v_all, attn_mask=mask, **more)
+            more = {} if attn.use_local_attention else {"skip_sequence_parallel_override": here}
+            out = attn.attn(q, k_all, v_all, attn_mask=mask, **more)
             if perturbation_mask is not None:
                 if perturbation_mask.ndim == out.ndim - 1:
                     perturbation_mask = perturbation_mask.unsqueeze(-1)
                 out = out * perturbation_mask + v * (1 - perturbation_mask)
         out = out.flatten(2)
-        if self.to_gate_logits is not None:
-            logits, _ = self.to_gate_logits(x)
-            out = call(state.gate_site, HEAD_GATE, out, logits)
-        return self.to_out[0](out)[0]
+        if attn.to_gate_logits is not None:
+            logits, _ = attn.to_gate_logits(x)
+            out = call(self.gate_site, HEAD_GATE, out, logits)
+        return attn.to_out[0](out)[0]
 
     def _norm_and_turn(
-        self, site: Site, q: Tensor, k: Tensor, pe: _Tables | None, k_pe: _Tables | None
+        self, attn: Any, q: Tensor, k: Tensor, pe: _Tables | None, k_pe: _Tables | None
     ) -> tuple[Tensor, Tensor]:
-        norms = (self.q_norm.weight, self.k_norm.weight)
+        norms = (attn.q_norm.weight, attn.k_norm.weight)
         if pe is None:
-            return call(site, QK_RMS_NORM, q, k, *norms, self.q_norm.eps)
+            return call(self.site, QK_RMS_NORM, q, k, *norms, attn.q_norm.eps)
         operator = QK_INTERLEAVED_PER_OP if pe[0].dim() == 3 else QK_SPLIT_PER_OP
         own = (None, None) if k_pe is None else k_pe
-        return call(site, operator, q, k, *norms, *pe, *own, self.q_norm.eps)
+        return call(self.site, operator, q, k, *norms, *pe, *own, attn.q_norm.eps)
 
 
 def _gathered(k: Tensor, v: Tensor, mask: Tensor | None, prefix: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -239,11 +225,14 @@ def _gathered(k: Tensor, v: Tensor, mask: Tensor | None, prefix: int) -> tuple[T
 
 
 def transformers(target: Any) -> list[Any]:
-    """The LTX-2 transformers in a pipeline's modules, or the one given; empty when there is none."""
+    """The LTX-2 transformers in a pipeline's modules, or in the one given; empty when there is none."""
     modules = getattr(target, "modules", None)
     parts = [target, *(modules.values() if isinstance(modules, dict) else ())]
-    parts = [getattr(part, "_orig_mod", part) for part in parts]  # torch.compile's wrapper
-    return [part for part in parts if isinstance(part, upstream.LTX2VideoTransformer3DModel)]
+    return models_in(parts, upstream.LTX2VideoTransformer3DModel)
+
+
+def unrecognised(target: Any) -> dict[str, str]:
+    return {}
 
 
 def accelerate(model: Any, handle: Handle) -> None:
@@ -252,6 +241,8 @@ def accelerate(model: Any, handle: Handle) -> None:
         raise ValueError("keep_text is True; accepted for an SGLang model: False, SGLang keeps the text itself")
     if handle.cuda_graph:
         raise ValueError("cuda_graph is True; accepted for an SGLang model: False, SGLang captures its own graphs")
+    originals = [(_Attention, "forward", "LTX2Attention.forward"), *sglang_block.originals()]
+    shared = Model(handle, left_out(originals, (*_USED, *sglang_block.OPERATORS)))
     kind = model.rope.rope_type
     function, operator, with_norms = _ROTARY[kind]
     device = next((p.device for p in model.parameters() if p.is_cuda), torch.device("cpu"))
@@ -262,13 +253,16 @@ def accelerate(model: Any, handle: Handle) -> None:
         gate_site = Site(f"{name}.gate", HEAD_GATE.name, reason)
         handle.sites += [site] if attn.to_gate_logits is None else [site, gate_site]
         if reason is None:
-            guarded = source_hash(_Attention.forward) in _GUARDED
-            swap_class(attn, LTX2Attention, _State(site, gate_site, function, guarded), handle)
-    sglang_block.accelerate(model, handle, NAME)
-    _replace_function(function, Site(function, operator.name, unturned), handle)
+            handle.put(attn, "forward", LTX2Attention(attn, shared, site, gate_site, function))
+    sglang_block.accelerate(model, shared, NAME)
+    _replace_function(function, Site(function, operator.name, unturned), shared)
     if hasattr(upstream, _MODULATE):  # before 0.5.18 the output's modulation is inline
         reason = _why_function_stays(_MODULATE, kind, device)
-        _replace_function(_MODULATE, Site(_MODULATE, MODULATE.name, reason), handle)
+        _replace_function(_MODULATE, Site(_MODULATE, MODULATE.name, reason), shared)
+    ModelForward.install(model, shared)
+
+
+_USED = (*(operator for _, *both in _ROTARY.values() for operator in both), QK_RMS_NORM, HEAD_GATE, MODULATE)
 
 
 def _attentions(model: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -1,8 +1,8 @@
 """SGLang's LTX-2 transformer block (0.5.12 to 0.5.23): its forward, with every elementwise chain one operator.
 
 The forward below restates `LTX2TransformerBlock.forward`: the same modules called in the same order, and between them
-operators, each of which equals SGLang's PyTorch chain bit for bit or runs it. A block gets it by changing its class to
-a subclass of the same name.
+operators, each of which equals SGLang's PyTorch chain bit for bit or runs it. A block gets it as an attribute of its
+own (`bitfuse.swap`).
 
 SGLang runs under bf16 autocast, which operators decline. Its chains are of two kinds: the norms stand in
 `autocast(enabled=False)` in SGLang's own code (from 0.5.18), and the rest are ops that autocast leaves alone. The first
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bitfuse import proof
 from bitfuse.contract import Operator
-from bitfuse.hosts.common import ABSENT, Ada, Block, State, Values, modulation
-from bitfuse.hosts.patch import Handle, Site, hooked, named, source_hash, swap_class, why_not_stock
+from bitfuse.hosts.common import ABSENT, Ada, Block, Model, Values, modulation
+from bitfuse.hosts.patch import Site, source_hash, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
@@ -30,6 +30,7 @@ from bitfuse.ops.modulate import MODULATE
 from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_NATIVE, RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE
 from bitfuse.ops.rms_norm_modulate import RMS_NORM_MODULATE_NATIVE
 from bitfuse.ops.split_rotary import SPLIT_PER_OP
+from bitfuse.swap import hooked, named
 
 _Stock: Any = upstream.LTX2TransformerBlock
 _Norm: Any = getattr(upstream, "RMSNormNoWeight", None)  # up to 0.5.13 a function, rms_norm
@@ -112,8 +113,8 @@ def unaffected(kind: str, run: Callable[..., Any], *args: Any) -> Any:
     """run(*args) with autocast off on this kind of device, in the guard that SGLang puts around its norms."""
     if not torch.is_autocast_enabled(kind):
         return run(*args)
-    torch.set_autocast_enabled(kind, False)  # what torch.autocast does, in a tenth of its time
     try:
+        torch.set_autocast_enabled(kind, False)  # what torch.autocast does, in a tenth of its time
         return run(*args)
     finally:
         torch.set_autocast_enabled(kind, True)
@@ -127,34 +128,46 @@ def call(site: Site, operator: Operator, x: Tensor, *args: Any) -> Any:
 # -- the block ---------------------------------------------------------------------------------------------------------
 
 
-class _State(State):
-    def __init__(self, block: Any, sites: dict[str, Site], values: Values):
-        self.sites, self.values = sites, values
-        self.norm = getattr(block, "rms_norm", None)
-        self.guarded = _Norm is not None and source_hash(_Norm.forward_cuda) in _GUARDED
-        self.masks_the_gate = source_hash(_Stock.forward) in _MASKS_THE_GATE
+OPERATORS = tuple(dict.fromkeys(_SITES.values()))
+
+
+def originals() -> list[tuple[Any, str, str]]:
+    """The functions that the forward below leaves out, besides those of the operators' references."""
+    found = [(_Stock, name, f"LTX2TransformerBlock.{name}") for name in ("forward", "get_ada_values")]
+    if _Norm is None:
+        return [*found, (upstream, "rms_norm", "rms_norm")]
+    names = [name for name in ("forward", "forward_native", "forward_cuda", "forward_cpu") if hasattr(_Norm, name)]
+    return found + [(_Norm, name, f"RMSNormNoWeight.{name}") for name in names]
+
+
+class LTX2TransformerBlock(Block):
+    """In place of the forward of upstream's block: its elementwise chains are fused."""
+
+    __slots__ = ("_guarded", "_masks_the_gate", "_norm", "_values")
+
+    def __init__(self, block: Any, model: Model, sites: dict[str, Site], values: Values):
+        super().__init__(block, model, sites)
+        self._values, self._norm = values, getattr(block, "rms_norm", None)
+        self._guarded = _Norm is not None and source_hash(_Norm.forward_cuda) in _GUARDED
+        self._masks_the_gate = source_hash(_Stock.forward) in _MASKS_THE_GATE
 
     def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if torch.is_grad_enabled():  # the gradient of a sum depends on how it was formed
             given = (*args, *kwargs.values(), *block.parameters())
             if any(isinstance(t, Tensor) and t.requires_grad for t in given):
                 return "a gradient is required of the block's inputs or weights"
+        if type(block).get_ada_values is not _Stock.get_ada_values:
+            return f"the get_ada_values of {named(type(block))} is another than that of SGLang's block"
         norm = getattr(block, "rms_norm", None)
-        if norm is not self.norm:
+        if norm is not self._norm or (norm is not None and type(norm) is not _Norm):
             return "rms_norm was replaced meanwhile"
         if norm is not None and hooked(norm):
             return "a hook is attached to rms_norm, which is not called when it is fused"
-        return why_autocast(args[0] if args else kwargs["hidden_states"], self.guarded)
+        return why_autocast(args[0] if args else kwargs["hidden_states"], self._guarded)
 
-
-class LTX2TransformerBlock(Block, _Stock):
-    """Upstream's block, of the same name, with its elementwise chains fused."""
-
-    _bitfuse: _State
-
-    def _forward(
+    def fused(
         self,
-        state: _State,
+        block: Any,
         hidden_states: Tensor,
         audio_hidden_states: Tensor,
         encoder_hidden_states: Tensor,
@@ -189,15 +202,15 @@ class LTX2TransformerBlock(Block, _Stock):
         video_memory_prefix_len: int = 0,
         prompt_kv: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        site, eps, residual = state.sites, self.norm_eps, RESIDUAL_RMS_NORM_MODULATE_NATIVE
+        site, eps, residual = self.named_sites, block.norm_eps, RESIDUAL_RMS_NORM_MODULATE_NATIVE
         x, y = hidden_states, audio_hidden_states
-        video, audio = self._ada(self.scale_shift_table, temb), self._ada(self.audio_scale_shift_table, temb_audio)
+        video, audio = self._ada(block.scale_shift_table, temb), self._ada(block.audio_scale_shift_table, temb_audio)
         # what earlier versions don't know is handed on only where it is given
         prefix = {"context_replicated_prefix_len": video_memory_prefix_len} if video_memory_prefix_len else {}
 
         # 1. self-attention
         n = call(site["norm1"], RMS_NORM_MODULATE_NATIVE, x, *modulation(video[1], video[0]), eps)
-        attended = self.attn1(
+        attended = block.attn1(
             n,
             mask=video_self_attention_mask,
             pe=video_rotary_emb,
@@ -207,7 +220,7 @@ class LTX2TransformerBlock(Block, _Stock):
             **prefix,
         )
         n = call(site["audio_norm1"], RMS_NORM_MODULATE_NATIVE, y, *modulation(audio[1], audio[0]), eps)
-        audio_attended = self.audio_attn1(
+        audio_attended = block.audio_attn1(
             n,
             mask=audio_self_attention_mask,
             pe=audio_rotary_emb,
@@ -224,34 +237,34 @@ class LTX2TransformerBlock(Block, _Stock):
         audio_gate: Any = _NO_GATE
         kept: dict[str, Any] = {}
         audio_kept: dict[str, Any] = {}
-        if self.cross_attention_adaln:
+        if block.cross_attention_adaln:
             if temb_prompt is None or temb_audio_prompt is None:
                 raise ValueError("cross_attention_adaln requires prompt modulation tensors.")  # upstream's words
             query, gate = modulation(video[7], video[6]), video[8]
-            shift, scale = self._ada(self.prompt_scale_shift_table, temb_prompt)
+            shift, scale = self._ada(block.prompt_scale_shift_table, temb_prompt)
             text = call(site["text"], MODULATE, text, *modulation(scale, shift))
             audio_query, audio_gate = modulation(audio[7], audio[6]), audio[8]
-            shift, scale = self._ada(self.audio_prompt_scale_shift_table, temb_audio_prompt)
+            shift, scale = self._ada(block.audio_prompt_scale_shift_table, temb_audio_prompt)
             audio_text = call(site["audio_text"], MODULATE, audio_text, *modulation(scale, shift))
         elif prompt_kv is not None:
             kept, audio_kept = {"context_kv": prompt_kv.video}, {"context_kv": prompt_kv.audio}
         x, n = call(site["norm2"], residual, x, attended, *video[2], None, *query, eps)
-        attended = self.attn2(n, context=text, mask=encoder_attention_mask, **kept)
+        attended = block.attn2(n, context=text, mask=encoder_attention_mask, **kept)
         y, n = call(site["audio_norm2"], residual, y, audio_attended, *audio[2], None, *audio_query, eps)
-        audio_attended = self.audio_attn2(n, context=audio_text, mask=audio_encoder_attention_mask, **audio_kept)
+        audio_attended = block.audio_attn2(n, context=audio_text, mask=audio_encoder_attention_mask, **audio_kept)
 
         # 3. cross-attention between video and audio, each of the other as it was before
         if not (skip_a2v_cross_attn and skip_v2a_cross_attn):
             wanted = not skip_a2v_cross_attn, not skip_v2a_cross_attn
-            ca = self._ada(self.video_a2v_cross_attn_scale_shift_table[:4], temb_ca_scale_shift)
-            x, for_a2v, for_v2a = self._between(site["audio_to_video_norm"], x, attended, gate, ca, *wanted)
-            ca = self._ada(self.audio_a2v_cross_attn_scale_shift_table[:4], temb_ca_audio_scale_shift)
+            ca = self._ada(block.video_a2v_cross_attn_scale_shift_table[:4], temb_ca_scale_shift)
+            x, for_a2v, for_v2a = self._between(block, site["audio_to_video_norm"], x, attended, gate, ca, *wanted)
+            ca = self._ada(block.audio_a2v_cross_attn_scale_shift_table[:4], temb_ca_audio_scale_shift)
             y, audio_for_a2v, audio_for_v2a = self._between(
-                site["video_to_audio_norm"], y, audio_attended, audio_gate, ca, *wanted
+                block, site["video_to_audio_norm"], y, audio_attended, audio_gate, ca, *wanted
             )
             attended = audio_attended = None
             if not skip_a2v_cross_attn:
-                attended = self.audio_to_video_attn(
+                attended = block.audio_to_video_attn(
                     for_a2v,
                     context=audio_for_a2v,
                     pe=ca_video_rotary_emb,
@@ -259,10 +272,10 @@ class LTX2TransformerBlock(Block, _Stock):
                     mask=a2v_cross_attention_mask,
                     skip_sequence_parallel_override=audio_replicated_for_sp,
                 )
-                table = self.video_a2v_cross_attn_scale_shift_table[4:]
-                attended, gate = self._gated(attended, table, temb_ca_gate, a2v_cross_attn_perturbation_mask)
+                table = block.video_a2v_cross_attn_scale_shift_table[4:]
+                attended, gate = self._gated(block, attended, table, temb_ca_gate, a2v_cross_attn_perturbation_mask)
             if not skip_v2a_cross_attn:
-                audio_attended = self.video_to_audio_attn(
+                audio_attended = block.video_to_audio_attn(
                     audio_for_v2a,
                     context=for_v2a,
                     pe=ca_audio_rotary_emb,
@@ -271,54 +284,64 @@ class LTX2TransformerBlock(Block, _Stock):
                     gather_context_kv_for_sp=audio_replicated_for_sp,
                     **prefix,
                 )
-                table = self.audio_a2v_cross_attn_scale_shift_table[4:]
+                table = block.audio_a2v_cross_attn_scale_shift_table[4:]
                 audio_attended, audio_gate = self._gated(
-                    audio_attended, table, temb_ca_audio_gate, v2a_cross_attn_perturbation_mask
+                    block, audio_attended, table, temb_ca_audio_gate, v2a_cross_attn_perturbation_mask
                 )
             for_a2v = for_v2a = audio_for_a2v = audio_for_v2a = None  # memory for the feed-forward
 
         # 4. feed-forward
-        x, n = self._before_feed_forward(site["norm3"], x, attended, gate, modulation(video[4], video[3]))
+        x, n = self._before_feed_forward(block, site["norm3"], x, attended, gate, modulation(video[4], video[3]))
         attended = None
-        x = call(site["output"], GATED_RESIDUAL, x, self.ff(n), *video[5])
+        x = call(site["output"], GATED_RESIDUAL, x, block.ff(n), *video[5])
         y, n = self._before_feed_forward(
-            site["audio_norm3"], y, audio_attended, audio_gate, modulation(audio[4], audio[3])
+            block, site["audio_norm3"], y, audio_attended, audio_gate, modulation(audio[4], audio[3])
         )
-        y = call(site["audio_output"], GATED_RESIDUAL, y, self.audio_ff(n), *audio[5])
+        y = call(site["audio_output"], GATED_RESIDUAL, y, block.audio_ff(n), *audio[5])
         return x, y
 
     def _ada(self, table: Tensor, temb: Tensor) -> list[Ada]:
         """(value, table row) of each row of a table, not yet added: `get_ada_values` before its sum."""
         table = table.to(device=temb.device, dtype=temb.dtype)
-        return list(zip(self._bitfuse.values.of(temb, table.shape[0]), table.unbind(0), strict=True))
+        return list(zip(self._values.of(temb, table.shape[0]), table.unbind(0), strict=True))
 
     def _between(
-        self, site: Site, x: Tensor, attended: Tensor, gate: Any, ca: list[Ada], use_a2v: bool, use_v2a: bool
+        self,
+        block: Any,
+        site: Site,
+        x: Tensor,
+        attended: Tensor,
+        gate: Any,
+        ca: list[Ada],
+        use_a2v: bool,
+        use_v2a: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The stream with `attended` added, and its norm modulated for the one, the other, or both attentions."""
-        a2v, v2a, eps = modulation(ca[0], ca[1]), modulation(ca[2], ca[3]), self.norm_eps
+        a2v, v2a, eps = modulation(ca[0], ca[1]), modulation(ca[2], ca[3]), block.norm_eps
         if use_a2v and use_v2a:
             return call(site, RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE, x, attended, *gate, None, *a2v, *v2a, eps)
         only = a2v if use_a2v else v2a
         x, n = call(site, RESIDUAL_RMS_NORM_MODULATE_NATIVE, x, attended, *gate, None, *only, eps)
         return (x, n, None) if use_a2v else (x, None, n)
 
-    def _gated(self, attended: Tensor, table: Tensor, temb: Tensor, mask: Tensor | None) -> tuple[Tensor, Ada]:
+    def _gated(
+        self, block: Any, attended: Tensor, table: Tensor, temb: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Ada]:
         """What an attention gave, and its gate; one of them masked for guidance by perturbation."""
         (gate,) = self._ada(table, temb)
         if mask is None:
             return attended, gate
-        if not self._bitfuse.masks_the_gate:
+        if not self._masks_the_gate:
             return attended * mask, gate
-        (value,) = self.get_ada_values(table, attended.shape[0], temb, slice(None))
+        (value,) = block.get_ada_values(table, attended.shape[0], temb, slice(None))
         return attended, (value * mask, None)
 
     def _before_feed_forward(
-        self, site: Site, x: Tensor, attended: Tensor | None, gate: Any, mlp: tuple[Any, ...]
+        self, block: Any, site: Site, x: Tensor, attended: Tensor | None, gate: Any, mlp: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
         if attended is None:  # an attention that was left out: nothing to add
-            return x, call(site, RMS_NORM_MODULATE_NATIVE, x, *mlp, self.norm_eps)
-        return call(site, RESIDUAL_RMS_NORM_MODULATE_NATIVE, x, attended, *gate, None, *mlp, self.norm_eps)
+            return x, call(site, RMS_NORM_MODULATE_NATIVE, x, *mlp, block.norm_eps)
+        return call(site, RESIDUAL_RMS_NORM_MODULATE_NATIVE, x, attended, *gate, None, *mlp, block.norm_eps)
 
 
 _NO_GATE = (None, None)
@@ -327,17 +350,17 @@ _NO_GATE = (None, None)
 # -- taking over -------------------------------------------------------------------------------------------------------
 
 
-def accelerate(model: Any, handle: Handle, host: str) -> None:
+def accelerate(model: Any, shared: Model, host: str) -> None:
     """Give every block of a transformer the forward above, noting each site in the handle."""
-    values = Values()  # and no Rehearsal: with several ranks, what they exchange in a block would be exchanged twice
+    values = Values()  # and no Rehearsal: on several ranks it was not tried
     for index, block in enumerate(model.transformer_blocks):
         name, modulated = f"transformer_blocks.{index}", getattr(block, "cross_attention_adaln", False)
         reason = next(_why_left_alone(block, host), None)
         wanted = {site: op for site, op in _SITES.items() if modulated or "text" not in site}
         sites = {site: Site(f"{name}.{site}", op.name, reason) for site, op in wanted.items()}
-        handle.sites += sites.values()
+        shared.handle.sites += sites.values()
         if reason is None:
-            swap_class(block, LTX2TransformerBlock, _State(block, sites, values), handle)
+            shared.handle.put(block, "forward", LTX2TransformerBlock(block, shared, sites, values))
 
 
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:

@@ -1,0 +1,80 @@
+"""Ours in place of a module's forward, such that nobody can tell; and who else is called when a module is.
+
+A forward of ours is an attribute of the module's own, as PyTorch's `Module.__call__` looks it up. The module's class
+stays what it is. So whatever finds modules by their class finds them; a class that somebody derives from it meanwhile
+(FSDP's, parametrize's) derives from the host's; a hook of accelerate's or diffusers', which replaces the attribute in
+its turn, calls ours as it would have called the host's; and in a copy or a pickle of the module the host's own forward
+stands in the place of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.modules.module import _has_any_global_hook as hooked_everywhere  # register_module_forward_hook, say
+
+
+def named(kind: type) -> str:
+    """A class as sentences name it: `torch.nn.modules.linear.Linear`."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@functools.lru_cache(maxsize=64)
+def _signature(function: Callable) -> inspect.Signature:
+    _, *parameters = (signature := inspect.signature(function)).parameters.values()
+    return signature.replace(parameters=parameters)
+
+
+class Forward:
+    """Base of what stands in the attribute `forward` of a module in place of its class's.
+
+    own    the class's function, which ours restates. The module's class may have another by now: `stock` is the one
+           that stock would run, always
+    """
+
+    __slots__ = ("__signature__", "__weakref__", "_module", "own")
+
+    def __init__(self, module: torch.nn.Module):
+        self._module = weakref.ref(module)  # held strongly, the module would only be freed by Python's collector
+        self.own = type(module).forward
+        self.__signature__ = _signature(self.own)
+
+    @property
+    def module(self) -> Any:
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the module whose forward this was is gone")
+        return module
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """What the host would run now."""
+        module = self.module
+        return type(module).forward(module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """In a copy or a pickle of the module: that module's own, which its class gives it."""
+        return getattr, (self.module, "forward")
+
+
+def plain(module: Any) -> bool:
+    """Whether what a call of the module runs is its class's forward: also where that was made an attribute, as
+    accelerate leaves it when it removes a hook."""
+    forward = module.__dict__.get("forward")
+    return forward is None or forward == type(module).forward.__get__(module)
+
+
+def hooked(module: Any) -> bool:
+    """Whether somebody is called when this module is, or instead of it: torch's hooks, or a foreign forward."""
+    found = module.__dict__
+    if found["_forward_hooks"] or found["_forward_pre_hooks"] or hooked_everywhere():
+        return True
+    forward = found.get("forward")
+    return forward is not None and not isinstance(forward, Forward) and not plain(module)
