@@ -30,7 +30,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _has_any_global_hook
 
 from bitfuse import contract, proof
-from bitfuse.swap import Forward, plain
+from bitfuse.swap import Forward, ours_in, plain
 
 _HOST_ELEMENTS = 64  # a CPU tensor of up to so many is a value, like a float: a mask of samples, a noise level
 _KEYS_KEPT = 256  # keys remembered, most of them without a graph
@@ -858,8 +858,8 @@ def graph_forward(model: nn.Module, handle: Any, **options: Any) -> GraphedForwa
     forward.__signature__ = inspect.signature(own.__get__(model))  # type: ignore[attr-defined]
     replay = GraphedForward(model, forward, **options)
     handle.add_graph(replay)
-    around = model.__dict__.get("forward")
-    if isinstance(around, Forward) and hasattr(around, "inner"):
+    around = ours_in(model)
+    if around is not None and hasattr(around, "inner"):
         around.inner = replay
     elif plain(model):
         functools.update_wrapper(replay, forward)

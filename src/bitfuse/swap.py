@@ -3,8 +3,8 @@
 A forward of ours is an attribute of the module's own, as PyTorch's `Module.__call__` looks it up. The module's class
 stays what it is. So whatever finds modules by their class finds them; a class that somebody derives from it meanwhile
 (FSDP's, parametrize's) derives from the host's; a hook of accelerate's or diffusers', which replaces the attribute in
-its turn, calls ours as it would have called the host's; and in a copy or a pickle of the module the host's own forward
-stands in the place of ours.
+its turn, calls ours as it would have called the host's, and where one stands there already ours goes inside it; and in
+a copy or a pickle of the module the host's own forward stands in the place of ours.
 """
 
 from __future__ import annotations
@@ -69,6 +69,31 @@ def plain(module: Any) -> bool:
     accelerate leaves it when it removes a hook."""
     forward = module.__dict__.get("forward")
     return forward is None or forward == type(module).forward.__get__(module)
+
+
+Place = tuple[dict[str, Any], str]
+
+
+def places(module: Any) -> list[Place]:
+    """Where a forward of the module's may be held: by itself, by accelerate's hook on it, by each of diffusers'."""
+    found = [(module.__dict__, "forward"), (module.__dict__, "_old_forward")]
+    for reference in getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", ()):
+        found += [(reference.__dict__, "forward"), (reference.__dict__, "original_forward")]
+    return found
+
+
+def innermost(module: Any) -> Place | None:
+    """Where the class's own forward is to be found when the module is called, within hooks; None where it is not, as
+    somebody has wrapped it in a way of their own."""
+    if plain(module):
+        return module.__dict__, "forward"
+    own = type(module).forward.__get__(module)
+    return next(((held, name) for held, name in places(module) if held.get(name) == own), None)
+
+
+def ours_in(module: Any) -> Forward | None:
+    """The forward of ours that stands in the module, within hooks or not."""
+    return next((held[name] for held, name in places(module) if isinstance(held.get(name), Forward)), None)
 
 
 def hooked(module: Any) -> bool:

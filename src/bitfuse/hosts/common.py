@@ -22,7 +22,7 @@ from bitfuse import contract, proof
 from bitfuse.contract import Operator, Plan, Route
 from bitfuse.hosts.patch import COMPILING, Handle, Site
 from bitfuse.originals import Originals, is_own, source_of
-from bitfuse.swap import Forward, hooked, hooked_everywhere, named, plain
+from bitfuse.swap import Forward, hooked, hooked_everywhere, innermost, named, ours_in, plain
 
 Ada = tuple[Tensor, Tensor | None]  # an AdaLN value [B, T or 1, D] and the table row [D] that is added to it
 
@@ -133,9 +133,9 @@ class ModelForward(Forward):
 
     @classmethod
     def install(cls, module: Any, model: Model) -> None:
-        """Where a hook stands already it stays, and each part looks by itself."""
-        if plain(module):
-            model.handle.put(module, "forward", cls(module, model))
+        """Where somebody has wrapped the forward that stays, and each part looks by itself."""
+        if innermost(module) is not None:
+            model.handle.put(module, cls(module, model))
 
 
 class Part(Forward):
@@ -364,7 +364,7 @@ class Rehearsal:
         if len(blocks) < cls.MIN_BLOCKS:
             return
         for index, block in enumerate(blocks):
-            if isinstance(ours := block.__dict__.get("forward"), Block):
+            if isinstance(ours := ours_in(block), Block):
                 sites = [s for s in handle.sites if s.name.startswith(f"transformer_blocks.{index}.")]
                 ours.rehearsal = cls(block, sites)
                 return
@@ -404,7 +404,7 @@ class Rehearsal:
                 _ = plan.kernel.compiled  # made here: two threads would make one each
                 pool.submit(plan.compile, args)
 
-    def _pays(self) -> bool:
+    def _unnoticed(self) -> bool:
         if any(site.strict for site in self._sites) or next(contract.around(), None) is not None:
             return False
         return self._compiles()

@@ -39,7 +39,7 @@ from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_RMS_NORM, QK_SPLIT_FP32
 from bitfuse.ops.split_rotary import SPLIT_FP32
-from bitfuse.swap import hooked, named, plain
+from bitfuse.swap import hooked, named, ours_in, plain
 
 NAME = f"diffusers {diffusers.__version__}"
 
@@ -275,10 +275,10 @@ def _keep_text(model: Any, shared: Model) -> None:
     for projection in (model.caption_projection, model.audio_caption_projection):
         known = source_hash(_Projection.forward) in _READ["projection"]
         if known and type(projection) is _Projection and plain(projection):
-            shared.handle.put(projection, "forward", Projection(projection, shared))
+            shared.handle.put(projection, Projection(projection, shared))
     for block in model.transformer_blocks:
         for attn in (block.attn2, block.audio_attn2):
-            if isinstance(ours := attn.__dict__.get("forward"), Attention):
+            if isinstance(ours := ours_in(attn), Attention):
                 ours.text = Constant()
 
 
@@ -289,7 +289,7 @@ def _activate_in_place(model: Any, shared: Model) -> None:
         for feed_forward in (block.ff, block.audio_ff):
             activation = next(iter(getattr(feed_forward, "net", ())), None)
             if type(activation) is _GELU and plain(activation) and "gelu" not in activation.__dict__:
-                shared.handle.put(activation, "forward", GELU(activation, shared))
+                shared.handle.put(activation, GELU(activation, shared))
 
 
 class Projection(Part):
@@ -344,7 +344,7 @@ def _take_over(name: str, attn: Any, model: Model) -> None:
     if getattr(attn, "to_gate_logits", None) is not None:
         model.handle.sites.append(gate_site)
     if site.declined is None:
-        model.handle.put(attn, "forward", Attention(attn, model, site, gate_site, unchecked))
+        model.handle.put(attn, Attention(attn, model, site, gate_site, unchecked))
 
 
 def _why_left_alone(attn: Any) -> Iterator[str]:

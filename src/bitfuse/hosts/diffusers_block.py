@@ -271,7 +271,7 @@ def accelerate(model: Any, shared: Model, host: str) -> None:
         if reason is not None:
             handle.sites += [Site(f"{name}.{site}", op.name, reason) for site, op in _sites(block).items()]
             continue
-        handle.put(block, "forward", LTX2VideoTransformerBlock(block, name, shared, values, beside))
+        handle.put(block, LTX2VideoTransformerBlock(block, name, shared, values, beside))
     Rehearsal.of_first(model.transformer_blocks, handle)
 
 

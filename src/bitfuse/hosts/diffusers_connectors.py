@@ -78,7 +78,7 @@ def accelerate(connectors: Any, shared: Model, host: str) -> None:
         site = Site(f"{name}.norm2", RESIDUAL_RMS_NORM_MODULATE_NATIVE.name, reason)
         shared.handle.sites.append(site)
         if reason is None:
-            shared.handle.put(block, "forward", LTX2TransformerBlock1d(block, shared, site))
+            shared.handle.put(block, LTX2TransformerBlock1d(block, shared, site))
 
 
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:

@@ -287,21 +287,21 @@ def _attentions(transformer: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _take_over(block: Any, attn: Any, site: Site, gate_site: Site, model: Model) -> None:
-    reason, put = next(_why_left_alone(block, attn), None), model.handle.put
+    reason = next(_why_left_alone(block, attn), None)
     unchecked = next(around(), None) is not None  # a mode, say: the functions can't be tried under it
     if ops is None:  # one forward, so both or neither
         site.declined = gate_site.declined = reason or next(_why_not_turned(attn, unchecked), None)
         if site.declined is None:
             callables = PreAttention(site, None, model, unchecked), GatedAttention(gate_site, None, model)
-            put(attn, "forward", Attention(attn, model, *callables))
+            model.handle.put(attn, Attention(attn, model, *callables))
         return
     pre, gated = "preattention_function", "gated_attention_function"
     site.declined = reason or why_seam_stays(attn, pre) or next(_why_not_turned(attn, unchecked), None)
     gate_site.declined = reason or why_seam_stays(attn, gated)
     if site.declined is None:
-        put(attn, pre, PreAttention(site, Seam.stock_of(attn.preattention_function), model, unchecked))
+        model.handle.fill(attn, pre, PreAttention(site, Seam.stock_of(attn.preattention_function), model, unchecked))
     if gate_site.declined is None:
-        put(attn, gated, GatedAttention(gate_site, Seam.stock_of(attn.gated_attention_function), model))
+        model.handle.fill(attn, gated, GatedAttention(gate_site, Seam.stock_of(attn.gated_attention_function), model))
 
 
 def _why_left_alone(block: Any, attn: Any) -> Iterator[str]:
@@ -346,4 +346,4 @@ def _hold_grids(transformer: Any, model: Model) -> None:
         found = getattr(found, "simple_preprocessor", found)
         known = source_hash(_Preprocessor._prepare_positional_embeddings) in _READ["tables"]
         if known and type(found) is _Preprocessor and "_prepare_positional_embeddings" not in found.__dict__:
-            model.handle.put(found, "_prepare_positional_embeddings", Positions(found, model))
+            model.handle.fill(found, "_prepare_positional_embeddings", Positions(found, model))

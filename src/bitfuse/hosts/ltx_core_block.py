@@ -102,7 +102,7 @@ def originals() -> list[tuple[Any, str, str]]:
     """The functions that the forward below and the seams leave out, besides those of the operators' references."""
     found = [(_Stock, name, f"BasicAVTransformerBlock.{name}") for name in ("forward", *_METHODS)]
     found += [(transformer, "apply_cross_attention_adaln", "apply_cross_attention_adaln")]
-    homes = [home for home in (utils, transformer, ops) if hasattr(home, "rms_norm")]
+    homes = [home for home in (utils, transformer, ops) if inspect.ismodule(home) and hasattr(home, "rms_norm")]
     found += [(home, "rms_norm", f"{home.__name__}.rms_norm") for home in homes]
     kinds = [getattr(ops, name) for name in SEAMS.values() if hasattr(ops, name)]
     return found + [(kind, "__call__", f"{kind.__name__}.__call__") for kind in kinds]
@@ -394,13 +394,13 @@ def accelerate(transformer: Any, model: Model, host: str) -> None:
         sites = {site: Site(f"{name}.{site}", op.name, reason) for site, op in _sites(block).items()}
         handle.sites += sites.values()
         if reason is None:
-            handle.put(block, "forward", BasicAVTransformerBlock(block, model, sites, values, beside))
+            handle.put(block, BasicAVTransformerBlock(block, model, sites, values, beside))
         elif ops is not None and type(block) is _Stock:
             for seam, (ours, operator) in _FILLED.items():
                 site = Site(f"{name}.{seam}", operator.name, why_seam_stays(block, seam))
                 handle.sites.append(site)
                 if site.declined is None:
-                    handle.put(block, seam, ours(site, Seam.stock_of(block.__dict__[seam]), model))
+                    handle.fill(block, seam, ours(site, Seam.stock_of(block.__dict__[seam]), model))
     Rehearsal.of_first(transformer.transformer_blocks, handle)
 
 

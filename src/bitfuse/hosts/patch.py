@@ -21,7 +21,7 @@ import torch
 from bitfuse.audit import Auditor
 from bitfuse.contract import Operator, Route
 from bitfuse.originals import source_of
-from bitfuse.swap import Forward, hooked, named, plain
+from bitfuse.swap import Forward, hooked, innermost, named, places
 
 
 def source_hash(fn: Callable) -> str | None:
@@ -59,7 +59,7 @@ def why_not_stock(
         kind, _, method = name.partition(".")
         if kind == own.__name__ and getattr(type(module), method, None) is not getattr(own, method, None):
             yield f"{not_own(module, what, host)}, and has a {method} of its own"
-    if not isinstance(module.__dict__.get("forward"), Forward) and not plain(module):
+    if innermost(module) is None:
         yield f"a hook or a wrapper has replaced the {what}'s forward, and is left in place"
     yield from why_not_read(host, read, sources)
 
@@ -454,23 +454,40 @@ class Handle:
         """Have this called when the acceleration ends. It may be called again where it was interrupted."""
         self._undo.append(undo)
 
-    def put(self, owner: Any, attribute: str, ours: Any) -> None:
-        """Give the owner something of ours in an attribute of its own, until the handle is restored.
+    def put(self, module: Any, ours: Forward) -> None:
+        """Give the module a forward of ours, until the handle is restored, within the hooks that are there.
 
-        What somebody else puts there meanwhile stays.
+        `innermost` has a place for it. What somebody else puts in its place meanwhile stays.
         """
-        had = owner.__dict__.get(attribute, _ABSENT)
-        bound = attribute == "forward" and had is not _ABSENT and plain(owner)  # it would hold its module
-        had = None if bound else had
-        owned, placed = weakref.ref(owner), weakref.ref(ours)
+        reference, placed = weakref.ref(module), weakref.ref(ours)
+        held, name = innermost(module) or places(module)[0]
+        was_there = name in held
 
         def undo() -> None:
-            found = owned()
-            if found is None or (now := found.__dict__.get(attribute)) is None or now is not placed():
+            found, ours = reference(), placed()
+            if found is None or ours is None:
                 return
-            if bound:
-                found.__dict__[attribute] = type(found).forward.__get__(found)
-            elif had is _ABSENT:
+            for held, name in places(found):  # a hook that came or went since has moved it
+                if held.get(name) is not ours:
+                    continue
+                if held is found.__dict__ and name == "forward" and not was_there:
+                    held.pop(name, None)
+                else:
+                    held[name] = type(found).forward.__get__(found)
+
+        self.on_restore(undo)
+        held[name] = ours
+
+    def fill(self, owner: Any, attribute: str, ours: Any) -> None:
+        """Put something of ours into an attribute of the owner's own, until the handle is restored."""
+        had = owner.__dict__.get(attribute, _ABSENT)
+        reference, placed = weakref.ref(owner), weakref.ref(ours)
+
+        def undo() -> None:
+            found, ours = reference(), placed()
+            if found is None or ours is None or found.__dict__.get(attribute) is not ours:
+                return
+            if had is _ABSENT:
                 found.__dict__.pop(attribute, None)
             else:
                 found.__dict__[attribute] = had

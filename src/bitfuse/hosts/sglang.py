@@ -253,7 +253,7 @@ def accelerate(model: Any, handle: Handle) -> None:
         gate_site = Site(f"{name}.gate", HEAD_GATE.name, reason)
         handle.sites += [site] if attn.to_gate_logits is None else [site, gate_site]
         if reason is None:
-            handle.put(attn, "forward", LTX2Attention(attn, shared, site, gate_site, function))
+            handle.put(attn, LTX2Attention(attn, shared, site, gate_site, function))
     sglang_block.accelerate(model, shared, NAME)
     _replace_function(function, Site(function, operator.name, unturned), shared)
     if hasattr(upstream, _MODULATE):  # before 0.5.18 the output's modulation is inline

@@ -360,7 +360,7 @@ def accelerate(model: Any, shared: Model, host: str) -> None:
         sites = {site: Site(f"{name}.{site}", op.name, reason) for site, op in wanted.items()}
         shared.handle.sites += sites.values()
         if reason is None:
-            shared.handle.put(block, "forward", LTX2TransformerBlock(block, shared, sites, values))
+            shared.handle.put(block, LTX2TransformerBlock(block, shared, sites, values))
 
 
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:
