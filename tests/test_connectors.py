@@ -11,6 +11,7 @@ import torch
 
 import bitfuse
 from bitfuse.kernel import interpreter
+from bitfuse.swap import ours_in
 from test_diffusers import V20, make
 
 upstream = pytest.importorskip("diffusers.pipelines.ltx2.connectors")
@@ -181,7 +182,7 @@ def test_the_connectors_are_in_no_cuda_graph():
     with bitfuse.accelerated(text, cuda_graph=True) as handle:
         run(text)
         assert handle.graphs == []
-        assert "forward" not in text.__dict__
+        assert ours_in(text).inner is None
         assert set(states(handle).values()) == {"fused"}
 
 
@@ -213,13 +214,17 @@ def test_a_block_of_unknown_source_stays_and_its_attention_is_fused(monkeypatch)
 
 def another_block(model):
     block = model.video_connector.transformer_blocks[0]
-    block.__class__ = type("Mine", (upstream.LTX2TransformerBlock1d,), {})
-    return "norm2", "not diffusers' own"
+    forward = upstream.LTX2TransformerBlock1d.forward
+    block.__class__ = type(
+        "Mine", (type(block),), {"forward": lambda self, *args, **kwargs: forward(self, *args, **kwargs)}
+    )
+    return "norm2", "not diffusers' own, and has a forward of its own"
 
 
 def a_wrapped_forward(model):
     block = model.video_connector.transformer_blocks[0]
-    block.forward = block.forward
+    forward = block.forward
+    block.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     return "norm2", "a hook or a wrapper has replaced the block's forward"
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -40,14 +40,19 @@ ENDED = "the acceleration was restored"
 class Model:
     """What the forwards that stand in one accelerated model share.
 
-    left_out    the functions of the host and of PyTorch that the forwards of ours leave out: (owner, name, what
-                sentences call it). Whether each is still the one that was read is looked at once per forward of the
-                whole model, and else at each call of a part
+    left_out    the functions of the host and of PyTorch that the forwards of ours leave out, by the kind of part:
+                (owner, name, what sentences call it). Whether each is still the one that was read is looked at once
+                per forward of the whole model (in 4 us), and else at each call of a part
     """
 
-    def __init__(self, handle: Handle, left_out: Iterable[tuple[Any, str, str]]):
+    def __init__(self, handle: Handle, left_out: Mapping[str, Iterable[Entry]]):
         self.handle = handle
-        self._originals = Originals(left_out)
+        self._left_out = {
+            kind: {**dict(map(_keyed, _CALLING_A_MODULE)), **dict(map(_keyed, entries))}
+            for kind, entries in left_out.items()
+        }
+        every = {key: entry for entries in self._left_out.values() for key, entry in entries.items()}
+        self._originals = Originals(every.values())
         self._foreign = self._find_foreign()
         self._here = threading.local()  # .forward: the latest of this thread, which may be over
         self._forwards: list[_UnderWay] = []
@@ -64,7 +69,7 @@ class Model:
         A lock, since nothing else is sure to be given back when Ctrl-C comes between two lines.
         """
         self._forwards.append(forward)
-        forward.reason = self._look()
+        forward.reasons = self._look()
         self._here.forward = forward
 
     def end(self) -> None:
@@ -75,35 +80,53 @@ class Model:
                     self._forwards.remove(forward)
         self.handle.settle()
 
-    def why_stock(self) -> str | None:
-        """Why a part called now must be the host's own; `ENDED` is a reason that nobody is told."""
+    def reasons(self) -> dict[str, str]:
+        """Why the parts of each kind must be the host's own, those called now; empty: none must."""
         forward = getattr(self._here, "forward", None)
-        return forward.reason if forward is not None and forward.lock.locked() else self._look()
+        return forward.reasons if forward is not None and forward.lock.locked() else self._look()
 
-    def _look(self) -> str | None:
+    def why_stock(self, kind: str) -> str | None:
+        """Why a part of this kind called now must be the host's own; `ENDED` is a reason that nobody is told."""
+        reasons = self.reasons()
+        return reasons.get(kind) if reasons else None
+
+    def _look(self) -> dict[str, str]:
         if not self.handle.on:
-            return ENDED
-        replaced = self._originals.difference()
-        if replaced is None and self._foreign is None:
-            return None
-        if (foreign := self._find_foreign()) is not None:
-            return f"{foreign} was replaced: what stands there is not the code that bitfuse stands in for"
-        self._originals, self._foreign = Originals(self._originals.entries), None  # the own ones are back
-        return None
+            return dict.fromkeys(self._left_out, ENDED)
+        if self._originals.difference() is None and not self._foreign:
+            return _NO_REASONS
+        self._foreign = self._find_foreign()
+        if not self._foreign:  # the own ones are back
+            self._originals = Originals(self._originals.entries)
+        return {
+            kind: f"{label} was replaced: what stands there is not the code that bitfuse stands in for"
+            for kind, entries in self._left_out.items()
+            for label in [next((label for key, (_, _, label) in entries.items() if key in self._foreign), None)]
+            if label is not None
+        }
 
-    def _find_foreign(self) -> str | None:
-        """What the first of the functions that is not its own package's is called; None: all are."""
-        return next((label for owner, name, label in self._originals.entries if not own(owner, name)), None)
+    def _find_foreign(self) -> frozenset[tuple[int, str]]:
+        """Those of the functions that are not their own packages'."""
+        return frozenset(_keyed(entry)[0] for entry in self._originals.entries if not own(*entry[:2]))
+
+
+Entry = tuple[Any, str, str]
+_NO_REASONS: dict[str, str] = {}
+
+
+def _keyed(entry: Entry) -> tuple[tuple[int, str], Entry]:
+    owner, name, _ = entry
+    return (id(owner), name), entry
 
 
 class _UnderWay:
-    """A forward of the whole model. `lock` is held meanwhile; `reason`: why the host's own code is to run in it."""
+    """A forward of the whole model. `lock` is held meanwhile; `reasons`: of kinds of parts that are stock in it."""
 
-    __slots__ = ("lock", "reason")
+    __slots__ = ("lock", "reasons")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.reason: str | None = None
+        self.reasons = _NO_REASONS
 
 
 class ModelForward(Forward):
@@ -126,7 +149,7 @@ class ModelForward(Forward):
         try:
             with forward.lock:
                 self.model.begin(forward)
-                run = self.inner if self.inner is not None and forward.reason is not ENDED else self.stock
+                run = self.inner if self.inner is not None and self.model.handle.on else self.stock
                 return run(*args, **kwargs)
         finally:
             self.model.end()
@@ -142,10 +165,12 @@ class Part(Forward):
     """Base of what stands in place of the forward of a part: a block, an attention, an activation.
 
     `fused` restates the host's forward with operators; `why_stock` says why it may not run.
+
+    kind    a key of `Model`'s `left_out`
     """
 
     __slots__ = ("model", "sites")
-    sites: Sequence[Site]
+    kind: str
 
     def __init__(self, module: Any, model: Model, sites: Sequence[Site] = ()):
         super().__init__(module)
@@ -162,7 +187,7 @@ class Part(Forward):
         if torch.compiler.is_compiling():
             return self.stock(*args, **kwargs)
         module = self.module
-        reason = self.model.why_stock()
+        reason = self.model.why_stock(self.kind)
         if reason is None:
             reason = self._another(module) or self.why_stock(module, args, kwargs)
         if reason is None:
@@ -182,6 +207,7 @@ class Block(Part):
     """Base of a block's. `named_sites` are its sites by their names in it; `rehearsal` is for its next call."""
 
     __slots__ = ("named_sites", "rehearsal")
+    kind = "block"
 
     def __init__(self, module: Any, model: Model, sites: dict[str, Site]):
         super().__init__(module, model, tuple(sites.values()))
@@ -209,14 +235,9 @@ def own(owner: Any, name: str) -> bool:
     return inside and source_of(found) is not None
 
 
-def left_out(entries: Iterable[tuple[Any, str, str]], operators: Iterable[Operator]) -> Iterable[tuple[Any, str, str]]:
-    """The functions (owner, name, what sentences call it) that a host's forwards leave out when these operators run."""
-    found = {(id(owner), name): (owner, name, label) for owner, name, label in _CALLING_A_MODULE}
-    for used in operators:
-        of_others = (entry for entry in used.originals if not entry[2].startswith("bitfuse."))
-        found |= {(id(owner), name): (owner, name, label) for owner, name, label in of_others}
-    found |= {(id(owner), name): (owner, name, label) for owner, name, label in entries}
-    return found.values()
+def of_operators(operators: Iterable[Operator]) -> list[Entry]:
+    """The functions of others that are left out when these operators run instead of their references."""
+    return [entry for used in operators for entry in used.originals if not entry[2].startswith("bitfuse.")]
 
 
 # How a module is called: a norm, say, that is not called when it is fused.
@@ -265,8 +286,15 @@ def models_in(parts: Iterable[Any], kind: type) -> list[Any]:
 
 
 def alone(t: Tensor) -> bool:
-    """Whether nobody but the caller's one variable holds this tensor or its memory, so that it may be written into."""
-    return sys.getrefcount(t) <= _REFERENCES and _holders(t) <= _HOLDERS
+    """Whether nobody but the caller's one variable holds this tensor or its memory, so that it may be written into.
+
+    `F.linear` of three dimensions returns a view of what it computed, of which that view is to be the only holder.
+    """
+    base = t._base
+    holders = _HOLDERS + (base is not None)
+    if base is not None and sys.getrefcount(base) > _REFERENCES - 1:  # no caller of ours has a variable for it
+        return False
+    return sys.getrefcount(t) <= _REFERENCES and _holders(t) <= holders
 
 
 def _holders(t: Tensor) -> int:
@@ -280,7 +308,7 @@ def _calibrate() -> tuple[int, int]:
     def look(t: Tensor) -> None:
         found.append((sys.getrefcount(t), _holders(t)))
 
-    fresh = torch.empty(1)
+    fresh = torch.empty(1, device="cpu")
     look(fresh)
     return found[0]
 

@@ -38,6 +38,14 @@ class Constant:
         self._kept: list[tuple[weakref.ref, Hashable, Any, tuple[int, ...]]] = []
         self.hits = self.misses = 0
 
+    @classmethod
+    def until_restored(cls, handle: Any) -> Constant:
+        """A new one, which is emptied when the handle is restored; the handle does not keep it alive."""
+        constant = cls()
+        clear = weakref.WeakMethod(constant.clear)
+        handle.on_restore(lambda: (found := clear()) is not None and found())
+        return constant
+
     def of(self, x: Tensor, extra: Hashable, compute: Callable[[Tensor], Any]) -> Any:
         """compute(x), or what it gave for this tensor and this `extra` before. `extra` None: compute it.
 

@@ -24,12 +24,13 @@ from bitfuse.contract import around
 from bitfuse.graphs import graph_forward
 from bitfuse.hosts import constant, diffusers_block
 from bitfuse.hosts.common import (
+    Entry,
     Model,
     ModelForward,
     Part,
     alone,
-    left_out,
     models_in,
+    of_operators,
     rotary_difference,
     weights_of,
 )
@@ -81,6 +82,7 @@ class Attention(Part):
     """
 
     __slots__ = ("_unchecked", "gate_site", "site", "text")
+    kind = "attention"
 
     def __init__(self, attn: Any, model: Model, site: Site, gate_site: Site, unchecked: bool):
         gated = getattr(attn, "to_gate_logits", None) is not None  # not in 0.37
@@ -214,13 +216,16 @@ def accelerate(model: Any, handle: Handle) -> None:
     if not isinstance(model, upstream.LTX2VideoTransformer3DModel):
         from bitfuse.hosts import diffusers_connectors  # only here: it imports diffusers' pipelines
 
-        shared = Model(handle, left_out(_originals() + diffusers_connectors.ORIGINALS, _USED))
+        theirs = diffusers_connectors.ORIGINALS + of_operators(diffusers_connectors.OPERATORS)
+        shared = Model(handle, {"attention": _of_attentions(), "block": theirs})
         for name, block in diffusers_connectors.blocks(model):
             _take_over(f"{name}.attn1", block.attn1, shared)
         diffusers_connectors.accelerate(model, shared, NAME)
         ModelForward.install(model, shared)
         return
-    shared = Model(handle, left_out(_originals() + diffusers_block.ORIGINALS, _USED + diffusers_block.OPERATORS))
+    of_blocks = diffusers_block.ORIGINALS + of_operators(diffusers_block.OPERATORS)
+    left_out = {"attention": _of_attentions(), "block": of_blocks, "activation": _OF_ACTIVATIONS, "projection": []}
+    shared = Model(handle, left_out)
     for name, attn in _attentions(model):
         _take_over(name, attn, shared)
     diffusers_block.accelerate(model, shared, NAME)
@@ -236,21 +241,25 @@ def accelerate(model: Any, handle: Handle) -> None:
             handle,
             prelude=Prelude if handle.keep_text else None,
             complete=functools.partial(_with_coordinates, model.rope, model.audio_rope),
-            settings=lambda: (registry.get_active_backend()[0], shared.why_stock()),
+            settings=lambda: (registry.get_active_backend()[0], tuple(shared.reasons().items())),
         )
 
 
 _USED = (*_OPERATORS.values(), *_QK_OPERATORS.values(), QK_RMS_NORM, HEAD_GATE)
 
 
-def _originals() -> list[tuple[Any, str, str]]:
-    """The functions that the forwards in this file leave out, besides those of the operators' references."""
+def _of_attentions() -> list[Entry]:
+    """The functions that an attention of ours leaves out."""
     found = [(upstream, name, name) for name in _HOST_FUNCTIONS.values()]
     found += [(_Attention, "forward", "LTX2Attention.forward")]
     found += [(kind, "__call__", f"{kind.__name__}.__call__") for kind in _PROCESSORS]
-    found += [(_GELU, name, f"GELU.{name}") for name in ("forward", "gelu")]
-    found += [(activations.F, "gelu", "torch.nn.functional.gelu")]
-    return found
+    return found + of_operators(_USED)
+
+
+_OF_ACTIVATIONS: list[Entry] = [
+    *((_GELU, name, f"GELU.{name}") for name in ("forward", "gelu")),
+    (activations.F, "gelu", "torch.nn.functional.gelu"),
+]
 
 
 def _with_coordinates(rope: Any, audio_rope: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -279,7 +288,7 @@ def _keep_text(model: Any, shared: Model) -> None:
     for block in model.transformer_blocks:
         for attn in (block.attn2, block.audio_attn2):
             if isinstance(ours := ours_in(attn), Attention):
-                ours.text = Constant()
+                ours.text = Constant.until_restored(shared.handle)
 
 
 def _activate_in_place(model: Any, shared: Model) -> None:
@@ -295,21 +304,23 @@ def _activate_in_place(model: Any, shared: Model) -> None:
 class Projection(Part):
     """`PixArtAlphaTextProjection.forward`, of a text that is the same at every step computed once."""
 
-    __slots__ = ("_kept",)
+    __slots__ = ("kept",)
+    kind = "projection"
 
     def __init__(self, projection: Any, model: Model):
         super().__init__(projection, model)
-        self._kept = Constant()
+        self.kept = Constant.until_restored(model.handle)
 
     def fused(self, projection: Any, caption: Tensor) -> Tensor:
         weights = constant.weights(projection.linear_1, projection.linear_2)
-        return self._kept.of(caption, weights, lambda caption: _Projection.forward(projection, caption))
+        return self.kept.of(caption, weights, lambda caption: _Projection.forward(projection, caption))
 
 
 class GELU(Part):
     """`GELU.forward`, into the memory of what it activates, where nobody else can hold that."""
 
     __slots__ = ()
+    kind = "activation"
 
     def why_stock(self, activation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         proj = activation.proj

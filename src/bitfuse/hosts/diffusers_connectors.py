@@ -39,6 +39,7 @@ class LTX2TransformerBlock1d(Part):
     """In place of the forward of upstream's block: its first residual add and second norm are fused."""
 
     __slots__ = ("_eps", "_norms", "_site")
+    kind = "block"
 
     def __init__(self, block: Any, model: Model, site: Site):
         super().__init__(block, model, (site,))

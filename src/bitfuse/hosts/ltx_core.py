@@ -24,7 +24,16 @@ from torch import Tensor
 from bitfuse.contract import around
 from bitfuse.graphs import graph_forward
 from bitfuse.hosts import ltx_core_block
-from bitfuse.hosts.common import Model, ModelForward, Part, left_out, models_in, rotary_difference, weights_of
+from bitfuse.hosts.common import (
+    Entry,
+    Model,
+    ModelForward,
+    Part,
+    models_in,
+    of_operators,
+    rotary_difference,
+    weights_of,
+)
 from bitfuse.hosts.ltx_core_block import Seam, ops, why_seam_stays
 from bitfuse.hosts.patch import (
     Handle,
@@ -82,6 +91,8 @@ _READ = {
 class PreAttention(Seam):
     """ltx-core's `PreAttentionCallable`: Q/K norms and rotary embedding, in one kernel."""
 
+    kind = "attention"
+
     def __init__(self, site: Site, stock: Any, model: Model, unchecked: bool):
         super().__init__(site, stock, model)
         self._own_batch = source_hash(rope.apply_split_rotary_emb) in _OWN_BATCH
@@ -135,6 +146,8 @@ class PreAttention(Seam):
 class GatedAttention(Seam):
     """ltx-core's `GatedAttentionCallable`: the head gate."""
 
+    kind = "attention"
+
     def run(self, x: Tensor, attn_out: Tensor, attn_module: Any) -> Tensor:
         return self.site.call(HEAD_GATE, attn_out, attn_module.to_gate_logits(x))
 
@@ -148,6 +161,7 @@ class Attention(Part):
     """In place of an attention's forward before 1.1.4: the two callables above, where later versions have seams."""
 
     __slots__ = ("_gated_attention", "_pre_attention")
+    kind = "attention"
 
     def __init__(self, attn: Any, model: Model, pre_attention: PreAttention, gated_attention: GatedAttention):
         gated = attn.to_gate_logits is not None
@@ -196,7 +210,11 @@ class Positions:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         found: Any = self._preprocessor()
         stock = type(found)._prepare_positional_embeddings
-        if torch.compiler.is_compiling() or self._model.why_stock() is not None or next(around(), None) is not None:
+        if (
+            torch.compiler.is_compiling()
+            or self._model.why_stock("tables") is not None
+            or next(around(), None) is not None
+        ):
             return stock(found, *args, **kwargs)
         return self._tables(found, *args, **kwargs)
 
@@ -251,7 +269,8 @@ def accelerate(transformer: Any, handle: Handle) -> None:
     """Take over every site of one transformer, noting each in the handle. ValueError for options it has not."""
     if handle.keep_text:
         raise ValueError("keep_text is True; accepted for an ltx-core model: False, its text is not kept")
-    shared = Model(handle, left_out(_originals() + ltx_core_block.originals(), _USED + ltx_core_block.OPERATORS))
+    of_blocks = ltx_core_block.originals() + of_operators(ltx_core_block.OPERATORS)
+    shared = Model(handle, {"attention": _of_attentions(), "block": of_blocks, "tables": _OF_TABLES})
     for name, block, attn in _attentions(transformer):
         kind = str(getattr(attn.rope_type, "value", attn.rope_type))
         operator = QK_RMS_NORM if "attn2" in name else _QK_OPERATORS.get(kind, QK_RMS_NORM)
@@ -264,19 +283,22 @@ def accelerate(transformer: Any, handle: Handle) -> None:
     _hold_grids(transformer, shared)
     ModelForward.install(transformer, shared)
     if handle.cuda_graph:
-        graph_forward(transformer, handle, settings=shared.why_stock)
+        graph_forward(transformer, handle, settings=lambda: tuple(shared.reasons().items()))
 
 
 _USED = (*_OPERATORS.values(), *_QK_OPERATORS.values(), QK_RMS_NORM, HEAD_GATE)
 
 
-def _originals() -> list[tuple[Any, str, str]]:
-    """The functions that the callables in this file leave out, besides those of the operators' references."""
+def _of_attentions() -> list[Entry]:
+    """The functions that the callables in an attention leave out."""
     found = [(_rotary_home(), "apply_rotary_emb", "apply_rotary_emb")]
     found += [(rope, name, name) for name in ("apply_split_rotary_emb", "apply_interleaved_rotary_emb")]
     found += [(_Attention, "forward", "Attention.forward")] if ops is None else []
-    name = "_prepare_positional_embeddings"
-    return [*found, (_Preprocessor, name, f"TransformerArgsPreprocessor.{name}")]
+    return found + ltx_core_block.of_seams() + of_operators(_USED)
+
+
+_TABLES = "_prepare_positional_embeddings"
+_OF_TABLES: list[Entry] = [(_Preprocessor, _TABLES, f"TransformerArgsPreprocessor.{_TABLES}")]
 
 
 def _attentions(transformer: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -23,7 +23,7 @@ from ltx_core.guidance.perturbations import BatchedPerturbationConfig, Perturbat
 from ltx_core.model.transformer import attention, transformer
 from torch import Tensor
 
-from bitfuse.hosts.common import ABSENT, ENDED, Ada, Beside, Block, Model, Quiet, Rehearsal, Values, modulation
+from bitfuse.hosts.common import ABSENT, ENDED, Ada, Beside, Block, Entry, Model, Quiet, Rehearsal, Values, modulation
 from bitfuse.hosts.patch import Site, source_hash, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
@@ -98,14 +98,19 @@ OPERATORS = tuple(dict.fromkeys((*_OF_ONE.values(), *_BETWEEN.values())))
 _METHODS = ("get_ada_values", "get_av_ca_ada_values", "_apply_text_cross_attention")
 
 
-def originals() -> list[tuple[Any, str, str]]:
+def originals() -> list[Entry]:
     """The functions that the forward below and the seams leave out, besides those of the operators' references."""
     found = [(_Stock, name, f"BasicAVTransformerBlock.{name}") for name in ("forward", *_METHODS)]
     found += [(transformer, "apply_cross_attention_adaln", "apply_cross_attention_adaln")]
     homes = [home for home in (utils, transformer, ops) if inspect.ismodule(home) and hasattr(home, "rms_norm")]
     found += [(home, "rms_norm", f"{home.__name__}.rms_norm") for home in homes]
+    return found + of_seams()
+
+
+def of_seams() -> list[Entry]:
+    """The methods that a callable of ours in a seam leaves out."""
     kinds = [getattr(ops, name) for name in SEAMS.values() if hasattr(ops, name)]
-    return found + [(kind, "__call__", f"{kind.__name__}.__call__") for kind in kinds]
+    return [(kind, "__call__", f"{kind.__name__}.__call__") for kind in kinds]
 
 
 @dataclasses.dataclass
@@ -326,13 +331,15 @@ class BasicAVTransformerBlock(Block):
 class Seam:
     """A callable of ours in a seam; `run` is what it does, `chain` what was there does."""
 
+    kind = "block"
+
     def __init__(self, site: Site, stock: Any, model: Model):
         self.site, self.stock, self.model = site, stock, model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.chain(*args, **kwargs)
-        if (reason := self.model.why_stock()) is not None:
+        if (reason := self.model.why_stock(self.kind)) is not None:
             if reason is not ENDED:  # else somebody has put it back after it was taken away
                 self.site.fall(reason)
             return self.chain(*args, **kwargs)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bitfuse.contract import OPERATORS, Operator
 from bitfuse.hosts import sglang_block
-from bitfuse.hosts.common import ENDED, Model, ModelForward, Part, left_out, models_in, rotary_difference
+from bitfuse.hosts.common import ENDED, Model, ModelForward, Part, models_in, of_operators, rotary_difference
 from bitfuse.hosts.patch import Handle, Site, source_hash, why_norms_are_called, why_not_read, why_not_stock
 from bitfuse.hosts.sglang_block import call, unaffected, why_autocast
 from bitfuse.ops.head_gate import HEAD_GATE
@@ -87,7 +87,7 @@ class _Function:
         if torch.compiler.is_compiling() or not (sites := tuple(self.sites)):
             return stock()
         x, (site, model) = args[0], sites[-1]
-        reason = model.why_stock()
+        reason = model.why_stock("function")
         if reason is ENDED:
             return stock()
         reason = reason or why_autocast(x, guarded=True)  # there is no norm in any of these
@@ -140,6 +140,7 @@ class LTX2Attention(Part):
     """
 
     __slots__ = ("_function", "_guarded", "gate_site", "site")
+    kind = "attention"
 
     def __init__(self, attn: Any, model: Model, site: Site, gate_site: Site, function: str):
         super().__init__(attn, model, (site,) if attn.to_gate_logits is None else (site, gate_site))
@@ -241,8 +242,10 @@ def accelerate(model: Any, handle: Handle) -> None:
         raise ValueError("keep_text is True; accepted for an SGLang model: False, SGLang keeps the text itself")
     if handle.cuda_graph:
         raise ValueError("cuda_graph is True; accepted for an SGLang model: False, SGLang captures its own graphs")
-    originals = [(_Attention, "forward", "LTX2Attention.forward"), *sglang_block.originals()]
-    shared = Model(handle, left_out(originals, (*_USED, *sglang_block.OPERATORS)))
+    of_attentions = [(_Attention, "forward", "LTX2Attention.forward"), *of_operators(_USED)]
+    of_blocks = sglang_block.originals() + of_operators(sglang_block.OPERATORS)
+    of_functions = of_operators((_ROTARY[model.rope.rope_type][1], MODULATE))
+    shared = Model(handle, {"attention": of_attentions, "block": of_blocks, "function": of_functions})
     kind = model.rope.rope_type
     function, operator, with_norms = _ROTARY[kind]
     device = next((p.device for p in model.parameters() if p.is_cuda), torch.device("cpu"))
@@ -262,7 +265,7 @@ def accelerate(model: Any, handle: Handle) -> None:
     ModelForward.install(model, shared)
 
 
-_USED = (*(operator for _, *both in _ROTARY.values() for operator in both), QK_RMS_NORM, HEAD_GATE, MODULATE)
+_USED = (*(operator for _, *both in _ROTARY.values() for operator in both), QK_RMS_NORM, HEAD_GATE)
 
 
 def _attentions(model: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bitfuse import proof
 from bitfuse.contract import Operator
-from bitfuse.hosts.common import ABSENT, Ada, Block, Model, Values, modulation
+from bitfuse.hosts.common import ABSENT, Ada, Block, Entry, Model, Values, modulation
 from bitfuse.hosts.patch import Site, source_hash, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.head_gate import HEAD_GATE
@@ -131,7 +131,7 @@ def call(site: Site, operator: Operator, x: Tensor, *args: Any) -> Any:
 OPERATORS = tuple(dict.fromkeys(_SITES.values()))
 
 
-def originals() -> list[tuple[Any, str, str]]:
+def originals() -> list[Entry]:
     """The functions that the forward below leaves out, besides those of the operators' references."""
     found = [(_Stock, name, f"LTX2TransformerBlock.{name}") for name in ("forward", "get_ada_values")]
     if _Norm is None:
