@@ -54,7 +54,7 @@ class Lines:
 
 @pytest.fixture(params=HOSTS)
 def model_and_step(request, device, monkeypatch):
-    """A transformer of one block and a step of it. Kernels are stood in for by references: their lines are not these."""
+    """A transformer of one block and a step of it. References stand in for kernels, whose lines are not these."""
     monkeypatch.setattr(Operator, "_runner", lambda self, plan, args: self.reference)
     monkeypatch.setattr(proof, "run_battery", lambda *args, **kwargs: proof.Verdict(True, "equal"))
     geometry = replace(seeded.SMALL, host=request.param, version="2.0", layers=1, frames=1, height=2, width=2)

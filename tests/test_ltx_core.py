@@ -6,7 +6,7 @@ import copy
 import inspect
 import pickle
 import re
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -417,7 +417,8 @@ def with_seams(monkeypatch):
     if SEAMS:
         pytest.skip("this ltx-core has seams of its own, which are tested as they are")
     kinds = (PytorchPreAttention, PytorchGatedAttention, PytorchAdaZeroFunction, PytorchPostSAFunction)
-    ops = SimpleNamespace(rms_norm=utils.rms_norm, apply_rotary_emb=rope.apply_rotary_emb)
+    ops = ModuleType("ltx_core.model.transformer.ops")
+    ops.rms_norm, ops.apply_rotary_emb = utils.rms_norm, rope.apply_rotary_emb
     vars(ops).update({kind.__name__: kind for kind in kinds})
     monkeypatch.setattr(common, "own", lambda owner, name: True)  # this test's functions are this ltx-core's own
     monkeypatch.setattr(rope, "apply_split_rotary_emb", later_rotary)

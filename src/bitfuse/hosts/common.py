@@ -290,30 +290,27 @@ def alone(t: Tensor) -> bool:
 
     `F.linear` of three dimensions returns a view of what it computed, of which that view is to be the only holder.
     """
-    base = t._base
-    holders = _HOLDERS + (base is not None)
-    if base is not None and sys.getrefcount(base) > _REFERENCES - 1:  # no caller of ours has a variable for it
-        return False
-    return sys.getrefcount(t) <= _REFERENCES and _holders(t) <= holders
+    return _holders(t) == _ALONE[t._base is not None] and sys.getrefcount(t) <= _REFERENCES
 
 
-def _holders(t: Tensor) -> int:
-    return torch._C._storage_Use_Count(t.untyped_storage()._cdata)
+def _holders(t: Tensor) -> tuple[int, int]:
+    """How many hold its memory, in C++, and the tensor that it is a view of, in Python."""
+    memory = torch._C._storage_Use_Count(t.untyped_storage()._cdata)
+    return memory, 0 if t._base is None else sys.getrefcount(t._base)
 
 
-def _calibrate() -> tuple[int, int]:
-    """What `alone` sees of a tensor that one variable holds: Python's versions count in different ways."""
-    found: list[tuple[int, int]] = []
+def _calibrate() -> tuple[int, tuple[tuple[int, int], tuple[int, int]]]:
+    """What `alone` sees of tensors that one variable holds: versions of Python and PyTorch count in different ways."""
 
-    def look(t: Tensor) -> None:
-        found.append((sys.getrefcount(t), _holders(t)))
+    def references(t: Tensor) -> int:
+        return sys.getrefcount(t)
 
-    fresh = torch.empty(1, device="cpu")
-    look(fresh)
-    return found[0]
+    with torch.no_grad():
+        fresh, view = torch.empty(2, device="cpu"), torch.empty(2, device="cpu").view(1, 2)
+    return references(fresh), (_holders(fresh), _holders(view))
 
 
-_REFERENCES, _HOLDERS = _calibrate()
+_REFERENCES, _ALONE = _calibrate()
 
 
 class Values:
