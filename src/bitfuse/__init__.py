@@ -5,6 +5,18 @@ print(handle.report())  # what was fused, what was not and why
 handle.restore()  # and `with bitfuse.accelerated(pipe): ...`
 """
 
+import os
+import sys
+
+from bitfuse.contract import switch_error
+
+if switch_error is not None:  # said once, in a line of its own where bitfuse was called as a command
+    run_as_module = sys.argv[:1] == ["-m"] and any(word.split(".")[0] == "bitfuse" for word in sys.orig_argv)
+    if run_as_module or os.path.basename(sys.argv[0]) == "bitfuse":
+        print(f"bitfuse: {switch_error}", file=sys.stderr)
+        raise SystemExit(2)
+    raise ValueError(switch_error)
+
 import bitfuse.ops  # noqa: F401  (defines the operators)
 from bitfuse.audit import BitfuseWarning
 from bitfuse.contract import OPERATORS, Operator, disable, enable, explain

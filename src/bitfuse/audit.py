@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable
@@ -110,7 +111,10 @@ class Comparison:
 
 @dataclass
 class _Check:
-    """A comparison that was launched: what it was of, and where its answer will be once the event has passed."""
+    """A comparison that was launched: what it was of, and where its answer will be once the event has passed.
+
+    `form` is set instead of an answer where the two differ in their form.
+    """
 
     site: str
     operator: Operator
@@ -118,8 +122,11 @@ class _Check:
     forms: list[tuple[tuple[int, ...], int]]  # shape and element size of each output
     answer: Tensor  # int64 [outputs, 4], as `Comparison` writes it; in pinned memory
     event: torch.cuda.Event | None
+    form: proof.Mismatch | None = None
 
     def mismatch(self) -> proof.Mismatch | None:
+        if self.form is not None:
+            return self.form
         for i, ((shape, size), (count, back, expected, found)) in enumerate(
             zip(self.forms, self.answer.tolist(), strict=True)
         ):
@@ -148,8 +155,8 @@ class Auditor:
 
     def __init__(self, every: int):
         self.every = every
-        self.calls = self.mismatches = 0
         self.sites: Counter[str] = Counter()
+        self._wrong: Counter[str] = Counter()  # calls that differed, by site
         self.condemned: list[str] = []
         self.skipped: Counter[str] = Counter()
         self._random = random.Random()
@@ -157,6 +164,7 @@ class Auditor:
         self._left = self._draw()
         self._pending: deque[_Check] = deque()
         self._compare = Comparison()
+        self._patience = proof.Patience()  # with a comparison that can't be made
         self._lock = threading.RLock()  # a warning may be shown by the user's code, which may ask for a report
 
     def __call__(self, site: Any, operator: Operator, route: Route, args: tuple[Any, ...], result: Any) -> None:
@@ -169,22 +177,20 @@ class Auditor:
         if args[0].is_cuda and torch.cuda.is_current_stream_capturing():
             self.skipped["a CUDA graph was being captured"] += 1
             return
-        with self._lock:
-            self._look()
-            if len(self._pending) >= PENDING:
-                self.skipped[f"{PENDING} checks were still on their way from the device"] += 1
-                return
-            try:
-                self._check(site.name, operator, route, args, proof.as_tuple(result))
-            except torch.OutOfMemoryError:
-                self.skipped["the device had no memory left for the reference"] += 1
-            if not args[0].is_cuda:
-                self._look()
+        # In one line, here and below: an interrupt between two lines, which a debugger may raise, could leave it held.
+        with self._lock: self._audit(site.name, operator, route, args, proof.as_tuple(result))  # fmt: skip  # noqa: E701
+
+    @property
+    def calls(self) -> int:
+        return sum(self.sites.values())
+
+    @property
+    def mismatches(self) -> int:
+        return sum(self._wrong.values())
 
     def settle(self) -> None:
         """Wait for what is on its way, and act on it."""
-        with self._lock:
-            self._look(wait=True)
+        with self._lock: self._look(wait=True)  # fmt: skip  # noqa: E701
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -210,21 +216,50 @@ class Auditor:
         self._place = place
         return calls
 
-    def _check(
+    def _audit(
         self, site: str, operator: Operator, route: Route, args: tuple[Any, ...], found: tuple[Tensor, ...]
     ) -> None:
+        self._look()
+        if len(self._pending) >= PENDING:
+            self.skipped[f"{PENDING} checks were still on their way from the device"] += 1
+            return
+        if self._patience.waiting:
+            self.skipped["the comparison could not be made, and is tried again later"] += 1
+            return
+        start = time.perf_counter()
+        try:
+            check = self._check(site, operator, route, args, found)
+        except torch.AcceleratorError:  # an asynchronous error of the device is never hidden
+            raise
+        except Exception as error:  # the call itself has its result, and goes on
+            if isinstance(error, torch.OutOfMemoryError):
+                reason = "the device had no memory left for the reference"
+            else:
+                reason = f"the comparison can't be made here ({proof.said(error)})"
+            self.skipped[reason] += 1
+            self._patience.failed(proof.Verdict(False, reason, seconds=time.perf_counter() - start))
+            return
+        if check.form is not None:
+            self._pending.appendleft(check)  # known already
+        else:
+            self._pending.append(check)
+        self._look()
+
+    def _check(
+        self, site: str, operator: Operator, route: Route, args: tuple[Any, ...], found: tuple[Tensor, ...]
+    ) -> _Check:
         """Launch it all, on the stream of the call, which has just written the result and will free the reference's."""
+        forms = [(tuple(t.shape), t.element_size()) for t in found]
         with torch.no_grad():
             expected = proof.as_tuple(operator.reference(*args))
             for i, (a, b) in enumerate(zip(expected, found, strict=True)):
                 if (mismatch := proof.form_mismatch(a, b)) is not None:
-                    self._judge(site, operator, route, proof.of_output(i, mismatch) if len(found) > 1 else mismatch)
-                    return
+                    mismatch = proof.of_output(i, mismatch) if len(found) > 1 else mismatch
+                    return _Check(site, operator, route, forms, torch.empty(0), None, mismatch)
             record = torch.zeros((len(found), 4), dtype=torch.int64, device=found[0].device)
             for a, b, row in zip(expected, found, record, strict=True):
                 self._compare(a, b, row)
-        forms = [(tuple(t.shape), t.element_size()) for t in found]
-        self._pending.append(_Check(site, operator, route, forms, *self._send(record)))
+        return _Check(site, operator, route, forms, *self._send(record))
 
     def _send(self, record: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         """The record on the CPU, to be read once the event has passed; None: at once."""
@@ -245,22 +280,27 @@ class Auditor:
                 event.synchronize()
             elif event is not None and not event.query():
                 return
-            check = self._pending.popleft()
-            self._judge(check.site, check.operator, check.route, check.mismatch())
+            self._judge(self._pending[0])
 
-    def _judge(self, site: str, operator: Operator, route: Route, mismatch: proof.Mismatch | None) -> None:
-        self.calls += 1
-        self.sites[site] += 1
-        if mismatch is None:
-            return
-        self.mismatches += 1
-        sentence = f"{mismatch.sentence}, in an audited call at {site}"
-        if not operator.condemn(route, replace(mismatch, sentence=sentence)):
-            return  # a call that was under way when the first mismatch was found
-        self.condemned.append(f"{operator.name} by {route.tier}: {sentence}")
-        warnings.warn(
-            f"{self.condemned[-1]}; bitfuse uses this kernel no more in this process, "
-            "and what was computed since its first call may differ from stock",
-            BitfuseWarning,
-            stacklevel=2,
-        )
+    def _judge(self, check: _Check) -> None:
+        """Act on the first pending check, and take it from them. Where that is interrupted, it is done again."""
+        mismatch, site, condemned = check.mismatch(), check.site, self.condemned
+        if mismatch is not None:
+            mismatch = replace(mismatch, sentence=f"{mismatch.sentence}, in an audited call at {site}")
+            operator, route = check.operator, check.route
+            sentence = f"{operator.name} by {route.tier}: {mismatch.sentence}"
+            # not that of a call that was under way when the first mismatch was found
+            if (operator.condemn(route, mismatch) or route.mismatch == mismatch) and sentence not in condemned:
+                condemned = [*condemned, sentence]
+        new = condemned[len(self.condemned) :]
+        # One statement, so that an interrupt finds all of it done or nothing.
+        _, self.sites[site], self._wrong[site], self.condemned = (
+            self._pending.popleft(), self.sites[site] + 1, self._wrong[site] + (mismatch is not None), condemned
+        )  # fmt: skip
+        for sentence in new:
+            warnings.warn(
+                f"{sentence}; bitfuse uses this kernel no more in this process, "
+                "and what was computed since its first call may differ from stock",
+                BitfuseWarning,
+                stacklevel=2,
+            )

@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -24,22 +25,30 @@ from torch.autograd import forward_ad
 
 from bitfuse import proof
 from bitfuse.kernel import EXACT, Kernel, interpreting
-from bitfuse.originals import called_by
+from bitfuse.originals import Originals, called_by
 from bitfuse.proof import Outputs
 
 _ROUTES_KEPT = 4096  # layouts remembered per operator; a render uses a dozen
 
 
-def _read_switch() -> bool:
-    value = os.environ.get("BITFUSE", "1")
-    if value not in ("0", "1"):
-        raise ValueError(f"the environment variable BITFUSE is {value!r}; accepted: 0 (off) or 1 (on, the default)")
-    return value == "1"
+class ShapeError(ValueError, RuntimeError):
+    """Arguments that fit neither the kernel nor the reference, for which PyTorch itself raises RuntimeError."""
 
 
-_on = _read_switch()
+_switch_value = os.environ.get("BITFUSE", "1")
+_on = _switch_value == "1"
+switch_error: str | None = None
+"""What is wrong with the environment variable BITFUSE; `import bitfuse` raises it as ValueError."""
+if _switch_value not in ("0", "1"):
+    switch_error = f"the environment variable BITFUSE is {_switch_value!r}; accepted: 0 (off) or 1 (on, the default)"
+_OFF = "bitfuse is off (BITFUSE=0 or bitfuse.disable())"
 
-condemned = 0  # kernels condemned after their proof, by audits: what was captured before that is not to be replayed
+
+def __getattr__(name: str) -> Any:
+    if name == "condemned":  # kernels condemned after their proof: what was captured before is not to be replayed
+        return proof.condemnations()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 # What may change what a PyTorch op does, read at every call: cheap, private names for public questions.
 _autocast = torch._C._is_any_autocast_enabled
@@ -93,20 +102,24 @@ class Plan:
     options: dict[str, Any] = field(default_factory=lambda: dict(EXACT))
 
     def signature(self, args: tuple[Any, ...]) -> tuple:
-        """Everything the bits may depend on: what selects the compiled kernel. Token counts are not in it."""
-        pointers = tuple(t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in self.pointers(args))
-        dtypes = (self.extras, tuple(out.dtype for out in (*self.witnesses, *self.outputs)))
+        """Everything the bits and the outputs' form may depend on, as classes: token counts are not in it.
+
+        What selects the compiled kernel; which strides are 0, so that one row serves many; and in which order the
+        dimensions of each tensor lie in memory, by which PyTorch lays out the outputs.
+        """
+        pointers = tuple(
+            t if t is None else (t.dtype, t.data_ptr() % 16 == 0, _order(t.shape, t.stride()))
+            for t in self.pointers(args)
+        )
+        outs = tuple((out.dtype, _order(out.shape, out.strides)) for out in (*self.witnesses, *self.outputs))
         names = self.kernel.parameters[-len(self.scalars) - len(self.constants) :]
         scalars = tuple(
-            repr(value)
-            if isinstance(value, float)
-            else _specialisation(value, self.kernel.fn.__annotations__.get(name))
+            _specialisation(value, self.kernel.fn.__annotations__.get(name), name in self.kernel.do_not_specialize)
             for value, name in zip(self.scalars, names, strict=False)
-            if isinstance(value, float) or name not in self.kernel.do_not_specialize
         )
         constants = tuple((name, str(value)) for name, value in self.constants.items())
-        kernel = (self.kernel.fn.__qualname__, constants, self.num_warps)
-        return (kernel, args[0].device, pointers, *dtypes, scalars)
+        kernel = (self.kernel.fn.__qualname__, constants, self.num_warps, tuple(self.options.items()))
+        return (kernel, args[0].device, pointers, self.extras, outs, scalars)
 
     def pointers(self, args: tuple[Any, ...]) -> list[Tensor | None]:
         """The call's tensors, those that it omits as None."""
@@ -157,12 +170,33 @@ class Plan:
         return lambda *pointers: runner(*[None if t is None else t.data_ptr() for t in pointers], *tail)
 
 
-def _specialisation(value: int, annotation: str | None) -> str:
-    """The class into which Triton's JIT puts an integer argument: one kernel is compiled per class."""
-    if value == 1:
-        return "1"
+def _specialisation(value: int | float, annotation: str | None, by_width_alone: bool) -> str:
+    """A float itself; of an integer, the class into which Triton's JIT puts it: one kernel is compiled per class.
+
+    0 is a multiple of 16 to Triton, and here a class of its own: as a stride it reads one row for many.
+    """
+    if isinstance(value, float):
+        return repr(value)
     width = "i32" if annotation is None and -(2**31) <= value < 2**31 else "i64"
+    if by_width_alone:
+        return width
+    if value in (0, 1):
+        return str(int(value))
     return width + ("/16" if value % 16 == 0 else "")
+
+
+def _order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(dimensions from the innermost in memory to the outermost, those that are expanded), as `lookalike` keeps them.
+
+    The stride of a dimension of size 1, which may be anything, counts as what it would be in a dense tensor.
+    """
+    strides = list(stride)
+    for dim in reversed(range(len(shape))):
+        if shape[dim] == 1:
+            strides[dim] = strides[dim + 1] * shape[dim + 1] if dim + 1 < len(shape) else 1
+    expanded = tuple(dim for dim, n in enumerate(strides) if n == 0 and shape[dim] > 1)
+    order = sorted(set(range(len(shape))).difference(expanded), key=lambda dim: (strides[dim], -dim))
+    return tuple(order), expanded
 
 
 @dataclass(frozen=True)
@@ -176,6 +210,9 @@ class Tier:
 @dataclass(slots=True)
 class Route:
     """Where calls of one layout go. `reason` is None when they are fused, else the sentence why not.
+
+    What `run` raises once a layout is decided passes to the caller, and the route stays: where there is no memory for
+    the output there is none for the reference's, and an error of the device must not be hidden.
 
     mismatch       set where they are not fused and a kernel was seen to differ from the reference
     tier           the name of the operator's tier that they are fused by
@@ -278,7 +315,7 @@ class Operator:
     name        the reference's name, also `torch.ops.bitfuse.<name>`
     reference   the host's chain, op for op: specification, fallback, fake function, gradient, bench baseline
     source      whose chain it is: host, version, function
-    why_not     sentences: why these arguments can't be fused. Raises ValueError where the shapes don't fit.
+    why_not     sentences: why these arguments can't be fused. Raises ShapeError where the shapes don't fit
     tiers       ways to fuse arguments that `why_not` has nothing against; the first that is proved equal is taken
     battery     (family, arguments) of the same signature as the given arguments: what a wrong kernel trips over
     cases       geometries for tests, `verify` and `bench`: the real LTX-2 ones by name, and odd ones. Each has a
@@ -289,6 +326,9 @@ class Operator:
                 ATen adds in another, the first tier is held against this
     witness     what the plans' `witnesses` must be, by the reference's own ops; `emulated_witness` beside `emulated`
     retiled     the same launch cut in other ways, which must not change a bit
+
+    Besides, `originals` holds (owner, name, label) of each function that the reference calls and the kernel leaves out
+    (`bitfuse.originals`). A call made directly runs the reference where one of them has been replaced since.
     """
 
     reference: Callable[..., Outputs]
@@ -310,6 +350,10 @@ class Operator:
         self.name = self.reference.__name__
         self.__doc__ = self.reference.__doc__
         self._kinds = {name: kind for name, kind in get_type_hints(self.reference).items() if name != "return"}
+        parameters = inspect.signature(self.reference).parameters.values()
+        self._required = sum(parameter.default is parameter.empty for parameter in parameters)
+        self.originals = called_by(self.reference)
+        self._difference = Originals(self.originals).difference
         _register(self)
 
     def __call__(self, *args: Any) -> Any:
@@ -318,37 +362,77 @@ class Operator:
         return self.route(*args).run(*args)
 
     def route(self, *args: Any) -> Route:
-        """Where a call with these arguments goes. A dictionary lookup, except the first time for a layout."""
-        if (reason := next(around(), None)) is not None:  # asked before anything is asked of a tensor
+        """Where a call with these arguments goes. A dictionary lookup, except the first time for a layout.
+
+        Raises TypeError where no tensor is given for one that is needed, ShapeError where the shapes don't fit.
+        """
+        if (replaced := self._difference()) is not None:
+            return Route(self.reference, _replaced(replaced))
+        if _watched() and (reason := next(around(), None)) is not None:  # before anything is asked of a tensor
             return Route(self.reference, reason)
         key = _layout(args)
-        route = self._routes.get(key)
-        if route is None:
+        return self._routes.get(key) or self._decided(key, args)
+
+    def routed(self, *args: Any) -> Route:
+        """`route`, for callers who know that none of `originals` is replaced: a host looks once for a whole forward."""
+        if _watched() and (reason := next(around(), None)) is not None:
+            return Route(self.reference, reason)
+        key = _layout(args)
+        return self._routes.get(key) or self._decided(key, args)
+
+    def _decided(self, key: tuple | None, args: tuple[Any, ...]) -> Route:
+        """The route of a layout that is not decided yet.
+
+        It is kept in the dictionary that was there before the decision began. A condemnation puts a new dictionary in
+        its place, so that a decision under way, which may not have heard of it, is not kept.
+        """
+        self._check(args)
+        while True:
+            routes = self._routes
             route, keep = self._decide(args)
-            if keep:
-                _remember(self._routes, key, route)
-        return route
+            if keep and key is not None:
+                proof.remember(routes, key, route, _ROUTES_KEPT)
+            if routes is self._routes:
+                return route
 
-    routed = route
+    def _check(self, args: tuple[Any, ...]) -> None:
+        """TypeError for a wrong number of arguments, and for what is no tensor where one is needed.
 
-    @functools.cached_property
-    def originals(self) -> tuple:
-        return called_by(self.reference)
+        A number in place of any tensor but the first is left to the reference, which may take it.
+        """
+        names = ", ".join(self._kinds)
+        if not self._required <= len(args) <= len(self._kinds):
+            takes = f"{self._required}" if self._required == len(self._kinds) else f"{self._required} or more"
+            raise TypeError(f"{self.name}: given {len(args)} arguments; accepted: {takes} of {names}")
+        for place, ((name, kind), value) in enumerate(zip(self._kinds.items(), args, strict=False)):
+            numeric = place > 0 and isinstance(value, (int, float))
+            if kind in (Tensor, Tensor | None) and not isinstance(value, kind) and not numeric:
+                raise TypeError(f"{self.name}: {name} is {_described(value)}; accepted: {_KINDS[kind]}")
 
     def explain(self, *args: Any) -> list[str]:
         """All reasons why a call with these arguments would run the reference; empty when it would be fused."""
+        self._check(args)
         reason = self.route(*args).reason
-        return [] if reason is None else list(self._reasons(args)) or [reason]
+        if reason is None:
+            return []
+        replaced = self._difference()
+        reasons = [*([] if replaced is None else [_replaced(replaced)]), *self._reasons(args)]
+        return reasons or [reason]
 
     def launch(self, *args: Any) -> Any:
         """The kernel, with no proof and no fallback: ValueError with every reason where it can't run."""
         key = _layout(args)
         run = self._launches.get(key)
         if run is None or next(around(), None) is not None:
+            self._check(args)
             if reasons := list(self._reasons(args)):
                 raise ValueError(f"{self.name}: {'; '.join(reasons)}")
-            run = self._runner(self.plan(*args), args)
-            _remember(self._launches, key, run)
+            plan = self.plan(*args)
+            if (mismatch := proof.compare_forms(self, plan, args)) is not None:
+                raise ValueError(f"{self.name}: {mismatch.sentence}, for this layout of the arguments")
+            run = self._runner(plan, args)
+            if key is not None:
+                proof.remember(self._launches, key, run, _ROUTES_KEPT)
         return run(*args)
 
     def plan(self, *args: Any) -> Plan:
@@ -370,20 +454,22 @@ class Operator:
         """Use the kernel of a fused route no more in this process: it was seen to differ after it had been proved.
 
         Calls of its signature, of whatever layout, are decided anew: by the next tier that is proved, else by the
-        reference, with the mismatch's sentence. False where that had been done before.
+        reference, with the mismatch's sentence. A route that a caller still holds runs the reference from now on.
+        False where that had been done before.
         """
-        tier = next(tier for tier in self.tiers if tier.name == route.tier)
+        assert route.tier is not None, "only a fused route has a kernel to condemn"
         assert route.signature is not None, "only a fused route has a kernel to condemn"
-        verdict = proof.known(self, tier, route.signature)
-        if verdict is not None and not verdict.equal:
+        key, verdict, held = proof.key_of(self, route.tier, route.signature), proof.condemning(mismatch), self._routes
+        if key in proof._refuted:
+            self._routes = {}
             return False
-        global condemned
-        condemned += 1
-        proof.condemn(self, tier, route.signature, mismatch)
-        for key, other in list(self._routes.items()):
+        # In one statement: an interrupt finds both done or neither. Other layouts are decided anew, too, which is rare.
+        kept, self._routes = proof._condemned.setdefault(key, verdict), {}
+        for other in (route, *list(held.values())):
             if (other.tier, other.signature) == (route.tier, route.signature):
-                del self._routes[key]
-        return True
+                other.run = self.reference
+                other.reason, other.mismatch = kept.sentence, kept.mismatch
+        return kept is verdict
 
     def verdict(self, *args: Any) -> proof.Verdict:
         """The proof for the kernel that these arguments would launch: from this process's memory, or made now."""
@@ -417,7 +503,10 @@ class Operator:
         if isinstance(plan, str):
             return plan, proof.Verdict(False, plan), False
         signature = plan.signature(args)
-        if (verdict := proof.known(self, tier, signature)) is not None:
+        verdict = proof.known(self, tier, signature)
+        if verdict is None or verdict.equal:
+            verdict = proof.waiting(self, tier, signature) or verdict
+        if verdict is not None:
             return plan, verdict, False
         with _on_device(args[0]), torch.no_grad():
             return plan, proof.prove(self, tier, signature, args), True
@@ -426,20 +515,41 @@ class Operator:
         """The route, and whether to remember it."""
         reason = next(self._reasons(args), None)
         if reason is not None:
-            return Route(self.reference, reason), not _capturing(args[0])
+            return Route(self.reference, reason), reason != _OFF and not _capturing(args[0])
         passed_over: list[str] = []
         mismatch, final = None, True
         for tier in self.tiers:
             plan, verdict, new = self._proved(tier, args)
             if isinstance(plan, Plan) and verdict.equal:
-                run, signature = self._runner(plan, args), plan.signature(args)
-                live = proof.compare_live(self, run, args) if new else None
-                if live is None:
-                    return Route(run, tier=tier.name, passed_over=tuple(passed_over), signature=signature), final
-                verdict = proof.condemn(self, tier, signature, live)
+                run, verdict = self._prepared(tier, plan, args, new)
+                if verdict.equal:
+                    passed = tuple(passed_over)
+                    return Route(run, tier=tier.name, passed_over=passed, signature=plan.signature(args)), final
             passed_over.append(verdict.sentence if len(self.tiers) == 1 else f"{tier.name}: {verdict.sentence}")
             mismatch, final = verdict.mismatch or mismatch, final and verdict.final
         return Route(self.reference, "; ".join(passed_over), mismatch), final
+
+    def _prepared(
+        self, tier: Tier, plan: Plan, args: tuple[Any, ...], new: bool
+    ) -> tuple[Callable[..., Any], proof.Verdict]:
+        """(what runs a proved kernel for this layout, whether it may): the reference where it may not, and why not."""
+        start, signature = time.perf_counter(), plan.signature(args)
+        if (mismatch := proof.compare_forms(self, plan, args)) is not None:  # of this layout alone
+            return self.reference, proof.Verdict(False, f"{mismatch.sentence}, for this layout of the arguments")
+        try:
+            run = self._runner(plan, args)
+            live = proof.compare_live(self, run, args) if new else None
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            failure = proof.failure(error, time.perf_counter() - start, "being prepared")
+            if not failure.final:
+                proof.postpone(self, tier, signature, failure)
+            return self.reference, failure
+        if live is None:
+            return run, proof.Verdict(True, "equal")
+        self.condemn(Route(run, tier=tier.name, signature=signature), live)
+        return self.reference, proof.known(self, tier, signature) or proof.condemning(live)
 
     def rehearse(self, take: Callable[[Plan, tuple[Any, ...]], object], args: tuple[Any, ...]) -> None:
         """Give `take` the kernel that `route` would prove for these arguments, as a launch, where there is one."""
@@ -478,9 +588,9 @@ _VALUES = frozenset({type(None), float, int})
 
 def _layout(args: tuple[Any, ...]) -> tuple | None:
     """All that a launch is prepared for, to be looked up by; None where there is no memory to lay out."""
-    parts: list[Any] = [] if args[0].is_cuda else [interpreting()]
     grad = torch.is_grad_enabled()
     try:
+        parts: list[Any] = [] if args[0].is_cuda else [interpreting()]
         for t in args:
             kind = type(t)
             if kind in _VALUES:
@@ -499,16 +609,20 @@ def _layout(args: tuple[Any, ...]) -> tuple | None:
                 t.is_neg(),
                 grad and t.requires_grad,
             )
-    except (RuntimeError, NotImplementedError, AttributeError):  # fake tensors, other layouts than strided, no tensors
-        return None
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError, IndexError):
+        return None  # fake tensors, other layouts than strided, no tensors
     return tuple(parts)
 
 
-def _remember(store: dict[tuple | None, Any], key: tuple | None, value: Any) -> None:
-    if key is not None:
-        if len(store) >= _ROUTES_KEPT:
-            store.clear()
-        store[key] = value
+def _replaced(label: str) -> str:
+    return f"{label} has been replaced since bitfuse was imported, and is left out by the kernel"
+
+
+def _described(value: Any) -> str:
+    """What was given, for messages: None, or the name of its class."""
+    kind = type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return "None" if value is None else f"a {name}"
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -574,10 +688,24 @@ def _register(operator: Operator) -> None:
 # -- sentences that every operator's `why_not` shares -----------------------------------------------------------
 
 
+def _watched() -> bool:
+    """Whether `around` may have something to say: its questions, without the time that a generator takes."""
+    return (
+        not _on
+        or torch.compiler.is_compiling()
+        or _tracing() is not None
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _functorch_level() is not None
+        or forward_ad._current_level >= 0
+        or _autocast()
+    )
+
+
 def around() -> Iterator[str]:
     """Why no kernel may run just now, whatever the tensors are: who else is watching PyTorch's ops."""
     if not _on:
-        yield "bitfuse is off (BITFUSE=0 or bitfuse.disable())"
+        yield _OFF
     if torch.compiler.is_compiling() or _tracing() is not None:
         yield "PyTorch is tracing; the tracer gets the PyTorch chain itself"
     if _dispatch_modes() or (_function_modes() and _watching_functions()):
@@ -604,14 +732,14 @@ def plain(arguments: dict[str, Any]) -> Iterator[str]:
 
 
 def fitting(reference: Callable[..., Outputs], arguments: dict[str, Any], problem: str | None) -> Iterator[str]:
-    """Turn a shape problem into ValueError where the reference would fail too, else into a reason."""
+    """Turn a shape problem into ShapeError where the reference would fail too, else into a reason."""
     if problem is None:
         return
     try:
         on_meta(reference, *arguments.values())
     except Exception:
         given = ", ".join(f"{name} {list(t.shape)}" for name, t in _tensors(arguments).items())
-        raise ValueError(f"{reference.__name__}: {problem}; given {given}") from None
+        raise ShapeError(f"{reference.__name__}: {problem}; given {given}") from None
     yield f"{problem} (the PyTorch chain takes these shapes in its own way)"
 
 
@@ -701,8 +829,10 @@ def explain(operator: str | Operator, *args: Any) -> list[str]:
     """All reasons why `operator`, called with these arguments, would run the PyTorch chain; empty when it is fused.
 
     operator    an `Operator`, or its name: one of `bitfuse.OPERATORS`
-    args        its arguments. Shapes that don't fit raise ValueError, as the call would.
+    args        its arguments. Shapes that don't fit raise ShapeError, what is no tensor TypeError, as the call would
     """
+    if not isinstance(operator, (str, Operator)):
+        raise TypeError(f"operator is {_described(operator)}; accepted: an Operator, or a name: {', '.join(OPERATORS)}")
     if isinstance(operator, str):
         if operator not in OPERATORS:
             raise ValueError(f"operator is {operator!r}; accepted: {', '.join(OPERATORS)}")

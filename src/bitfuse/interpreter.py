@@ -68,31 +68,35 @@ def _create_fma(builder, x, y, z, *, otherwise):
     return otherwise(builder, x, y, z)
 
 
-class _ExactRounding:
-    """While entered, the interpreter rounds as the hardware does. Not a lasting patch: Triton is put back."""
+# What a launch replaces in Triton, as it was: (owner, its attributes). None where nothing is replaced.
+_before: list[tuple[Any, dict[str, Any]]] | None = None
 
-    def __enter__(self) -> None:
-        _LOCK.acquire()
-        convert, fma = upstream._convert_float, upstream.InterpreterBuilder.create_fma
-        self._saved = convert, fma
-        # A helper of Triton's own, `tl.zeros` say, patches its language at each call and leaves it so; ours do not
-        owners = (tl, tl.core, tl.math, tl.dtype, tl.core.tensor, tl.core.tensor_descriptor_base)
-        self._language = [(owner, dict(vars(owner))) for owner in owners]
-        self._errstate = np.errstate(all="ignore")  # inf - inf is data here, not a mistake
-        self._errstate.__enter__()
-        upstream._convert_float = lambda *args: _convert_float(*args, otherwise=convert)
-        upstream.InterpreterBuilder.create_fma = lambda *args: _create_fma(*args, otherwise=fma)
 
-    def __exit__(self, *exception: Any) -> None:
-        upstream._convert_float, upstream.InterpreterBuilder.create_fma = self._saved
-        for owner, before in self._language:
-            for name, value in list(vars(owner).items()):
-                if name not in before:
+def _round_exactly() -> None:
+    """Make the interpreter round as the hardware does, until `_put_back`."""
+    global _before
+    convert, fma = upstream._convert_float, upstream.InterpreterBuilder.create_fma
+    # A helper of Triton's own, `tl.zeros` say, patches its language at each call and leaves it so; ours do not
+    owners = (tl, tl.core, tl.math, tl.dtype, tl.core.tensor, tl.core.tensor_descriptor_base)
+    ours = [(upstream, {"_convert_float": convert}), (upstream.InterpreterBuilder, {"create_fma": fma})]
+    _before = [*ours, *((owner, dict(vars(owner))) for owner in owners)]
+    upstream._convert_float = lambda *args: _convert_float(*args, otherwise=convert)
+    upstream.InterpreterBuilder.create_fma = lambda *args: _create_fma(*args, otherwise=fma)
+
+
+def _put_back() -> None:
+    """Leave Triton as it was before the launch. Done again from the start where it was interrupted."""
+    global _before
+    if _before is None:
+        return
+    for place, (owner, before) in enumerate(_before):
+        for name, value in list(vars(owner).items()):
+            if name not in before:
+                if place > 1:  # of the first two only the named attributes are held
                     delattr(owner, name)
-                elif value is not before[name]:
-                    setattr(owner, name, before[name])
-        self._errstate.__exit__(*exception)
-        _LOCK.release()
+            elif value is not before[name]:
+                setattr(owner, name, before[name])
+    _before = None
 
 
 class ExactInterpretedFunction(upstream.InterpretedFunction):
@@ -107,5 +111,14 @@ class ExactInterpretedFunction(upstream.InterpretedFunction):
             raise upstream.InterpreterError(repr(error)) from error
 
     def run(self, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
-        with _ExactRounding():
-            return super().run(*args, grid=grid, warmup=warmup, **kwargs)
+        # In one line: an interrupt between two lines, which a debugger may raise, could leave the lock held.
+        with _LOCK: return self._run_exactly(*args, grid=grid, warmup=warmup, **kwargs)  # fmt: skip  # noqa: E701
+
+    def _run_exactly(self, *args: Any, **kwargs: Any) -> Any:
+        _put_back()  # what an interrupted launch has left
+        try:
+            _round_exactly()
+            # inf - inf is data here, not a mistake
+            with np.errstate(all="ignore"): return super().run(*args, **kwargs)  # fmt: skip  # noqa: E701
+        finally:
+            _put_back()

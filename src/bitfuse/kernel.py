@@ -38,12 +38,12 @@ def power_of_2(n: int) -> int:
 def interpreter() -> Iterator[None]:
     """Within this block kernels take CPU tensors and run in Triton's interpreter, as under TRITON_INTERPRET=1."""
     before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
     try:
+        os.environ["TRITON_INTERPRET"] = "1"
         yield
     finally:
         if before is None:
-            del os.environ["TRITON_INTERPRET"]
+            os.environ.pop("TRITON_INTERPRET", None)
         else:
             os.environ["TRITON_INTERPRET"] = before
 

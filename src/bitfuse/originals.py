@@ -20,7 +20,14 @@ from typing import Any
 
 Entry = tuple[Any, str, str]  # owner (a module or a class), name of its attribute, label for sentences
 
-_OF_PYTHON = ("__code__", "__defaults__", "__kwdefaults__")  # of a function, what may be replaced in place
+
+def _parts(function: types.FunctionType) -> Iterator[str]:
+    """Of a Python function, what may be replaced in place and alters what it does."""
+    yield "__code__"
+    if function.__code__.co_argcount:
+        yield "__defaults__"
+    if function.__code__.co_kwonlyargcount:
+        yield "__kwdefaults__"
 
 
 class Originals:
@@ -41,7 +48,7 @@ class Originals:
             _, labels = names.setdefault(id(owner), (owner, {}))
             labels[name] = label
             if isinstance(found, types.FunctionType):
-                labels.update({f"{name}.{part}": label for part in _OF_PYTHON})
+                labels.update({f"{name}.{part}": label for part in _parts(found)})
                 if found.__kwdefaults__:
                     self._keyword_defaults.append((found.__kwdefaults__, dict(found.__kwdefaults__), label))
         self._groups = []
@@ -74,7 +81,7 @@ class Originals:
         return next(iter(labels.values()))
 
 
-# -- what a reference calls ---------------------------------------------------------------------------------------------
+# -- what a reference calls ----------------------------------------------------------------------------------------
 
 _BINARY = {
     "+": "add", "-": "sub", "*": "mul", "/": "truediv", "//": "floordiv", "%": "mod", "**": "pow", "@": "matmul",
@@ -92,22 +99,22 @@ def called_by(reference: Callable[..., Any]) -> tuple[Entry, ...]:
     """The functions that this one may call, as `Originals` takes them; read from its code, nothing is run.
 
     Functions of modules (`F.rms_norm`), methods and operators of tensors (`torch.Tensor.addcmul_`, `__mul__`); those
-    that its own package's functions call in their turn, and those that a function of another package, which it calls,
-    does by itself. Attributes that are no functions are left out, and what Python itself brings.
+    that functions of its own package call in their turn, which are not listed themselves; and those that a function of
+    another package, which it calls, does by itself. Attributes that are no functions are left out, and what Python
+    brings.
     """
     found: dict[tuple[int, str], Entry] = {}
     seen: set[types.CodeType] = set()
     package = (reference.__module__ or "").partition(".")[0]
 
-    def note(owner: Any, name: str) -> Any:
+    def note(owner: Any, name: str) -> None:
         value = getattr(owner, name, None)
         if owner is builtins or not callable(value) or isinstance(value, type):
-            return value
+            return
         if getattr(value, "__module__", None) in ("torch.overrides", "typing", "torch._jit_internal"):
-            return value  # asked before the operation itself, which is on record
+            return  # asked before the operation itself, which is on record
         label = f"{owner.__name__ if isinstance(owner, types.ModuleType) else _named(owner)}.{name}"
         found.setdefault((id(owner), name), (owner, name, label))
-        return value
 
     def walk(function: types.FunctionType) -> None:
         own = (function.__module__ or "").partition(".")[0] == package
@@ -116,7 +123,9 @@ def called_by(reference: Callable[..., Any]) -> tuple[Entry, ...]:
                 continue
             seen.add(code)
             for owner, name in _uses(code, function):
-                value = note(owner, name)
+                value = getattr(owner, name, None)
+                if not isinstance(value, types.FunctionType) or not value.__module__.startswith(f"{package}."):
+                    note(owner, name)
                 if own and isinstance(value, types.FunctionType):
                     walk(value)
 

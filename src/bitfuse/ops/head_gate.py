@@ -108,7 +108,9 @@ def _why_not(out: Tensor, logits: Tensor) -> Iterator[str]:
 def _misfits(out: Tensor, logits: Tensor) -> Iterator[str]:
     if out.ndim != 3 or logits.ndim != 3:
         yield f"out is {list(out.shape)} and logits {list(logits.shape)}; accepted: [B, T, H*D] and [B, T, H]"
-    elif out.shape[:2] != logits.shape[:2] or (logits.shape[2] and out.shape[2] % logits.shape[2]):
+    elif logits.shape[2] == 0:
+        yield f"logits is {list(logits.shape)}, of no head; accepted: [B, T, H] with at least one head"
+    elif out.shape[:2] != logits.shape[:2] or out.shape[2] % logits.shape[2]:
         yield f"logits is {list(logits.shape)}; accepted with out {list(out.shape)}: its B and T, and a divisor of its width"  # noqa: E501
 
 

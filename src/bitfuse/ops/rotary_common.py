@@ -103,6 +103,8 @@ def split_misfit(x: Tensor, cos: Tensor, sin: Tensor, in_fp32: bool) -> str | No
     if sin.shape != cos.shape:
         return f"sin is {list(sin.shape)}; accepted: the shape of cos, {list(cos.shape)}"
     batch, heads, tokens, half = cos.shape
+    if heads == 0 or half == 0:
+        return f"cos is {list(cos.shape)}; accepted: [B, H, T, D/2] with at least one head and one pair"
     accepted = {3: [batch, tokens, heads * 2 * half], 4: [batch, heads, tokens, 2 * half]}
     # diffusers takes x's batch from the tables, so tables of batch 1 broadcast there only for a 4-D x
     if batch == 1 and (x.ndim == 4 or not in_fp32):
