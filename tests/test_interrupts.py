@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sglang_host
 import torch
 
 import bitfuse
@@ -57,6 +58,8 @@ def model_and_step(request, device, monkeypatch):
     """A transformer of one block and a step of it. References stand in for kernels, whose lines are not these."""
     monkeypatch.setattr(Operator, "_runner", lambda self, plan, args: self.reference)
     monkeypatch.setattr(proof, "run_battery", lambda *args, **kwargs: proof.Verdict(True, "equal"))
+    if request.param == "sglang":
+        sglang_host.ready()
     geometry = replace(seeded.SMALL, host=request.param, version="2.0", layers=1, frames=1, height=2, width=2)
     geometry = replace(geometry, audio_frames=3, text_tokens=4)
     model = seeded.build(geometry, device, 0)

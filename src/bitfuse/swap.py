@@ -33,8 +33,9 @@ def _signature(function: Callable) -> inspect.Signature:
 class Forward:
     """Base of what stands in the attribute `forward` of a module in place of its class's.
 
-    own    the class's function, which ours restates. The module's class may have another by now: `stock` is the one
-           that stock would run, always
+    own      the class's function, which ours restates. The module's class may have another by now: `stock` is the one
+             that stock would run, always
+    ended    whether it does what stock does, for good: somebody may have kept it and put it back
     """
 
     __slots__ = ("__signature__", "__weakref__", "_module", "own")
@@ -55,6 +56,10 @@ class Forward:
         """What the host would run now."""
         module = self.module
         return type(module).forward(module, *args, **kwargs)
+
+    @property
+    def ended(self) -> bool:
+        return False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -88,12 +93,17 @@ def innermost(module: Any) -> Place | None:
     if plain(module):
         return module.__dict__, "forward"
     own = type(module).forward.__get__(module)
-    return next(((held, name) for held, name in places(module) if held.get(name) == own), None)
+    for held, name in places(module):
+        found = held.get(name)
+        if found == own or (isinstance(found, Forward) and found.ended):
+            return held, name
+    return None
 
 
 def ours_in(module: Any) -> Forward | None:
     """The forward of ours that stands in the module, within hooks or not."""
-    return next((held[name] for held, name in places(module) if isinstance(held.get(name), Forward)), None)
+    found = (held.get(name) for held, name in places(module))
+    return next((forward for forward in found if isinstance(forward, Forward) and not forward.ended), None)
 
 
 def hooked(module: Any) -> bool:

@@ -142,6 +142,10 @@ class ModelForward(Forward):
         self.model = model
         self.inner: Callable[..., Any] | None = None
 
+    @property
+    def ended(self) -> bool:
+        return not self.model.handle.on
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.stock(*args, **kwargs)
@@ -175,6 +179,10 @@ class Part(Forward):
     def __init__(self, module: Any, model: Model, sites: Sequence[Site] = ()):
         super().__init__(module)
         self.model, self.sites = model, sites
+
+    @property
+    def ended(self) -> bool:
+        return not self.model.handle.on
 
     def fused(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -254,15 +262,14 @@ class Norms:
     """
 
     def __init__(self, block: Any, names: Iterable[str]):
-        self._norms = [
-            (name, norm, norm.__dict__, type(norm), norm.eps) for name in names for norm in [getattr(block, name)]
-        ]
+        norms = {name: getattr(block, name) for name in names}
+        self._norms = [(name, norm, norm.__dict__, type(norm).forward, norm.eps) for name, norm in norms.items()]
 
     def changed(self, block: Any) -> str | None:
         """Why the norms must be called, if so."""
         children = block._modules
-        for name, norm, attributes, kind, eps in self._norms:
-            if children.get(name) is not norm or type(norm) is not kind or attributes.get("eps") != eps:
+        for name, norm, attributes, forward, eps in self._norms:
+            if children.get(name) is not norm or type(norm).forward is not forward or attributes.get("eps") != eps:
                 return f"{name} was replaced or changed meanwhile"
             if attributes["_parameters"].get("weight") is not None or attributes["_parameters"].get("bias") is not None:
                 return f"{name} has got a weight meanwhile"

@@ -40,7 +40,7 @@ from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_RMS_NORM, QK_SPLIT_FP32
 from bitfuse.ops.split_rotary import SPLIT_FP32
-from bitfuse.swap import hooked, named, ours_in, plain
+from bitfuse.swap import hooked, innermost, named, ours_in
 
 NAME = f"diffusers {diffusers.__version__}"
 
@@ -283,7 +283,7 @@ def _keep_text(model: Any, shared: Model) -> None:
         return  # the text is modulated anew at every step
     for projection in (model.caption_projection, model.audio_caption_projection):
         known = source_hash(_Projection.forward) in _READ["projection"]
-        if known and type(projection) is _Projection and plain(projection):
+        if known and type(projection) is _Projection and innermost(projection) is not None:
             shared.handle.put(projection, Projection(projection, shared))
     for block in model.transformer_blocks:
         for attn in (block.attn2, block.audio_attn2):
@@ -297,7 +297,7 @@ def _activate_in_place(model: Any, shared: Model) -> None:
     for block in model.transformer_blocks if known else ():
         for feed_forward in (block.ff, block.audio_ff):
             activation = next(iter(getattr(feed_forward, "net", ())), None)
-            if type(activation) is _GELU and plain(activation) and "gelu" not in activation.__dict__:
+            if type(activation) is _GELU and innermost(activation) and "gelu" not in activation.__dict__:
                 shared.handle.put(activation, GELU(activation, shared))
 
 

@@ -284,7 +284,7 @@ def _why_left_alone(block: Any, host: str) -> Iterator[str]:
     yield from why_not_stock(block, _Stock, "block", host, _READ, sources)
     for name in _VIDEO_NORMS + _AUDIO_NORMS:
         norm = getattr(block, name)
-        if type(norm) is not normalization.RMSNorm:
+        if not isinstance(norm, normalization.RMSNorm) or type(norm).forward is not normalization.RMSNorm.forward:
             yield f"{name} is a {named(type(norm))}, not diffusers' RMSNorm"
         elif norm.weight is not None or norm.bias is not None:
             yield f"{name} has a weight; accepted: norms without"

@@ -86,7 +86,7 @@ def _why_left_alone(block: Any, host: str) -> Iterator[str]:
     sources = {"LTX2TransformerBlock1d.forward": _Stock.forward}
     yield from why_not_stock(block, _Stock, "block", host, _READ, sources)
     norm = block.norm2
-    if type(norm) is not torch.nn.RMSNorm:
+    if not isinstance(norm, torch.nn.RMSNorm) or type(norm).forward is not torch.nn.RMSNorm.forward:
         yield f"norm2 is a {named(type(norm))}, not torch.nn.RMSNorm"
     elif norm.weight is not None or norm.eps is None:
         yield "norm2 has a weight, or no eps of its own; accepted: a norm without weight, with an eps"

@@ -69,7 +69,7 @@ def why_norms_are_called(**norms: Any) -> Iterator[str]:
     eps = {name: getattr(norm, "eps", None) for name, norm in norms.items()}
     first = next(iter(norms))
     for name, norm in norms.items():
-        if type(norm) is not torch.nn.RMSNorm:
+        if not isinstance(norm, torch.nn.RMSNorm) or type(norm).forward is not torch.nn.RMSNorm.forward:
             yield f"{name} is a {named(type(norm))}, not torch.nn.RMSNorm"
         elif hooked(norm):
             yield f"a hook is attached to {name}, which is not called when it is fused"

@@ -159,7 +159,7 @@ class LTX2TransformerBlock(Block):
         if type(block).get_ada_values is not _Stock.get_ada_values:
             return f"the get_ada_values of {named(type(block))} is another than that of SGLang's block"
         norm = getattr(block, "rms_norm", None)
-        if norm is not self._norm or (norm is not None and type(norm) is not _Norm):
+        if norm is not self._norm or (norm is not None and not _is_own(norm)):
             return "rms_norm was replaced meanwhile"
         if norm is not None and hooked(norm):
             return "a hook is attached to rms_norm, which is not called when it is fused"
@@ -363,6 +363,10 @@ def accelerate(model: Any, shared: Model, host: str) -> None:
             shared.handle.put(block, LTX2TransformerBlock(block, shared, sites, values))
 
 
+def _is_own(norm: Any) -> bool:
+    return isinstance(norm, _Norm) and type(norm).forward is _Norm.forward
+
+
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:
     if block._compiled_call_impl is not None:
         yield COMPILED
@@ -379,7 +383,7 @@ def _why_left_alone(block: Any, host: str) -> Iterator[str]:
     if _Norm is not None:
         norm = block.rms_norm
         way = getattr(getattr(norm, "_forward_method", None), "__name__", "no method")
-        if type(norm) is not _Norm:
+        if not _is_own(norm):
             yield f"rms_norm is a {named(type(norm))}, not SGLang's RMSNormNoWeight"
         elif way not in ("forward_cuda", "forward_native", "forward_cpu"):
             yield f"rms_norm runs {way} on this platform, which was not read"
