@@ -1,206 +1,226 @@
-"""Ctrl-C at every line of bitfuse: in `accelerate`, in a first and a warm forward, in `restore`, in a block's end.
-
-A `KeyboardInterrupt` comes before each line that is run, once for each line, in a run of its own. Then `restore()` is
-called, and everything must be as it was: every attribute of every module by identity, and the bits of a step.
-"""
+"""An interrupt at any line of ours leaves no lock held, no half-made verdict or route, and counters that agree."""
 
 from __future__ import annotations
 
+import inspect
+import os
 import sys
 import threading
-from dataclasses import replace
-from pathlib import Path
+import types
+import warnings
 
 import pytest
-import sglang_host
-import torch
 
-import bitfuse
-from bitfuse import hosts, proof, seeded
-from bitfuse.contract import Operator
+from bitfuse import OPERATORS, BitfuseWarning, audit, compare, contract, interpreter, kernel, proof
+from bitfuse.audit import Auditor
+from bitfuse.contract import Tier
+from bitfuse.hosts.patch import Site
+from common import small
 
-SOURCE = str(Path(bitfuse.__file__).parent)
-# Each line costs two steps or so. `make test` interrupts at one in so many, another share of them for each way.
-SHARE = 5
-
-pytestmark = pytest.mark.usefixtures("fresh_routes")
-HOSTS = [name for name in seeded.HOSTS if name in seeded.installed()]
+OPERATOR = OPERATORS["gated_residual"]
+FILES = {module.__file__ for module in (contract, proof, kernel, interpreter, audit)}
+needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+pytestmark = [needs_interpreter, pytest.mark.usefixtures("fresh_routes")]
 
 
-class Lines:
-    """Of what runs in this thread meanwhile: the lines of bitfuse, or an interrupt at the `number`-th that is new."""
-
-    def __init__(self, number: int | None = None):
-        self.number = number
-        self.seen: dict[tuple[str, int], None] = {}
-
-    def __enter__(self):
-        sys.settrace(self._call)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(None)
-
-    def _call(self, frame, event, arg):
-        return self._line if frame.f_code.co_filename.startswith(SOURCE) else None
-
-    def _line(self, frame, event, arg):
-        where = (frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and where not in self.seen:
-            self.seen[where] = None
-            if len(self.seen) - 1 == self.number:
-                raise KeyboardInterrupt
-        return self._line
+@pytest.fixture
+def short_battery(monkeypatch):
+    """The call's own arguments: what is tested here is what happens around it."""
+    monkeypatch.setattr(OPERATOR, "battery", lambda *args: [("its own", args)])
 
 
-@pytest.fixture(params=HOSTS)
-def model_and_step(request, device, monkeypatch):
-    """A transformer of one block and a step of it. References stand in for kernels, whose lines are not these."""
-    monkeypatch.setattr(Operator, "_runner", lambda self, plan, args: self.reference)
-    monkeypatch.setattr(proof, "run_battery", lambda *args, **kwargs: proof.Verdict(True, "equal"))
-    if request.param == "sglang":
-        sglang_host.ready()
-    geometry = replace(seeded.SMALL, host=request.param, version="2.0", layers=1, frames=1, height=2, width=2)
-    geometry = replace(geometry, audio_frames=3, text_tokens=4)
-    model = seeded.build(geometry, device, 0)
-    return model, seeded.one_step(model, seeded.make_inputs(model, geometry, device, 0))
-
-
-def snapshot(model):
+def lines_of(call):
+    """The lines of our files that the call runs, each once, in order."""
     found = {}
-    for name, module in model.named_modules():
-        found[name, "class"] = type(module)
-        found |= {(name, key): id(value) for key, value in module.__dict__.items()}
-        for kind in ("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"):
-            found |= {(name, kind, key): id(value) for key, value in module.__dict__[kind].items()}
-        if (processor := module.__dict__.get("processor")) is not None:
-            found[name, "processor's"] = (type(processor), *sorted(vars(processor)))
-    return found
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename not in FILES:
+            return None
+        if event == "line":
+            found.setdefault((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return list(found)
+
+
+def interrupted(call, line):
+    """Raise KeyboardInterrupt the first time that the call comes to this line; whether it came there."""
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename not in FILES:
+            return None
+        if event == "line" and (frame.f_code.co_filename, frame.f_lineno) == line:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def free(lock):
+    got = []
+    thread = threading.Thread(target=lambda: got.append(lock.acquire(timeout=1) and (lock.release() or True)))
+    thread.start()
+    thread.join()
+    return got == [True]
 
 
 def forget():
     proof.forget()
-    for operator in bitfuse.OPERATORS.values():
-        operator.forget()
+    OPERATOR.forget()
 
 
-def lines_of(run):
-    with Lines() as lines:
-        run()
-    return len(lines.seen)
-
-
-def interrupted(run, number):
-    """Whether the interrupt came, rather than that the lines were fewer this time."""
-    try:
-        with Lines(number):
-            run()
-    except KeyboardInterrupt:
-        return True
-    return False
-
-
-def numbers(count, start):
-    return range(start % SHARE, count, SHARE)
-
-
-def check(model, step, before, expected):
-    assert not hosts._active
-    assert snapshot(model) == before
-    assert bitfuse.compare(expected, step()) is None
-    assert not hosts.lock._is_owned()
-
-
-def test_accelerate_is_all_or_nothing(model_and_step):
-    model, step = model_and_step
-    before, expected, handles = snapshot(model), step(), []
-
-    def run():
-        handles.append(bitfuse.accelerate(model))
-
-    count = lines_of(run)
-    handles.pop().restore()
-    assert count > 200
-    for number in numbers(count, 0):
-        if not interrupted(run, number):
-            handles.pop().restore()
-        check(model, step, before, expected)
-
-
-def test_restore_can_be_called_again(model_and_step):
-    model, step = model_and_step
-    before, expected = snapshot(model), step()
-    handle = bitfuse.accelerate(model)
-    count = lines_of(handle.restore)
-    assert count > 20
-    for number in range(count):
-        handle = bitfuse.accelerate(model)
-        interrupted(handle.restore, number)
-        assert bitfuse.compare(expected, step()) is None  # either the one state or the other
-        handle.restore()
-        check(model, step, before, expected)
-
-
-@pytest.mark.parametrize("kind", ["first", "warm"])
-def test_a_forward_leaves_what_was_there(kind, model_and_step):
-    model, step = model_and_step
-    before, expected = snapshot(model), step()
-
-    def prepared():
+def test_a_first_call(short_battery):
+    args = small(OPERATOR, "cpu", 2)
+    expected = OPERATOR.reference(*args)
+    lines = lines_of(lambda: OPERATOR(*args))
+    assert len(lines) > 150
+    came = 0
+    for line in lines[7::19]:
         forget()
-        handle = bitfuse.accelerate(model)
-        if kind == "warm":
-            step()
-        return handle
-
-    with prepared():
-        count = lines_of(step)
-    assert count > 200
-    for number in numbers(count, 1):
-        with prepared() as handle:
-            interrupted(step, number)
-            assert bitfuse.compare(expected, step()) is None
-            fused = {site.name for site in handle.sites if site.fused}
-            handle.restore()
-            assert snapshot(model) == before, number  # at once: no forward is thought to be still under way
-        assert len(fused) == len(handle.sites), number
-        check(model, step, before, expected)
+        came += interrupted(lambda: OPERATOR(*args), line)
+        assert free(interpreter._LOCK), line
+        assert all(verdict.equal for verdict in proof.verdicts().values()), line
+        assert all(route.fused for route in OPERATOR._routes.values()), line
+        assert OPERATOR.route(*args).fused, line
+        assert compare(expected, OPERATOR(*args)) is None, line
+    assert came > 5
 
 
-def test_the_end_of_a_block(model_and_step):
-    model, step = model_and_step
-    before, expected = snapshot(model), step()
-
-    def run():
-        with bitfuse.accelerated(model):
-            pass
-
-    for number in range(3, lines_of(run), SHARE):
-        interrupted(run, number)
-        bitfuse.accelerate(model).restore()  # finds what is in force, if anything is
-        check(model, step, before, expected)
+def test_the_interpreter_and_its_lock_at_every_line(short_battery):
+    args = small(OPERATOR, "cpu", 1)
+    assert OPERATOR.route(*args).fused
+    lines = [line for line in lines_of(lambda: OPERATOR(*args)) if line[0] == interpreter.__file__]
+    assert len(lines) > 15
+    for line in lines:
+        assert interrupted(lambda: OPERATOR(*args), line), line
+        assert free(interpreter._LOCK), line
+        assert compare(OPERATOR.reference(*args), OPERATOR(*args)) is None, line
+        assert interpreter._before is None, line  # Triton is as it was
 
 
-def test_a_first_call_of_an_operator(device):
-    """The proof itself, of the operator whose battery is the quickest."""
-    operator = bitfuse.OPERATORS["gated_residual"]
-    args = operator.cases[0].arguments(device, tokens=4)
-    with torch.no_grad():
-        expected = operator.reference(*args)
+def test_every_line_of_an_audit(short_battery):
+    args = small(OPERATOR, "cpu", 1)
+    auditor = Auditor(1)
+    site = Site("block.0", OPERATOR.name, observers=(auditor,))
+    site.call(OPERATOR, *args)
+    lines = [line for line in lines_of(lambda: site.call(OPERATOR, *args)) if line[0] == audit.__file__]
+    for line in lines[::2]:
+        assert interrupted(lambda: site.call(OPERATOR, *args), line), line
+        assert free(auditor._lock), line
+        before = auditor.calls + len(auditor._pending)
+        site.call(OPERATOR, *args)
+        auditor.settle()
+        assert (auditor.calls, len(auditor._pending)) == (before + 1, 0), line
+    assert auditor.mismatches == 0
 
-        def run():
-            forget()
-            return operator(*args)
 
-        for number in numbers(lines_of(run), 2):
-            interrupted(run, number)
-            assert bitfuse.compare(expected, operator(*args)) is None
-            assert operator.route(*args).fused, number
+def _wrong(monkeypatch):
+    """Arguments that a wrong kernel, which counts as proved, gets wrong."""
+    mutant = OPERATOR.mutants[0]
+    stock = types.SimpleNamespace(tiers=OPERATOR.tiers)
+    monkeypatch.setattr(OPERATOR, "tiers", (Tier("wrong", lambda *args: mutant.plan(stock, *args)),))
+    monkeypatch.setattr(proof, "run_battery", lambda *args: proof.Verdict(True, "equal"))
+    monkeypatch.setattr(proof, "compare_live", lambda *args: None)
+    args = small(OPERATOR, "cpu", 1)
+    assert compare(OPERATOR.reference(*args), OPERATOR(*args)) is not None
+    return args
 
 
-def test_the_tracer_interrupts(model_and_step):
-    """The control: an interrupt in the middle does arrive."""
-    model, step = model_and_step
-    with bitfuse.accelerate(model):
-        assert interrupted(step, 30)
-        assert threading.current_thread() is threading.main_thread()
+def test_a_condemnation_is_made_whole_or_not_at_all(monkeypatch):
+    args = _wrong(monkeypatch)
+    parts = [inspect.getsourcelines(f) for f in (Auditor._judge, Auditor._look, contract.Operator.condemn)]
+    files = [audit.__file__, audit.__file__, contract.__file__]
+    within = {(file, start + n) for (text, start), file in zip(parts, files, strict=True) for n in range(len(text))}
+    warnings.simplefilter("ignore", BitfuseWarning)
+
+    def once(auditor):
+        Site("block.0", OPERATOR.name, observers=(auditor,)).call(OPERATOR, *args)
+
+    forget()
+    lines = [line for line in lines_of(lambda: once(Auditor(1))) if line in within]
+    assert len(lines) > 20
+    for line in lines:
+        forget()
+        auditor, count = Auditor(1), contract.condemned
+        assert interrupted(lambda auditor=auditor: once(auditor), line), line
+        known = contract.condemned - count
+        assert known in (0, 1), line
+        assert OPERATOR.route(*args).fused == (known == 0), line
+        if not auditor._pending and not auditor.calls:  # interrupted before there was a check
+            once(auditor)
+        auditor.settle()
+        assert (auditor.calls, auditor.mismatches, len(auditor.condemned)) == (1, 1, 1), line
+        assert contract.condemned - count == 1, line
+        assert not OPERATOR.route(*args).fused, line
+        assert compare(OPERATOR.reference(*args), OPERATOR(*args)) is None
+
+
+# -- two threads, as one after the other at the worst moment ---------------------------------------------------------
+
+
+MISMATCH = proof.Mismatch("planted", count=1)
+
+
+def test_condemned_while_another_thread_decides(short_battery, monkeypatch):
+    args = small(OPERATOR, "cpu", 1)
+    route, count, answers = OPERATOR.route(*args), contract.condemned, []
+    OPERATOR.forget()
+    runner = contract.Operator._runner
+
+    def meanwhile(self, plan, args):
+        run = runner(self, plan, args)
+        answers.append(self.condemn(route, MISMATCH))
+        return run
+
+    monkeypatch.setattr(contract.Operator, "_runner", meanwhile)
+    assert OPERATOR.route(*args).reason == "planted"
+    monkeypatch.undo()
+    assert OPERATOR.route(*args).reason == "planted"
+    assert (route.fused, route.run) == (False, OPERATOR.reference)  # who holds it still is not left with the kernel
+    assert answers == [True]
+    assert OPERATOR.condemn(route, MISMATCH) is False
+    assert contract.condemned == count + 1
+
+
+def test_condemned_while_another_thread_proves(short_battery, monkeypatch):
+    args = small(OPERATOR, "cpu", 1)
+    battery = proof.run_battery
+
+    def meanwhile(reference, plan_of, inputs, signature):
+        verdict = battery(reference, plan_of, inputs, signature)
+        proof.condemn(OPERATOR, OPERATOR.tiers[0], signature, MISMATCH)
+        return verdict
+
+    monkeypatch.setattr(proof, "run_battery", meanwhile)
+    assert OPERATOR.route(*args).reason == "planted"
+    monkeypatch.undo()
+    assert OPERATOR.route(*args).reason == "planted"
+
+
+def test_the_verdicts_are_bounded_and_a_condemnation_stays(short_battery, monkeypatch):
+    operator = OPERATORS["rms_norm_modulate_native"]  # whose eps, a float, is in the signature as it is
+    monkeypatch.setattr(proof, "run_battery", lambda *args: proof.Verdict(True, "equal"))
+    monkeypatch.setattr(proof, "compare_live", lambda *args: None)
+    monkeypatch.setattr(proof, "_KEPT", 6)
+    *others, eps = small(operator, "cpu", 1)
+    condemned = operator.route(*others, eps)
+    assert condemned.fused
+    assert operator.condemn(condemned, MISMATCH)
+    for i in range(20):
+        assert operator.route(*others, 0.5 + i).fused
+        assert len(proof.verdicts()) <= 7
+    route = operator.route(*others, eps)  # by the next tier
+    assert route.passed_over == (f"{operator.tiers[0].name}: planted",)

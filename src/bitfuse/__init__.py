@@ -19,7 +19,7 @@ if switch_error is not None:  # said once, in a line of its own where bitfuse wa
 
 import bitfuse.ops  # noqa: F401  (defines the operators)
 from bitfuse.audit import BitfuseWarning
-from bitfuse.contract import OPERATORS, Operator, disable, enable, explain
+from bitfuse.contract import OPERATORS, Operator, ShapeError, disable, enable, explain
 from bitfuse.divergence import Divergence, trace
 from bitfuse.hosts import accelerate, accelerated
 from bitfuse.hosts.patch import Handle, NotFused, Report
@@ -37,6 +37,7 @@ __all__ = [
     "NotFused",
     "Operator",
     "Report",
+    "ShapeError",
     "_ltx2_split_rotary_kernel",
     "accelerate",
     "accelerated",

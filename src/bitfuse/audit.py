@@ -292,11 +292,9 @@ class Auditor:
             # not that of a call that was under way when the first mismatch was found
             if (operator.condemn(route, mismatch) or route.mismatch == mismatch) and sentence not in condemned:
                 condemned = [*condemned, sentence]
-        new = condemned[len(self.condemned) :]
-        # One statement, so that an interrupt finds all of it done or nothing.
-        _, self.sites[site], self._wrong[site], self.condemned = (
-            self._pending.popleft(), self.sites[site] + 1, self._wrong[site] + (mismatch is not None), condemned
-        )  # fmt: skip
+        new, sites, wrong, differs = condemned[len(self.condemned) :], self.sites, self._wrong, mismatch is not None
+        # One line, so that an interrupt finds all of it done or nothing.
+        _, sites[site], wrong[site], self.condemned = self._pending.popleft(), sites[site] + 1, wrong[site] + differs, condemned  # fmt: skip  # noqa: E501
         for sentence in new:
             warnings.warn(
                 f"{sentence}; bitfuse uses this kernel no more in this process, "

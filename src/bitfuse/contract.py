@@ -463,7 +463,7 @@ class Operator:
         if key in proof._refuted:
             self._routes = {}
             return False
-        # In one statement: an interrupt finds both done or neither. Other layouts are decided anew, too, which is rare.
+        # In one line: an interrupt finds both done or neither. Other layouts are decided anew, too, which is rare.
         kept, self._routes = proof._condemned.setdefault(key, verdict), {}
         for other in (route, *list(held.values())):
             if (other.tier, other.signature) == (route.tier, route.signature):
