@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 import traceback
@@ -435,13 +436,14 @@ def _check_host(host: str) -> None:
 
 
 def _apart(outputs: dict[str, Path | None], inputs: dict[str, Path | None], model: str | None = None) -> None:
-    """Refuse a call that would write one file over another that it reads or writes, or over what a model consists of."""
+    """Refuse a call that would write one file over another that it reads or writes, or over a file of a model."""
     if why := files.why_not_apart(outputs, inputs):
         raise typer.Exit(_fail(why))
     json_file = outputs["--json"]
-    if model is not None and json_file is not None and json_file.exists() and Path(model).is_dir():
-        if Path(model).resolve() in json_file.resolve().parents:
-            raise typer.Exit(_fail(f"--json {json_file} is a file of MODEL {model}; accepted: a file outside of it"))
+    if model is None or json_file is None or not (json_file.is_file() and os.path.isdir(model)):
+        return
+    if Path(model).resolve() in json_file.resolve().parents:
+        raise typer.Exit(_fail(f"--json {json_file} is a file of MODEL {model}; accepted: a file outside of it"))
 
 
 def _write(path: Path | None, document: dict[str, Any]) -> None:

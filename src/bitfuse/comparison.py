@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 import bitfuse
-from bitfuse import comparison_page, files, page, runs
+from bitfuse import comparison_page, files, page, runs, text
 from bitfuse.comparison_request import ARGUMENTS, Request, check
 from bitfuse.kernel import interpreter, interpreting
 from bitfuse.machine import machine
@@ -109,9 +109,8 @@ def _run(request: Request, call: dict[str, Any], device: torch.device, out: Path
     facts = machine(device)
     subject = _transformer(request, call, device) if request.random_weights else _pipeline(request, call, device)
     say(console, subject.facts["sentence"])
-    say(
-        console, f"{facts['device']}, torch {facts['torch']}, {runs.named(request.host)}, bfloat16, seed {request.seed}"
-    )
+    host = runs.named(request.host)
+    say(console, f"{facts['device']}, torch {facts['torch']}, {host}, bfloat16, seed {request.seed}")
 
     measured: dict[str, dict[str, Any]] = {}
 
@@ -152,10 +151,8 @@ def _run(request: Request, call: dict[str, Any], device: torch.device, out: Path
     if divergence:
         say_all(console, str(divergence))
     elif request.trace and exit_code:
-        why = (
-            "Traced, without a CUDA graph, the transformer's runs are equal: what differs is not in its eager forward."
-        )
-        say(console, why)
+        equal = "Traced, without a CUDA graph, the transformer's runs are equal"
+        say(console, f"{equal}: what differs is not in its eager forward.")
     say(console, cell(verdict, "green" if exit_code == 0 else "red"))
 
     with _new_result(out) as making:
@@ -163,7 +160,7 @@ def _run(request: Request, call: dict[str, Any], device: torch.device, out: Path
         document = {
             "interpreted": interpreting(),
             "machine": facts,
-            "host": runs.named(request.host),
+            "host": host,
             **subject.facts,
             "dtype": "bfloat16",
             "seed": request.seed,
@@ -350,8 +347,9 @@ def _check_index(folder: str) -> None:
         raise CannotRun(str(why)) from None
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if not str(kind).startswith("LTX2"):
+        given = text.one_line(kind, 80)
         raise CannotRun(
-            f"{folder} is a folder of {str(kind)[:80]}; accepted: one of diffusers' LTX-2 pipelines, as LTX2Pipeline"
+            f"{folder} is a folder of {given}; accepted: one of diffusers' LTX-2 pipelines, as LTX2Pipeline"
         )
 
 

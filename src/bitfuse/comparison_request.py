@@ -137,8 +137,8 @@ def check(request: Request) -> dict[str, Any]:
         if value is not None:
             accepts, words = ARGUMENTS[name]
             if not accepts(value):
-                given = str(request.size if option == "--size" else value)[:80]
-                raise CannotRun(f"{option} {given}: {name} must be {words}")
+                shown = str(request.size if option == "--size" else value)[:80]
+                raise CannotRun(f"{option} {shown}: {name} must be {words}")
             call[name] = value
     if "sigmas" in call and call.get("num_inference_steps", len(call["sigmas"])) != len(call["sigmas"]):
         raise CannotRun(f"{len(call['sigmas'])} sigmas do not go with {call['num_inference_steps']} steps.")

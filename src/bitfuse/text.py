@@ -21,7 +21,7 @@ _UNSEEN = re.compile(
 
 
 def visible(text: str, but: str = "") -> str:
-    """The text with an escape, as \\x1b, \\n or \\u202e, for every character that is not seen, but for those of `but`."""
+    """The text with an escape, as \\x1b or \\u202e, for every character that is not seen, but for those of `but`."""
     if text.isprintable() and not _UNSEEN.search(text):
         return text
     return "".join(c if c in but or (c.isprintable() and not _UNSEEN.match(c)) else _escape(c) for c in text)
