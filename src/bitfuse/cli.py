@@ -442,7 +442,8 @@ def _apart(outputs: dict[str, Path | None], inputs: dict[str, Path | None], mode
     json_file = outputs["--json"]
     if model is None or json_file is None or not (json_file.is_file() and os.path.isdir(model)):
         return
-    if Path(model).resolve() in json_file.resolve().parents:
+    folder, there = Path(model).resolve(), json_file.parent.resolve()
+    if folder in (there, *there.parents, *json_file.resolve().parents):  # what is there may be a link to elsewhere
         raise typer.Exit(_fail(f"--json {json_file} is a file of MODEL {model}; accepted: a file outside of it"))
 
 

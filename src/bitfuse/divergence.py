@@ -249,8 +249,8 @@ class _Run:
         around = self.around()
         if not isinstance(around, contextlib.AbstractContextManager):
             raise TypeError(
-                f"around_{self.name[-1]} returned a {type(around).__name__}; accepted: a function that returns a context "
-                "manager, as in lambda: bitfuse.accelerated(model)"
+                f"around_{self.name[-1]} returned a {type(around).__name__}; accepted: a function that returns a "
+                "context manager, as in lambda: bitfuse.accelerated(model)"
             )
         with torch.random.fork_rng(devices), around:
             for module in self.places:

@@ -71,6 +71,9 @@ def why_not_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path 
         for other, second in written[i + 1 :]:
             if same(path, second):
                 return f"{option} {path} and {other} {second} are the same file; accepted: two files"
+            for a, b in ((path, second), (second, path)):
+                if Path(os.path.realpath(a)) in Path(os.path.realpath(b)).parents:
+                    return f"{a} can't be a file and the folder of {b}; accepted: files of which none is in another"
     return None
 
 
