@@ -299,6 +299,14 @@ def test_reasons_are_text_and_no_markup(result, capsys):
     assert all(line.isprintable() and not line.startswith("matches") for line in lines)
 
 
+def test_what_is_not_seen_is_seen_on_the_page(made):
+    changed = copy.deepcopy(made)
+    changed["checks"][0]["reason"] = changed["machine"]["device"] = "a\u202eb\u200b\x1b<b>"
+    page = document.render(changed)
+    assert page.count(r"a\u202eb\u200b\x1b&lt;b&gt;") >= 2
+    assert all(c.isprintable() or c == "\n" for c in page)
+
+
 def test_check_takes_no_options_of_a_run_and_writes_json(saved, tmp_path):
     path, found = saved(), tmp_path / "found.json"
     for options in (["--deep"], ["--op", NAMES[0]], ["--html", str(tmp_path / "page.html")]):

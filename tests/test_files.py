@@ -40,9 +40,10 @@ def test_what_ends_a_write_leaves_the_old_file_and_nothing_else(error, where, tm
     def fail(*args):
         raise error
 
-    with monkeypatch.context() as patch, pytest.raises(type(error)) as raised:
+    with monkeypatch.context() as patch:
         patch.setattr(os, where, fail)
-        files.write(file, "new" * 1000)
+        with pytest.raises(type(error)) as raised:
+            files.write(file, "new" * 1000)
     if isinstance(error, OSError):
         assert raised.value.filename == str(file), "not that of the temporary file"
     assert file.read_text() == "old"
@@ -61,9 +62,14 @@ def test_devices_and_pipes_are_written_as_they_are(tmp_path, capfd):
 def test_a_result_takes_the_place_of_the_earlier_one_at_its_end(tmp_path):
     for name in ("verdict", "film", "mine"):
         (tmp_path / name).write_text("old")
-    with pytest.raises(KeyboardInterrupt), files.new_result(tmp_path, {"verdict", "film"}, "verdict") as making:
-        (making / "verdict").write_text("new")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with files.new_result(tmp_path, {"verdict", "film"}, "verdict") as making:
+            (making / "verdict").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(("verdict", "film", "mine"), "old")
     with files.new_result(tmp_path, {"verdict", "film"}, "verdict") as making:
         (making / "verdict").write_text("new")
@@ -135,7 +141,7 @@ def test_a_name_that_no_file_can_have_is_refused_before_the_work(tmp_path):
 )
 def test_what_is_no_json_gets_one_line(content, why, tmp_path):
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(ValueError, match="^--config x is not JSON: .*; accepted: an object$") as error:
+    with pytest.raises(ValueError, match=r"^--config x is not JSON: .*; accepted: an object$") as error:
         files.read_json(tmp_path / "x", "--config x", "an object")
     assert why in str(error.value)
     assert str(error.value).isprintable()
@@ -143,9 +149,9 @@ def test_what_is_no_json_gets_one_line(content, why, tmp_path):
 
 def test_a_file_without_an_end_is_read_up_to_a_limit(monkeypatch):
     monkeypatch.setattr(files, "_MOST_BYTES", 1 << 20)
-    with pytest.raises(ValueError, match="^x has more than 1 MiB; accepted: an object$"):
+    with pytest.raises(ValueError, match=r"^x has more than 1 MiB; accepted: an object$"):
         files.read_json(files.Path("/dev/zero"), "x", "an object")
-    with pytest.raises(ValueError, match="^x can't be read: .*; accepted: an object$"):
+    with pytest.raises(ValueError, match=r"^x can't be read: .*; accepted: an object$"):
         files.read_json(files.Path("/nowhere"), "x", "an object")
 
 
@@ -174,8 +180,10 @@ def test_only_what_bitfuse_wrote_is_known_as_such(tmp_path):
 
 @pytest.mark.parametrize(
     "odd",
-    ["\x1b[31m", "\n", "\r", "\x07", "\x7f", "\x9b", "\u202e", "\u2066", "\u200b", "\u200d", "\ufeff", "\u2028"]
-    + ["\u061c", "\u00ad", "\u034f", "\u3164", "\u2800", "\ufe0f", "\U000e0041", "\U000e0100", "\ud800"],
+    [
+        *("\x1b[31m", "\n", "\r", "\x07", "\x7f", "\x9b", "\u202e", "\u2066", "\u200b", "\u200d", "\ufeff", "\u2028"),
+        *("\u061c", "\u00ad", "\u034f", "\u3164", "\u2800", "\ufe0f", "\U000e0041", "\U000e0100", "\ud800"),
+    ],
 )
 def test_what_is_not_seen_is_shown(odd):
     shown = text.visible(f"a{odd}b")

@@ -301,6 +301,9 @@ def bench(
 ) -> None:
     """Time operators and a whole step against PyTorch, on this GPU, only after their bits were compared.
 
+    FILE of --json gets each row when it is measured. Where there is a FILE already it stays until the end, and the rows
+    go to FILE.part until then.
+
     Example: `bitfuse bench --only operators --json out/bench.json`
     """
     import torch
