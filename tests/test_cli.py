@@ -110,6 +110,9 @@ NO_NUMBER = [
         "one",
         "٣x",
         "½",
+        "٣",
+        "1_0",
+        "9" * 400,
         "9" * 5000,
         "1 2",
         "None",
@@ -313,6 +316,75 @@ def test_wrong_files_to_read(name, option, tmp_path, monkeypatch, capfd):
     assert faults(calls, monkeypatch=monkeypatch, capfd=capfd) == []
 
 
+# -- files that one has ------------------------------------------------------------------------------------------------
+
+
+def test_an_output_is_never_another_file_of_the_same_call(tmp_path, monkeypatch, capfd):
+    (tmp_path / "there").write_text("mine")
+    (tmp_path / "hard").hardlink_to(tmp_path / "there")
+    (tmp_path / "link").symlink_to("new")
+    (tmp_path / "call.json").write_text("{}")
+    explained = tmp_path / "model"
+    explained.mkdir()
+    (explained / "config.json").write_text(json.dumps(GOOD))
+    calls = [
+        ["verify", "--json", "F", "--html", "F"],
+        ["verify", "--json", "F", "--html", "./F"],
+        ["verify", "--json", "new", "--html", "link"],
+        ["verify", "--json", "there", "--html", "hard"],
+        ["verify", "--json", "F", "--html", "F/page.html"],
+        ["verify", "--check", "there", "--json", "hard"],
+        ["explain", "model", "--tokens", "4", "--json", "model/config.json"],
+        ["compare", "/nowhere", "--config", "call.json", "--json", "./call.json"],
+        ["compare", "/nowhere", "--out", "out", "--json", "out/compare.json"],
+        ["compare", "/nowhere", "--out", "out", "--json", "out/../out/stock.wav"],
+        ["compare", "/nowhere", "--out", "out", "--json", "out"],
+    ]
+    before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(before) == 4
+    assert faults(calls, monkeypatch=monkeypatch, capfd=capfd) == []
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("at", [(doctor, "examine"), (os, "write"), (os, "replace")], ids=lambda at: at[1])
+@pytest.mark.parametrize(
+    ("error", "exit_code"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left"), 2)], ids=str
+)
+def test_what_stops_a_command_leaves_the_earlier_result(at, error, exit_code, tmp_path, monkeypatch, capfd):
+    def fail(*args):
+        raise error
+
+    (tmp_path / "doctor.json").write_text("earlier")
+    monkeypatch.setattr(doctor, "examine", lambda device: iter(()))
+    monkeypatch.setattr(*at, fail)
+    code, _, err = call("doctor", "--json", "doctor.json", monkeypatch=monkeypatch, capfd=capfd)
+    assert (code, len(err.splitlines())) == (exit_code, 1)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"doctor.json": "earlier"}
+
+
+def test_a_benchmark_that_is_cut_off_leaves_the_earlier_one_and_what_it_had(tmp_path):
+    (tmp_path / "b.json").write_text("earlier")
+    kept = cli._Kept(tmp_path / "b.json")
+    kept.save({"rows": [1]})
+    assert {p.name: p.read_text()[:7] for p in tmp_path.iterdir()} == {"b.json": "earlier", "b.json.part": '{\n "row'}
+    again = cli._Kept(tmp_path / "b.json")
+    again.save({"rows": [1, 2]})
+    again.end()
+    assert json.loads((tmp_path / "b.json").read_text()) == {"rows": [1, 2]}
+    assert json.loads((tmp_path / "b.json.part").read_text()) == {"rows": [1]}, "another run's"
+    new = cli._Kept(tmp_path / "new.json")
+    new.save({"rows": [1]})
+    assert (tmp_path / "new.json").exists(), "where nothing was, a row is there as soon as it is measured"
+
+
+def test_a_result_for_a_pipe_is_written_at_the_end_once(capfd):
+    kept = cli._Kept(Path("/dev/stdout"))
+    kept.save({"rows": [1]})
+    kept.save({"rows": [1, 2]})
+    kept.end()
+    assert json.loads(capfd.readouterr().out) == {"rows": [1, 2]}
+
+
 # -- right calls -------------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +435,14 @@ def test_errors_that_come_up_later(error, line, monkeypatch, capfd):
     assert (code, err) == (2, f"bitfuse: {line}\n")
 
 
+def test_a_switch_that_nobody_knows_gets_one_line(monkeypatch, capfd):
+    sentence = "the environment variable BITFUSE is 'yes'; accepted: 0 (off) or 1 (on, the default)"
+    monkeypatch.setattr("bitfuse.contract.switch_error", sentence, raising=False)
+    for command in ("doctor", "verify"):
+        found = call(command, monkeypatch=monkeypatch, capfd=capfd)
+        assert found == (2, "", f"bitfuse: {sentence}\n")
+
+
 def test_an_interruption_is_no_error(monkeypatch, capfd):
     def examine(device):
         raise KeyboardInterrupt
@@ -370,7 +450,7 @@ def test_an_interruption_is_no_error(monkeypatch, capfd):
     monkeypatch.setattr(doctor, "examine", examine)
     code, _, err = call("doctor", monkeypatch=monkeypatch, capfd=capfd)
     assert code == 130, "as of any program that Ctrl-C ends"
-    assert "Traceback" not in err
+    assert re.fullmatch("bitfuse: interrupted.*\n", err)
 
 
 def test_an_error_that_nobody_thought_of(monkeypatch, capfd):

@@ -310,13 +310,14 @@ def test_an_accelerated_run_that_fails_is_a_difference(compare, monkeypatch, tmp
 
     monkeypatch.setattr(Site, "call", failing)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "compare.json").write_text('{"exit_code": 0}')
+    (tmp_path / "out" / "compare.json").write_text('{"exit_code": 0, "verdict": "Bit-identical"}')
     result, printed = compare()
     assert result.exit_code == 1
     failed = "The accelerated run failed where the stock run did not: TypeError: launch failed"
     assert result.verdict == failed
     assert failed in printed
-    assert not (tmp_path / "out" / "compare.json").exists(), "no verdict of an earlier run stays beside it"
+    assert json.loads((tmp_path / "out" / "compare.json").read_text()) == {"exit_code": 1, "verdict": failed}
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["compare.json"], "in place of the earlier verdict"
 
 
 @pytest.mark.parametrize(
@@ -407,6 +408,11 @@ def test_a_wrong_request_gets_one_line(request_, words, folder, tmp_path):
         ('{"guidance_scale": 1e999}', ("guidance_scale is Infinity; accepted: a number",)),
         ('{"sigmas": [1.0]}', ("sigmas is [1.0]; accepted: a list of 2 or more",)),
         ('{"sigmas": [1.0, 0.5], "num_inference_steps": 3}', ("2 sigmas do not go with 3 steps",)),
+        ('{"guidance_scale": 1%s}' % ("0" * 400), ("guidance_scale is 1000", "accepted: a number, 0 to 100")),
+        ('{"width": 1%s}' % ("0" * 5000), ("is not JSON: the number 1000", "has 5001 digits")),
+        ('{"width": 64, "width": 32}', ("'width' twice",)),
+        ('\ufeff{"width": 64}', ("begins with a byte-order mark",)),
+        ('{"a\\u001b[31m\\nb": 64}', ("is not an argument",)),
         ('{"prompt": null}', ("prompt is null; accepted: a text",)),
         ('{"prompt"', ("is not JSON",)),
         ("[" * 100_000, ("is not JSON",)),
@@ -500,6 +506,73 @@ def test_a_damaged_folder_gets_one_line(damage, folder, tmp_path, compare):
     copy = shutil.copytree(folder, tmp_path / "damaged")
     words = damage(copy)
     _refused(*compare(model=str(copy)), words)
+
+
+def _earlier(out):
+    """A folder with a result of bitfuse, and with files of its names that are somebody else's."""
+    out.mkdir()
+    for name in comparison.NAMES:
+        (out / name).write_text(f"mine: {name}")
+    digest = comparison_page.hashlib.sha256((out / "stock.mp4").read_bytes()).hexdigest()
+    earlier = {"exit_code": 0, "verdict": "Bit-identical", "files": {"stock.mp4": digest, "bitfuse.mp4": "0" * 64}}
+    (out / "compare.json").write_text(json.dumps(earlier))
+    (out / "compare.html").write_text("<title>bitfuse compare: bit-identical</title>")
+    return {file.name: file.read_bytes() for file in out.iterdir()}
+
+
+def _contents(out):
+    return {file.name: file.read_bytes() for file in out.iterdir()}
+
+
+def test_a_run_that_can_not_be_made_leaves_all_there_was(compare, folder, tmp_path):
+    import shutil
+
+    before = _earlier(tmp_path / "out")
+    copy = shutil.copytree(folder, tmp_path / "damaged")
+    _weights_are_cut_off(copy)
+    _refused(*compare(model=str(copy)), "can't be loaded")
+    assert _contents(tmp_path / "out") == before
+    result, _ = compare({**BRIEF, "max_sequence_length": 6})
+    assert result.exit_code == 2
+    assert _contents(tmp_path / "out") == before
+
+
+def test_a_new_result_replaces_what_bitfuse_wrote_and_nothing_else(compare, tmp_path):
+    before = _earlier(tmp_path / "out")
+    result, _ = compare(random_weights="ltx-2.3", layers=1, steps=2, size="64x32", frames=9)
+    assert result.exit_code == 0
+    after = _contents(tmp_path / "out")
+    assert after.keys() == before.keys() - {"stock.mp4"}, "the film of the earlier result goes with it"
+    assert {name for name in after if after[name] != before[name]} == {"compare.json", "compare.html"}
+
+
+def test_films_are_not_written_over_somebody_elses(two_runs, tmp_path):
+    taken = {"stock.mp4", "bitfuse.webp", "bitfuse.wav"}
+    films = comparison_page.write_films(tmp_path, *two_runs, 24.0, 16000, taken)
+    assert set(films.files) == {"stock.png", "bitfuse.png"}
+    assert "no mp4 (there is a stock.mp4 that bitfuse did not write)" in films.sentence
+    assert "No sound as a file: there is a bitfuse.wav" in films.sentence
+    assert films.sounds.keys() == {"stock", "with bitfuse"}, "the page has it"
+
+
+@pytest.mark.parametrize("name", comparison.NAMES[:2])
+def test_a_folder_with_somebody_elses_result_is_refused(name, compare, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "_load", lambda name: pytest.fail("it went on"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"exit_code": "mine"}')
+    _refused(*compare(), f"holds a {name} that bitfuse did not write; accepted: a folder without one")
+    assert (tmp_path / "out" / name).read_text() == '{"exit_code": "mine"}'
+
+
+def test_ctrl_c_in_the_last_moment_leaves_the_earlier_result(compare, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    before = _earlier(tmp_path / "out")
+    monkeypatch.setattr(comparison_page, "render", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compare(random_weights="ltx-2.3", layers=1, steps=2, size="64x32", frames=9)
+    assert _contents(tmp_path / "out") == before
 
 
 def test_a_folder_that_can_not_be_written(folder, tmp_path):

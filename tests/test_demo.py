@@ -130,6 +130,23 @@ def test_a_stock_run_that_does_not_repeat_itself_stops_the_demo(tmp_path, monkey
     assert page is None
 
 
+def test_an_earlier_report_stays_and_somebody_elses_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "report.json").write_text('{"exit_code": 0, "verdict": "Bit-identical"}')
+    (tmp_path / "report.html").write_text("<title>bitfuse demo: bit-identical</title>")
+    before = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(seeded, "velocity_of", lambda *_: lambda video, audio, t: (video / 0, audio))
+    assert run(tmp_path)[0].exit_code == 2
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
+    monkeypatch.setattr(demo, "build", lambda *_: pytest.fail("it went on"))
+    for name in demo.NAMES:
+        (tmp_path / name).write_text("mine")
+        result, _, _ = run(tmp_path)
+        assert result.exit_code == 2
+        assert result.verdict.endswith(f"holds a {name} that bitfuse did not write; accepted: a folder without one")
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+
+
 def test_latents_that_are_not_finite_stop_the_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(seeded, "velocity_of", lambda *_: lambda video, audio, t: (video / 0, audio))
     result, _, _ = run(tmp_path)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import html
+import io
 import json
+import re
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import bitfuse
-from bitfuse import document, verify
+from bitfuse import conformance, document, verify
 from bitfuse.cli import app
 from bitfuse.seeded import CannotRun
 
@@ -239,6 +242,69 @@ def test_terminal_codes_and_lone_surrogates_are_printed_as_ascii(saved):
     code, printed = check(saved(changed))
     assert code == 1
     assert '"\\u001b[31mred\\ud800"' in printed
+
+
+@pytest.mark.parametrize("part", ["hosts", "sources"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "x\nmatches  torch: forged",
+        "x\rmatches  torch: forged",
+        "\x1b[2K\x1b[1Gmatches  torch: forged",
+        "x" + " " * 80 + "matches  torch: forged",
+        "[green]matches[/]",
+        "\u202eegrof",
+        "\u200b\x7f",
+    ],
+)
+def test_no_key_of_a_document_makes_a_line(part, key, saved):
+    def changed(content):
+        content[part][key] = "0" * 64
+        content["digest"] = document.digest(content)
+
+    code, printed = check(saved(changed))
+    assert code in (1, 2)
+    assert not [
+        line for line in printed.splitlines() if "forged" in line and not line.startswith(("differs", "bitfuse:"))
+    ]
+    assert printed.replace("\n", "").isprintable()
+    assert " " * 3 not in printed, "nor is a line filled up so that the terminal begins another"
+    lines = [line for line in printed.splitlines() if line.startswith("differs")]
+    assert len(lines) == (code == 1)
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "1e400", "NaN", "-Infinity"])
+def test_a_number_that_is_none_makes_no_traceback(number, saved, made):
+    path = saved()
+    text = path.read_text()
+    for name in ("seconds", "elements", "version", "exit_code", "done", "count"):
+        path.write_text(re.sub(rf'"{name}": [\d.e-]+', f'"{name}": {number}', text, count=1))
+        assert check(path)[0] in (1, 2), name
+
+
+def test_reasons_are_text_and_no_markup(result, capsys):
+    """Of the tables and lines of `verify`, whatever stands in a reason, a name or a version."""
+    odd = "[/] [bold]x[/bold] :smile: \x1b[31m\nmatches"
+    changed = dataclasses.replace(
+        result,
+        checks=[dataclasses.replace(result.checks[0], outcome=o, reason=odd, case=odd) for o in ("differs", "equal")],
+        controls=[dataclasses.replace(result.controls[0], caught=False, mutant=odd)],
+        sweeps=[dataclasses.replace(result.sweeps[0], reason=odd, name=odd, outcome="declined")],
+        transformers=[conformance.Step(odd, "2.0", "g", "differs", odd, 0, 1, 2, 0.0)],
+    )
+    out = io.StringIO()
+    verify._print(Console(file=out, width=300), changed)
+    lines = out.getvalue().splitlines()
+    assert out.getvalue().count("[/] [bold]x[/bold] :smile: \\x1b[31m matches") >= 8
+    assert all(line.isprintable() and not line.startswith("matches") for line in lines)
+
+
+def test_what_is_not_seen_is_seen_on_the_page(made):
+    changed = copy.deepcopy(made)
+    changed["checks"][0]["reason"] = changed["machine"]["device"] = "a\u202eb\u200b\x1b<b>"
+    page = document.render(changed)
+    assert page.count(r"a\u202eb\u200b\x1b&lt;b&gt;") >= 2
+    assert all(c.isprintable() or c == "\n" for c in page)
 
 
 def test_check_takes_no_options_of_a_run_and_writes_json(saved, tmp_path):

@@ -67,6 +67,21 @@ def test_form_counts(device):
     assert "device is meta" in compare(a, torch.ones(4, 6, device="meta")).sentence
 
 
+@pytest.mark.parametrize("wrong", [None, 1, "x", np.zeros(1), (torch.zeros(1), None), [[torch.zeros(1)]], {}], ids=str)
+def test_what_is_no_tensor_is_named(wrong):
+    for pair, name in (((wrong, torch.zeros(1)), "expected"), ((torch.zeros(1), wrong), "found")):
+        with pytest.raises(
+            TypeError, match=rf"^{name}(\[\d\])? is (None|an? [\w.]+); accepted: a tensor, or a tuple of"
+        ):
+            compare(*pair)
+
+
+def test_a_dtype_of_too_many_bytes_is_named():
+    x = torch.zeros(1, dtype=torch.complex128)
+    with pytest.raises(TypeError, match=r"are of torch.complex128; accepted: dtypes of 1, 2, 4 or 8 bytes"):
+        compare(x, x)
+
+
 def test_strides_that_address_nothing_do_not_count(device):
     a = torch.ones(3, 1, 5, device=device)
     assert compare(a, torch.ones(3 * 99 * 5, device=device).as_strided((3, 1, 5), (5, 77, 1))) is None

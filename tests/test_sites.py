@@ -216,3 +216,21 @@ def test_without_diffusers(monkeypatch):
 def test_tokens_out_of_range(tokens):
     with pytest.raises(ValueError, match=f"--tokens is {tokens}; accepted: 1 to 262144"):
         sites.explain(small(), tokens=tokens)
+
+
+@pytest.mark.parametrize("wrong", [None, "Lightricks/LTX-2", 1], ids=str)
+def test_what_is_no_model_is_named(wrong):
+    with pytest.raises(
+        TypeError, match=r"^model is .*; accepted: a transformer, as from_config or from_version builds it$"
+    ):
+        sites.explain(wrong)
+
+
+def test_what_a_model_calls_itself_is_text_and_no_markup():
+    odd = "[/] :smile: \x1b[31m\nOn this machine"
+    kind = sites.SiteKind(odd, odd, odd, sites.CHAIN, {odd: odd}, reasons=(odd,))
+    out = io.StringIO()
+    sites.show(Console(file=out, width=250), sites.Explanation(odd, odd, odd, [kind], [odd]))
+    assert out.getvalue().count(r"[/] :smile: \x1b[31m") >= 8
+    assert all(line.isprintable() and not line.startswith("On this machine\n") for line in out.getvalue().splitlines())
+    assert not [line for line in out.getvalue().splitlines() if line.strip() == "On this machine"]

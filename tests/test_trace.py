@@ -691,3 +691,26 @@ def test_a_cuda_graph_is_refused(ltx):
         ValueError, match=r"model_b is accelerated with cuda_graph=True, .*; accepted: cuda_graph=False"
     ):
         trace(model, model, fed, around_b=lambda: bitfuse.accelerated(model, cuda_graph=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_a": None}, "model_a is a NoneType; accepted: an nn.Module or another callable"),
+        ({"model_b": 1}, "model_b is a int; accepted: an nn.Module or another callable"),
+        ({"inputs": None}, "inputs is a NoneType; accepted: a dict of keyword arguments"),
+        ({"inputs": [1]}, "an entry of inputs is a int; accepted"),
+        ({"model": "x"}, "model is a str; accepted: the nn.Module"),
+        ({"around_b": None}, "around_b is a NoneType; accepted: a function that returns a context manager"),
+        (
+            {"around_b": lambda: None},
+            "around_b returned a NoneType; accepted: a function that returns a context manager",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_is_accepted(change, words):
+    model = nn.Linear(2, 2)
+    given = {"model_a": model, "model_b": model, "inputs": (torch.zeros(1, 2),), **change}
+    with pytest.raises(TypeError) as error:
+        trace(**given)
+    assert words in str(error.value)

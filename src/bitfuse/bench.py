@@ -51,6 +51,7 @@ from bitfuse.measure import (
 )
 from bitfuse.ops.rotary_common import RotaryCase
 from bitfuse.ops.split_rotary import SPLIT_PER_OP
+from bitfuse.text import cell, say
 
 PARTS = ("operators", "overhead", "model", "audit", "first-step")
 
@@ -139,7 +140,8 @@ def operators(console: Console, names: Iterable[str] | None = None) -> Iterator[
             if times
             else ["not timed"] * 5
         )
-        table.add_row(row["operator"], row["case"], str(row["x"]), *figures, row["mismatch"] or "equal")
+        words = (row["operator"], row["case"], row["x"], *figures, row["mismatch"] or "equal")
+        table.add_row(*map(cell, words))
     console.print(table)
 
 
@@ -567,10 +569,10 @@ def _print(console: Console, row: dict[str, Any]) -> None:
         ratio = f"{row['speed_ups'][way]:.3f}x" if way in row["speed_ups"] else ""
         peak = f"{row['peak_gb'][way]:.2f}" if way in row["peak_gb"] else ""
         watts = str(row["watts"].get(way, ""))
-        table.add_row(way, *times, ratio, watts, peak, row["not_timed"].get(way) or differs or "equal")
+        table.add_row(way, *times, ratio, watts, peak, cell(row["not_timed"].get(way) or differs or "equal"))
     steps = min(row["steps"].values(), default=0)
     what = f"{row['host_version']}, LTX-{row['version']}{kind}, {row['geometry']}"
-    table.title = f"{what}; {steps} steps of each way or more"
+    table.title = cell(f"{what}; {steps} steps of each way or more")
     console.print(table)
     lines = [f"{row['sites_fused']} of {row['sites_seen']} sites fused"]
     for way, ms in row["kernels_ms"].items():
@@ -588,7 +590,7 @@ def _print(console: Console, row: dict[str, Any]) -> None:
     if "against_compiled_graph" in row:
         lines.append(f"bitfuse with its graph is {row['against_compiled_graph']:.3f}x as fast as compiled + graph")
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 # -- what audits cost ----------------------------------------------------------------------------------------------

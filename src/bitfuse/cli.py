@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
+import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
+
+from bitfuse import files, text
 
 app = typer.Typer(
     help="LTX-2, faster, with output identical to the last bit, and proof of it on this machine.",
@@ -20,27 +25,44 @@ app = typer.Typer(
 )
 
 
-def _writable(path: Path | None) -> Path | None:
+def _output(given: Any) -> Path:
     """Refuse a file that can't be written before the work is done, not after."""
-    if path is not None and path.is_dir():
-        raise typer.BadParameter(f"{path} is a folder; accepted: a file that can be written")
-    if path is not None and not path.is_file():
-        _folder(path.parent)
-    elif path is not None and not os.access(path, os.W_OK):
-        raise typer.BadParameter(f"{path} can't be written; accepted: a file that can")
-    return path
+    if str(given).endswith(("/", "\\")):
+        raise typer.BadParameter(f"{given} is the name of a folder; accepted: a file that can be written")
+    if why := files.why_not_written(Path(given)):
+        raise typer.BadParameter(why)
+    return Path(given)
 
 
-def _folder(path: Path) -> Path:
+def _folder(given: Any) -> Path:
     """Refuse a folder in which no file can be made."""
-    there = next((p for p in (path, *path.parents) if p.exists()), Path())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise typer.BadParameter(f"no file can be written to {path}; accepted: a folder where that can be done")
-    return path
+    if why := files.why_no_folder(Path(given)):
+        raise typer.BadParameter(why)
+    return Path(given)
+
+
+def _whole(help: str, least: int | None = None, most: int | None = None) -> Any:
+    """An option whose value is a whole number in ASCII digits: Python's own `int` also takes 1_000 and other digits."""
+    low, high = ("" if bound is None else f" {words} {bound}" for words, bound in (("from", least), ("to", most)))
+    accepted = f"accepted: a whole number{low}{high}"
+
+    def whole_number(given: Any) -> int:
+        shown = text.one_line(given, 40)
+        if type(given) is not int and not re.fullmatch(r"[+-]?[0-9]+", str(given)):
+            raise typer.BadParameter(f"{shown!r} is no whole number; {accepted}")
+        if len(str(given)) > 20:
+            raise typer.BadParameter(f"{shown} is not accepted: it has {len(str(given))} digits; {accepted}")
+        number = int(given)
+        if (least is not None and number < least) or (most is not None and number > most):
+            raise typer.BadParameter(f"{shown} is not accepted; {accepted}")
+        return number
+
+    return typer.Option(parser=whole_number, min=least, max=most, metavar="INTEGER", help=help)
 
 
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", callback=_writable, help="Also write the result to this file, as JSON.")
+    Path | None,
+    typer.Option("--json", parser=_output, metavar="FILE", help="Also write the result to this file, as JSON."),
 ]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu (Triton's interpreter); default: cuda if there is one.")]
 Host = Annotated[str, typer.Option(help="Whose transformer: diffusers, ltx-core or sglang, where it is installed.")]
@@ -56,8 +78,7 @@ def main() -> None:
     except _UsageError as error:
         sys.exit(_fail(_accepted(error)))
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted")
-        sys.exit(130)
+        sys.exit(_interrupted())
     except ValueError as error:
         sys.exit(_fail(str(error)))
     except (RuntimeError, OSError, ImportError) as error:
@@ -81,7 +102,29 @@ def _accepted(error: Any) -> str:
     return f"{said}; accepted: {', '.join(accepted)} (see {error.ctx.command_path} --help)"
 
 
-@app.command()
+def _interrupted() -> int:
+    _fail("interrupted; what was there before is as it was")
+    return 130
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command. It runs where bitfuse can, and Ctrl-C ends it as it ends any program, with one line."""
+
+    @functools.wraps(function)
+    def run(**options: Any) -> None:
+        try:
+            from bitfuse import contract
+
+            if wrong := getattr(contract, "switch_error", None):
+                raise typer.Exit(_fail(wrong))
+            function(**options)
+        except KeyboardInterrupt:
+            raise typer.Exit(_interrupted()) from None
+
+    return app.command()(run)
+
+
+@_command
 def verify(
     op: Annotated[list[str] | None, typer.Option(help="Only this operator; may be given several times.")] = None,
     case: Annotated[list[str] | None, typer.Option(help="Only this case; may be given several times.")] = None,
@@ -92,7 +135,8 @@ def verify(
     ] = None,
     json_file: JsonFile = None,
     html_file: Annotated[
-        Path | None, typer.Option("--html", callback=_writable, help="Also write a page to this file, to keep.")
+        Path | None,
+        typer.Option("--html", parser=_output, metavar="FILE", help="Also write a page to this file, to keep."),
     ] = None,
     check: Annotated[
         Path | None, typer.Option(help="Only say whether this proof document matches this machine and code.")
@@ -113,6 +157,7 @@ def verify(
     _check_device(device)
     if check is not None and (op or case or deep or host or html_file):
         raise typer.Exit(_fail("--check reads a document and runs nothing; accepted with it: --device, --json"))
+    _apart({"--json": json_file, "--html": html_file}, {"--check": check})
     if deep and case:
         raise typer.Exit(_fail("--deep sweeps whole operators, so it takes no --case; accepted with it: --op"))
     if unknown := [name for name in op or [] if name not in OPERATORS]:
@@ -131,36 +176,35 @@ def verify(
     except CannotRun as why:
         raise typer.Exit(_fail(str(why))) from None
     made = document.make(result)
+    page = document.render(made) if html_file is not None else ""
     _write(json_file, made)
     if html_file is not None:
-        html_file.parent.mkdir(parents=True, exist_ok=True)
-        html_file.write_text(document.render(made), encoding="utf-8")
+        files.write(html_file, page)
     raise typer.Exit(result.exit_code)
 
 
 def _compare_document(given: dict[str, Any], device: str | None, json_file: Path | None) -> int:
     from bitfuse import document
 
-    items = document.compare(given, device)
+    items, console = document.compare(given, device), Console()
     for item in items:
-        style = "green" if item.matches else "bold red"
-        Console().print(item.sentence, style=style, markup=False, highlight=False, soft_wrap=True)
-    Console().print(f"The document says: {document.verdict(given)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(Text(item.sentence, "green" if item.matches else "bold red"), soft_wrap=True)
+    text.say(console, f"The document says: {document.verdict(given)}")
     matches = all(item.matches for item in items)
     found = [{"item": i.name, "matches": i.matches, "document": i.document, "here": i.here} for i in items]
     _write(json_file, {"matches": matches, "document_exit_code": given["exit_code"], "items": found})
     return 0 if matches and given["exit_code"] == 0 else 1
 
 
-@app.command()
+@_command
 def demo(
-    out: Annotated[Path, typer.Option(callback=_folder, help="Folder for report.json and report.html.")] = Path(
-        "out/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(parser=_folder, metavar="FOLDER", help="Folder for report.json and report.html.")
+    ] = Path("out/demo"),
     device: Device = None,
-    steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Transformer layers; default: as many as fit.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the weights and the noise.")] = 0,
+    steps: Annotated[int | None, _whole("Denoising steps.", 2)] = None,
+    layers: Annotated[int | None, _whole("Transformer layers; default: as many as fit.", 1)] = None,
+    seed: Annotated[int, _whole("Seed of the weights and the noise.", 0, 2**62)] = 0,
     host: Host = "diffusers",
 ) -> None:
     """Denoise with a seeded LTX-2 transformer, stock and accelerated, and compare every step bit for bit.
@@ -177,17 +221,18 @@ def demo(
     raise typer.Exit(result.exit_code)
 
 
-@app.command()
+@_command
 def compare(
     model: Annotated[str | None, typer.Argument(help="A diffusers LTX-2 pipeline: its folder, or its hub id.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the film shows; default: a fox in the snow.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON file with arguments of the pipeline's call.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the pipeline's.")] = None,
+    steps: Annotated[int | None, _whole("Denoising steps; default: the pipeline's.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, as in 768x512; default: the pipeline's.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of the film, 8n + 1; default: the pipeline's.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise, and of random weights.")] = 0,
+    frames: Annotated[int | None, _whole("Frames of the film, 8n + 1; default: the pipeline's.")] = None,
+    seed: Annotated[int, _whole("Seed of the noise, and of random weights.")] = 0,
     out: Annotated[
-        Path, typer.Option(callback=_folder, help="Folder for the films, compare.json and compare.html.")
+        Path,
+        typer.Option(parser=_folder, metavar="FOLDER", help="Folder for the films, compare.json and compare.html."),
     ] = Path("out/compare"),
     device: Device = None,
     offload: Annotated[bool, typer.Option("--offload", help="Keep only the part that runs on the GPU.")] = False,
@@ -196,7 +241,7 @@ def compare(
     random_weights: Annotated[
         str | None, typer.Option(help="Instead of MODEL, a transformer alone: ltx-2.0, ltx-2.3 or ltx-2.5.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers with random weights; default: as many as fit.")] = None,
+    layers: Annotated[int | None, _whole("Layers with random weights; default: as many as fit.")] = None,
     host: Host = "diffusers",
     trace: Annotated[bool, typer.Option("--trace", help="Where bits differ, find the first block and site.")] = False,
     json_file: JsonFile = None,
@@ -210,6 +255,8 @@ def compare(
     from bitfuse.seeded import CannotRun
 
     _check_device(device)
+    made = {f"the {name} of --out": out / name for name in comparison.NAMES}
+    _apart({"--json": json_file, **made}, {"--config": config}, model)
     request = Request(
         model=model,
         random_weights=random_weights,
@@ -238,21 +285,24 @@ def compare(
     raise typer.Exit(result.exit_code)
 
 
-@app.command()
+@_command
 def bench(
     only: Annotated[
         list[str] | None, typer.Option(help="operators, overhead, model, audit or first-step; default: all.")
     ] = None,
     op: Annotated[list[str] | None, typer.Option(help="Only these operators; default: all.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="Video tokens of a step, one or several.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers; default: as many as fit (first-step: 4).")] = None,
-    rounds: Annotated[int | None, typer.Option(min=2, help="Turns of each way to run the model, 1.5 s each.")] = None,
+    tokens: Annotated[list[int] | None, _whole("Video tokens of a step, one or several.")] = None,
+    layers: Annotated[int | None, _whole("Layers; default: as many as fit (first-step: 4).", 1)] = None,
+    rounds: Annotated[int | None, _whole("Turns of each way to run the model, 1.5 s each.", 2)] = None,
     ltx: Annotated[str, typer.Option(help="LTX-2 version of the model: 2.0, 2.3 or 2.5.")] = "2.0",
     image_to_video: Annotated[bool, typer.Option("--image-to-video", help="Per-token timesteps in the model.")] = False,
     host: Host = "diffusers",
     json_file: JsonFile = None,
 ) -> None:
     """Time operators and a whole step against PyTorch, on this GPU, only after their bits were compared.
+
+    FILE of --json gets each row when it is measured. Where there is a FILE already it stays until the end, and the rows
+    go to FILE.part until then.
 
     Example: `bitfuse bench --only operators --json out/bench.json`
     """
@@ -277,6 +327,7 @@ def bench(
         )
     if not torch.cuda.is_available():
         raise typer.Exit(_fail("bench needs a CUDA device: times in Triton's interpreter mean nothing"))
+    kept = _Kept(json_file)
     try:
         result = benchmark.run(
             Console(),
@@ -288,21 +339,22 @@ def bench(
             host=host,
             rounds=rounds,
             only_operators=op,
-            save=lambda document: _write(json_file, document),  # after every row: a run may be cut off
+            save=kept.save,
         )
+        kept.end()
     except CannotRun as why:
         raise typer.Exit(_fail(str(why))) from None
     raise typer.Exit(0 if result["equal"] else 1)
 
 
-@app.command()
+@_command
 def explain(
     model: Annotated[
         str | None, typer.Argument(help="A pipeline's or a transformer's folder, or an id on the Hub.")
     ] = None,
     random_weights: Annotated[str | None, typer.Option(help="Instead of MODEL: ltx-2.0, ltx-2.3 or ltx-2.5.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="With --random-weights: layers; default: 48.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Video tokens of the forward that is looked at.")] = 6144,
+    layers: Annotated[int | None, _whole("With --random-weights: layers; default: 48.", 1)] = None,
+    tokens: Annotated[int, _whole("Video tokens of the forward that is looked at.", 1)] = 6144,
     dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or float32.")] = "bfloat16",
     image_to_video: Annotated[bool, typer.Option("--image-to-video", help="Per-token timesteps.")] = False,
     host: Host = "diffusers",
@@ -323,6 +375,7 @@ def explain(
     _check_host(host)
     if model is not None and host != "diffusers":
         raise typer.Exit(_fail(f"--host {host} goes with --random-weights; a MODEL is diffusers'"))
+    _apart({"--json": json_file}, {}, model)
     geometry = None
     if model is not None:
         name, built = model, sites.from_config(model, sites.DTYPES[dtype])
@@ -336,7 +389,7 @@ def explain(
     _write(json_file, found.as_dict())
 
 
-@app.command()
+@_command
 def doctor(json_file: JsonFile = None) -> None:
     """Check whether this machine can keep the promise: device, libraries, settings, a stock block, a proof.
 
@@ -385,14 +438,51 @@ def _check_host(host: str) -> None:
         raise typer.Exit(_fail(f"--host {host} is not a host; accepted: {', '.join(HOSTS)}"))
 
 
+def _apart(outputs: dict[str, Path | None], inputs: dict[str, Path | None], model: str | None = None) -> None:
+    """Refuse a call that would write one file over another that it reads or writes, or over a file of a model."""
+    if why := files.why_not_apart(outputs, inputs):
+        raise typer.Exit(_fail(why))
+    json_file = outputs["--json"]
+    if model is None or json_file is None or not (json_file.is_file() and os.path.isdir(model)):
+        return
+    folder, there = Path(model).resolve(), json_file.parent.resolve()
+    if folder in (there, *there.parents, *json_file.resolve().parents):  # what is there may be a link to elsewhere
+        raise typer.Exit(_fail(f"--json {json_file} is a file of MODEL {model}; accepted: a file outside of it"))
+
+
 def _write(path: Path | None, document: dict[str, Any]) -> None:
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        files.write(path, files.as_json(document, indent=1))
+
+
+class _Kept:
+    """A JSON file that grows while a command runs, which may be cut off at any time.
+
+    Where there is a file already, it stays until the end, and the new one grows beside it, as <name>.part. A pipe gets
+    the end only.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = self.growing = path
+        self.document: dict[str, Any] = {}
+        if path is not None and files.is_stream(path):
+            self.growing = None
+        elif path is not None and path.exists():
+            names = (f"{path.name}.part{n or ''}" for n in range(1000))
+            self.growing = next(p for p in map(path.with_name, names) if not p.exists())
+
+    def save(self, document: dict[str, Any]) -> None:
+        self.document = document
+        _write(self.growing, document)
+
+    def end(self) -> None:
+        if self.growing != self.path:
+            _write(self.path, self.document)
+            if self.growing is not None:
+                self.growing.unlink(missing_ok=True)
 
 
 def _fail(line: str) -> int:
     """Print one line to stderr, whatever stands in it: what was given may hold line ends and terminal codes."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(line.split()))
-    Console(stderr=True).print(f"bitfuse: {shown}", style="red", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(text.cell(f"bitfuse: {line}", "red"), soft_wrap=True)
     return 2

@@ -8,8 +8,8 @@ replaces. The stock run comes twice first: where it does not equal itself, nothi
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
-import json
 import logging
 import os
 import re
@@ -23,17 +23,20 @@ import torch
 from rich.console import Console
 
 import bitfuse
-from bitfuse import comparison_page, page, runs
+from bitfuse import comparison_page, files, page, runs, text
 from bitfuse.comparison_request import ARGUMENTS, Request, check
 from bitfuse.kernel import interpreter, interpreting
 from bitfuse.machine import machine
 from bitfuse.runs import Result
 from bitfuse.seeded import CannotRun, Denoising, Geometry, build, denoise, geometry_for, make_inputs, now
+from bitfuse.text import cell, say, say_all
 
 _log = logging.getLogger("bitfuse")
 
 PROMPT = "A red fox trots through fresh snow at dawn, its breath steaming; the snow creaks and a raven calls far off."
 _DEFAULT_FRAME_RATE = 24.0
+NAMES = ("compare.json", "compare.html", *comparison_page.FILES)
+"""Every file that `run` may write."""
 
 
 @dataclass(frozen=True)
@@ -67,34 +70,47 @@ def run(request: Request, out: Path, console: Console | None = None) -> Result:
     """Run it stock twice and then accelerated, and write `out`/compare.json, `out`/compare.html and the films.
 
     Exit code 0: all latents, frames and samples equal; 1: a bit differs, nothing was fused, or the accelerated run
-    failed; 2: it could not run, or stock does not equal itself (nothing is written or printed then: the verdict says
-    why).
+    failed (of which compare.json alone tells); 2: it could not run, or stock does not equal itself (nothing is written
+    or printed then: the verdict says why). The files of an earlier run stay until those of this one take their places,
+    and files that bitfuse did not write stay for good.
     """
     console = console or Console()
     try:
         call = check(request)
         runs.need_packages(*(("diffusers", "transformers") if request.model else ()))
         device = runs.pick_device(request.device)
-        _prepare(out)
+        try:
+            files.check_folder(out, NAMES[:2])
+        except ValueError as why:
+            raise CannotRun(str(why)) from None
         gpus = [device] if device.type == "cuda" else []  # the process's random state is left as it was
         with interpreter() if not gpus else contextlib.nullcontext(), torch.random.fork_rng(devices=gpus):
-            return _run(request, call, device, out, console)
+            try:
+                return _run(request, call, device, out, console)
+            except _Failed as why:
+                return _failed(why, out, console)
     except CannotRun as why:
         return Result(2, str(why))
     except torch.OutOfMemoryError:
         fewer = "fewer --layers" if request.random_weights else "--offload"
         return Result(2, f"The device ran out of memory. Try {fewer}, a smaller --size, or fewer --frames.")
-    except _Failed as why:
-        sentence = f"The accelerated run failed where the stock run did not: {why}"
-        console.print(sentence, style="red", markup=False, highlight=False, soft_wrap=True)
-        return Result(1, sentence)
+
+
+def _failed(why: _Failed, out: Path, console: Console) -> Result:
+    result = Result(1, f"The accelerated run failed where the stock run did not: {why}")
+    say(console, cell(result.verdict, "red"))
+    with _new_result(out) as making:
+        (making / "compare.json").write_text(files.as_json(result.as_dict(), indent=2), encoding="utf-8")
+    say(console, f"Written: {out / 'compare.json'}")
+    return result
 
 
 def _run(request: Request, call: dict[str, Any], device: torch.device, out: Path, console: Console) -> Result:
-    facts, say = machine(device), runs.printer(console)
+    facts = machine(device)
     subject = _transformer(request, call, device) if request.random_weights else _pipeline(request, call, device)
-    say(subject.facts["sentence"])
-    say(f"{facts['device']}, torch {facts['torch']}, {runs.named(request.host)}, bfloat16, seed {request.seed}")
+    say(console, subject.facts["sentence"])
+    host = runs.named(request.host)
+    say(console, f"{facts['device']}, torch {facts['torch']}, {host}, bfloat16, seed {request.seed}")
 
     measured: dict[str, dict[str, Any]] = {}
 
@@ -127,40 +143,42 @@ def _run(request: Request, call: dict[str, Any], device: torch.device, out: Path
         kept: dict[str, Any] = {"keep_text": request.keep_text}
         divergence = _traced(subject, request, lambda: bitfuse.accelerated(subject.target, **kept))
 
-    films = comparison_page.write_films(out, stock, fused, subject.frame_rate, subject.sample_rate)
-    document = {
-        "interpreted": interpreting(),
-        "machine": facts,
-        "host": runs.named(request.host),
-        **subject.facts,
-        "dtype": "bfloat16",
-        "seed": request.seed,
-        "options": {**options, "offload": request.offload},
-        "steps": rows,
-        "decoded": decoded,
-        "times": times,
-        "runs": {"stock": measured["stock, again"], "bitfuse": measured["bitfuse"]},
-        "film": films.sentence,
-        "files": films.files,
-        "sites": report.as_dict(),
-        "divergence": divergence and {**divergence.as_dict(), "text": str(divergence)},
-    }
-    result = Result(exit_code, verdict, document)
-    html = comparison_page.render(result.as_dict(), report.kinds(), films, subject.geometry, stock, fused)
-    (out / "compare.html").write_text(html, encoding="utf-8")
-    (out / "compare.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
-
     console.print(page.table(rows))
     for name, row in decoded.items():
-        say(f"{name}: {'equal' if row['equal'] else row['mismatch']}, SHA-256 {row['sha256_bitfuse']}")
-    say(str(report))
-    say(page.times_sentence(times))
+        say(console, f"{name}: {'equal' if row['equal'] else row['mismatch']}, SHA-256 {row['sha256_bitfuse']}")
+    say_all(console, str(report))
+    say(console, page.times_sentence(times))
     if divergence:
-        say(str(divergence))
+        say_all(console, str(divergence))
     elif request.trace and exit_code:
-        say("Traced, without a CUDA graph, the transformer's runs are equal: what differs is not in its eager forward.")
-    console.print(verdict, style="green" if exit_code == 0 else "red", markup=False, highlight=False, soft_wrap=True)
-    say(f"Written: {', '.join(str(out / name) for name in ('compare.json', 'compare.html', *films.files))}")
+        equal = "Traced, without a CUDA graph, the transformer's runs are equal"
+        say(console, f"{equal}: what differs is not in its eager forward.")
+    say(console, cell(verdict, "green" if exit_code == 0 else "red"))
+
+    with _new_result(out) as making:
+        films = comparison_page.write_films(making, stock, fused, subject.frame_rate, subject.sample_rate, _taken(out))
+        document = {
+            "interpreted": interpreting(),
+            "machine": facts,
+            "host": host,
+            **subject.facts,
+            "dtype": "bfloat16",
+            "seed": request.seed,
+            "options": {**options, "offload": request.offload},
+            "steps": rows,
+            "decoded": decoded,
+            "times": times,
+            "runs": {"stock": measured["stock, again"], "bitfuse": measured["bitfuse"]},
+            "film": films.sentence,
+            "files": films.files,
+            "sites": report.as_dict(),
+            "divergence": divergence and {**divergence.as_dict(), "text": str(divergence)},
+        }
+        result = Result(exit_code, verdict, document)
+        html = comparison_page.render(result.as_dict(), report.kinds(), films, subject.geometry, stock, fused)
+        (making / "compare.html").write_text(html, encoding="utf-8")
+        (making / "compare.json").write_text(files.as_json(result.as_dict(), indent=2), encoding="utf-8")
+    say(console, f"Written: {', '.join(str(out / name) for name in (*NAMES[:2], *films.files))}")
     return result
 
 
@@ -175,14 +193,36 @@ def _traced(subject: Subject, request: Request, around: Callable[[], Any]) -> bi
     return bitfuse.trace(run, run, (), model=subject.model, around_b=around)
 
 
-def _prepare(out: Path) -> None:
-    """Make the folder, and leave no verdict or film of an earlier run in it."""
+@contextlib.contextmanager
+def _new_result(out: Path) -> Iterator[Path]:
+    """A folder to write the result to, which takes the place of an earlier one in `out` at the end."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in ("compare.json", "compare.html", *comparison_page.FILES):
-            (out / name).unlink(missing_ok=True)
+        with files.new_result(out, _earlier(out), last="compare.json") as making:
+            yield making
     except OSError as error:
         raise CannotRun(f"--out {out} can't be written: {error.strerror or error}") from None
+
+
+def _earlier(out: Path) -> set[str]:
+    """The files in `out` that an earlier run wrote: of films those of which its compare.json has the SHA-256."""
+    found = {name for name in NAMES[:2] if files.is_result(out / name)}
+    if "compare.json" in found:
+        digests = files.read_json(out / "compare.json", "", "").get("files")
+        digests = digests if isinstance(digests, dict) else {}
+        found |= {n for n in comparison_page.FILES if n in digests and _sha256(out / n) == digests[n]}
+    return found
+
+
+def _taken(out: Path) -> set[str]:
+    """Names of films and sounds in `out` that are somebody else's, and so are not to be written."""
+    return {name for name in comparison_page.FILES if os.path.lexists(out / name)} - _earlier(out)
+
+
+def _sha256(file: Path) -> str | None:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager
@@ -298,18 +338,19 @@ def _load(name: str) -> Any:
 
 
 def _check_index(folder: str) -> None:
+    file, accepted = Path(folder, "model_index.json"), "what a diffusers LTX-2 pipeline's save_pretrained writes"
+    if not file.is_file():
+        raise CannotRun(f"{folder} holds no model_index.json; accepted: {accepted}, or a hub id")
     try:
-        index = json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise CannotRun(
-            f"{folder} holds no model_index.json; accepted: a folder as a diffusers LTX-2 pipeline's save_pretrained "
-            "writes it, or a hub id"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise CannotRun(f"model_index.json in {folder} is not JSON: {runs.one_line(error)}") from None
+        index = files.read_json(file, f"model_index.json in {folder}", accepted)
+    except ValueError as why:
+        raise CannotRun(str(why)) from None
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if not str(kind).startswith("LTX2"):
-        raise CannotRun(f"{folder} is a folder of {kind}; accepted: one of diffusers' LTX-2 pipelines, as LTX2Pipeline")
+        given = text.one_line(kind, 80)
+        raise CannotRun(
+            f"{folder} is a folder of {given}; accepted: one of diffusers' LTX-2 pipelines, as LTX2Pipeline"
+        )
 
 
 def _denoise(

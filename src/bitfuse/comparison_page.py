@@ -7,7 +7,7 @@ import importlib
 import io
 import math
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitfuse import page
 from bitfuse.seeded import Denoising, Geometry
+from bitfuse.text import one_line
 
 _LONGEST_SIDE = 384  # of a film in the page, in pixels: bigger ones are made smaller, and are beside it in full
 _MOST_FRAMES = 240  # in the page
@@ -41,8 +42,18 @@ class Films:
     size: tuple[int, int] = (3, 2)
 
 
-def write_films(out: Path, stock: Denoising, fused: Denoising, frame_rate: float, sample_rate: int | None) -> Films:
-    """Both runs' film and sound as files, the first of the batch; without a codec for films, only the sound."""
+def write_films(
+    out: Path,
+    stock: Denoising,
+    fused: Denoising,
+    frame_rate: float,
+    sample_rate: int | None,
+    taken: Collection[str] = (),
+) -> Films:
+    """Both runs' film and sound as files, the first of the batch; without a codec for films, only the sound.
+
+    taken    names that are not to be used: somebody else's files have them
+    """
     if not stock.decoded:
         return Films()
     pairs = {"stock": stock, "bitfuse": fused}
@@ -50,10 +61,14 @@ def write_films(out: Path, stock: Denoising, fused: Denoising, frame_rate: float
     sounds = {name: run.decoded["audio samples"][0].float().nan_to_num() for name, run in pairs.items()}
     sample_rate = sample_rate or 24000
 
-    names, sentence = _write_all(out, frames, sounds, frame_rate, sample_rate)
-    for name, sound in sounds.items():
-        (out / f"{name}.wav").write_bytes(_wav(sound, sample_rate))
-        names.append(f"{name}.wav")
+    names, sentence = _write_all(out, frames, sounds, frame_rate, sample_rate, taken)
+    waves = {f"{name}.wav": _wav(sound, sample_rate) for name, sound in sounds.items()}
+    if others := [name for name in waves if name in taken]:
+        sentence += f" No sound as a file: there is a {others[0]} that bitfuse did not write."
+    else:
+        for name, content in waves.items():
+            (out / name).write_bytes(content)
+            names.append(name)
 
     differs = page.differing(stock.decoded["decoded frames"][0], fused.decoded["decoded frames"][0]).any(1)
     films = {"stock": frames["stock"], "with bitfuse": frames["bitfuse"]}
@@ -63,8 +78,8 @@ def write_films(out: Path, stock: Denoising, fused: Denoising, frame_rate: float
         {caption: _moving(film, frame_rate) for caption, film in films.items()}
         | {"difference": _moving(_mask(differs), frame_rate)},
         {
-            caption: page.data_uri((out / f"{name}.wav").read_bytes(), "audio/wav")
-            for caption, name in (("stock", "stock"), ("with bitfuse", "bitfuse"))
+            caption: page.data_uri(content, "audio/wav")
+            for caption, content in zip(("stock", "with bitfuse"), waves.values(), strict=True)
         },
         (int(differs.shape[2]), int(differs.shape[1])),
     )
@@ -94,7 +109,12 @@ def render(
 
 
 def _write_all(
-    out: Path, frames: dict[str, Any], sounds: dict[str, Tensor], frame_rate: float, sample_rate: int
+    out: Path,
+    frames: dict[str, Any],
+    sounds: dict[str, Tensor],
+    frame_rate: float,
+    sample_rate: int,
+    taken: Collection[str],
 ) -> tuple[list[str], str]:
     """The names of the films written, in the first of the formats that works here, and a sentence about it."""
     formats: dict[str, tuple[str, Callable[[Path, str], object]]] = {
@@ -114,13 +134,16 @@ def _write_all(
     missed = []
     for suffix, (words, write) in formats.items():
         names = [f"{name}.{suffix}" for name in frames]
+        if others := [name for name in names if name in taken]:
+            missed.append(f"no {suffix} (there is a {others[0]} that bitfuse did not write)")
+            continue
         try:
             for name in frames:
                 write(out / f"{name}.{suffix}", name)
         except Exception as error:  # a codec that is not there, or won't: no reason to lose a verdict
             for name in names:
                 (out / name).unlink(missing_ok=True)
-            missed.append(f"no {suffix} ({str(error).splitlines()[0] if str(error) else type(error).__name__})")
+            missed.append(f"no {suffix} ({one_line(error, 200) or type(error).__name__})")
         else:
             return names, f"{', '.join(names)}: {words}{'; ' if missed else ''}{', '.join(missed)}."
     return [], f"No film could be written: {', '.join(missed)}."

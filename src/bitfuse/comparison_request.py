@@ -6,14 +6,13 @@ All of it is checked before a model is loaded, which takes minutes.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitfuse import runs
+from bitfuse import files
 from bitfuse.seeded import HOSTS, REAL, VERSIONS, CannotRun
 
 Accepts = tuple[Callable[[Any], bool], str]
@@ -27,7 +26,7 @@ def _whole(low: int, high: int, step: int = 1) -> Accepts:
 
 def _number(low: float, high: float) -> Accepts:
     def accepts(v: Any) -> bool:
-        return type(v) in (int, float) and math.isfinite(v) and low <= v <= high
+        return type(v) in (int, float) and low <= v <= high  # no NaN is; and an int may be larger than any float
 
     return accepts, f"a number, {low:g} to {high:g}"
 
@@ -138,7 +137,8 @@ def check(request: Request) -> dict[str, Any]:
         if value is not None:
             accepts, words = ARGUMENTS[name]
             if not accepts(value):
-                raise CannotRun(f"{option} {request.size if option == '--size' else value}: {name} must be {words}")
+                shown = str(request.size if option == "--size" else value)[:80]
+                raise CannotRun(f"{option} {shown}: {name} must be {words}")
             call[name] = value
     if "sigmas" in call and call.get("num_inference_steps", len(call["sigmas"])) != len(call["sigmas"]):
         raise CannotRun(f"{len(call['sigmas'])} sigmas do not go with {call['num_inference_steps']} steps.")
@@ -149,23 +149,21 @@ def _sides(size: str | None) -> tuple[int | None, int | None]:
     if size is None:
         return None, None
     if not (found := re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size)):
-        raise CannotRun(f"--size {size} is not accepted; accepted: <width>x<height> in pixels, as in 768x512")
+        raise CannotRun(f"--size {size[:80]} is not accepted; accepted: <width>x<height> in pixels, as in 768x512")
     return int(found[1]), int(found[2])
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     """Arguments of the pipeline's call from a JSON file; CannotRun naming the first that is not accepted."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CannotRun(f"--config {path} can't be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CannotRun(f"--config {path} is not JSON: {runs.one_line(error)}") from None
+        found = files.read_json(path, f"--config {path}", "a JSON object of arguments")
+    except ValueError as why:
+        raise CannotRun(str(why)) from None
     if not isinstance(found, dict):
         raise CannotRun(f"--config {path} holds a JSON {type(found).__name__}; accepted: an object of arguments")
     for name, value in found.items():
         if name not in ARGUMENTS:
-            raise CannotRun(f"--config {path}: {name!r} is not an argument; accepted: {', '.join(ARGUMENTS)}")
+            raise CannotRun(f"--config {path}: {name[:80]!r} is not an argument; accepted: {', '.join(ARGUMENTS)}")
         accepts, words = ARGUMENTS[name]
         if not accepts(value):
             raise CannotRun(f"--config {path}: {name} is {json.dumps(value)[:80]}; accepted: {words}")

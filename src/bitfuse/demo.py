@@ -6,7 +6,6 @@ The stock loop runs twice first: where it does not equal itself, nothing can be 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,11 +13,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bitfuse import page, runs
+from bitfuse import files, page, runs
 from bitfuse.kernel import interpreter, interpreting
 from bitfuse.machine import machine
 from bitfuse.runs import Result
 from bitfuse.seeded import REAL, CannotRun, Denoising, build, denoise, geometry_for, make_inputs
+from bitfuse.text import cell, say, say_all
+
+NAMES = ("report.json", "report.html")
 
 
 def run(
@@ -31,6 +33,9 @@ def run(
     host: str = "diffusers",
 ) -> Result:
     """Run the demo and write `out`/report.json and `out`/report.html; where it can't run, nothing is written.
+
+    An earlier report stays until the new one takes its place; files of these names that bitfuse did not write are kept,
+    and the demo does not run there.
 
     device    "cpu", "cuda" or "cuda:<n>"; by default a GPU where there is one. On the CPU the model is small and
               the kernels run in Triton's interpreter.
@@ -46,6 +51,10 @@ def run(
     try:
         runs.need_packages()
         where = runs.pick_device(device)
+        try:
+            files.check_folder(Path(out), NAMES)
+        except ValueError as why:
+            raise CannotRun(str(why)) from None
         with interpreter() if where.type == "cpu" else contextlib.nullcontext():
             return _run(Path(out), where, steps, layers, seed, host, console)
     except CannotRun as why:
@@ -66,9 +75,8 @@ def _run(
     geometry, fit = geometry_for(device, layers, host=host)
     geometry = replace(geometry, steps=steps or geometry.steps)
     facts = machine(device)
-    say = runs.printer(console)
-    say(f"LTX-2 transformer of {runs.named(host)}: {geometry.sentence}")
-    say(f"{facts['device']}, torch {facts['torch']}, bfloat16, seed {seed}. {fit}".rstrip())
+    say(console, f"LTX-2 transformer of {runs.named(host)}: {geometry.sentence}")
+    say(console, f"{facts['device']}, torch {facts['torch']}, bfloat16, seed {seed}. {fit}".rstrip())
 
     model = build(geometry, device, seed)
     inputs = make_inputs(model, geometry, device, seed)
@@ -94,14 +102,17 @@ def _run(
     }
     result = Result(exit_code, verdict, document)
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n")
-    html = page.render(result.as_dict(), report.kinds(), geometry, stock, fused)
-    (out / "report.html").write_text(html, encoding="utf-8")
-
     console.print(page.table(rows))
-    say(str(report))
-    say(page.times_sentence(times))
-    console.print(verdict, style="green" if exit_code == 0 else "red", markup=False, highlight=False, soft_wrap=True)
-    say(f"Written: {out / 'report.json'}, {out / 'report.html'}")
+    say_all(console, str(report))
+    say(console, page.times_sentence(times))
+    say(console, cell(verdict, "green" if exit_code == 0 else "red"))
+
+    try:
+        with files.new_result(out, (), last="report.json") as making:
+            html = page.render(result.as_dict(), report.kinds(), geometry, stock, fused)
+            (making / "report.html").write_text(html, encoding="utf-8")
+            (making / "report.json").write_text(files.as_json(result.as_dict(), indent=2), encoding="utf-8")
+    except OSError as error:
+        raise CannotRun(f"--out {out} can't be written: {error.strerror or error}") from None
+    say(console, f"Written: {out / 'report.json'}, {out / 'report.html'}")
     return result

@@ -246,7 +246,13 @@ class _Run:
     ) -> None:
         """Run these steps, each heard by a listener of its own, until `stop(step, listener)`."""
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices), self.around():
+        around = self.around()
+        if not isinstance(around, contextlib.AbstractContextManager):
+            raise TypeError(
+                f"around_{self.name[-1]} returned a {type(around).__name__}; accepted: a function that returns a "
+                "context manager, as in lambda: bitfuse.accelerated(model)"
+            )
+        with torch.random.fork_rng(devices), around:
             for module in self.places:
                 if module in _active and _active[module].cuda_graph:
                     raise ValueError(

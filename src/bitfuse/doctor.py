@@ -39,6 +39,7 @@ from bitfuse.contract import OPERATORS
 from bitfuse.hosts.patch import why_not_read
 from bitfuse.kernel import interpreter
 from bitfuse.machine import machine
+from bitfuse.text import cell, one_line
 
 OK, NOTE, WARNING, FAILURE = "ok", "note", "warning", "failure"
 
@@ -100,7 +101,7 @@ def examine(device: str | None = None) -> Iterator[Finding]:
             yield from check(on)
         except Exception as error:
             said = getattr(error, "strerror", None) or str(error)  # an OSError's text holds a path
-            what = f"{type(error).__name__}: {' '.join(said.split())[:200]}"
+            what = f"{type(error).__name__}: {one_line(said, 200)}"
             yield Finding(
                 name, WARNING, f"the check failed ({what})", "nothing is known about this", "report it, please"
             )
@@ -699,8 +700,8 @@ def _print(console: Console, diagnosis: Diagnosis) -> None:
         title="Can this machine keep the promise?",
     )
     for f in diagnosis.findings:
-        do = Text(" Nothing to do.", "dim") if f.advice == NOTHING else Text(f"\nDo: {f.advice}.", "bold")
-        table.add_row(Text(f.state, _COLOURS[f.state]), Text(f.name), Text(f.found), Text(f"{f.meaning}.") + do)
+        do = Text(" Nothing to do.", "dim") if f.advice == NOTHING else Text("\n") + cell(f"Do: {f.advice}.", "bold")
+        table.add_row(cell(f.state, _COLOURS[f.state]), cell(f.name), cell(f.found), cell(f"{f.meaning}.") + do)
     console.print(table)
     states = [f.state for f in diagnosis.findings]
     counts = ", ".join(f"{states.count(state)} {state}" for state in (OK, NOTE, WARNING, FAILURE))

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import math
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import bitfuse
-from bitfuse import deep, page
+from bitfuse import deep, files, page, text
 from bitfuse.machine import machine
 from bitfuse.seeded import CannotRun
 from bitfuse.verify import Result, exit_code
@@ -30,7 +30,6 @@ _PACKAGE = Path(bitfuse.__file__).parent
 _MODULES = ("contract", "deep", "interpreter", "kernel", "numerics", "proof", "reduction", "values", "verify")
 _HOSTS = ("diffusers", "ltx-core", "sglang", "comfyui")
 _JUDGED = ("checks", "sweeps", "transformers")  # what has an outcome
-_MOST_BYTES = 64 << 20  # a document of all operators with all sweeps has less than one of these MiB
 
 
 # -- making one --------------------------------------------------------------------------------------------------------
@@ -96,42 +95,25 @@ def read(path: Path) -> dict[str, Any]:
     need("jsonschema", "--check")
     import jsonschema
 
+    name, accepted = text.one_line(path), "a JSON file that bitfuse verify --json wrote"
     try:
         if not path.is_file():
-            raise CannotRun(f"{path} is no file; accepted: a JSON file that bitfuse verify --json wrote")
-        if path.stat().st_size > _MOST_BYTES:
-            raise CannotRun(f"{path} has more than {_MOST_BYTES >> 20} MiB; a proof document has less than one")
-        text = path.read_bytes().decode()
-        document = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_once)
+            raise CannotRun(f"{name} is no file; accepted: {accepted}")
+        document = files.read_json(path, name, accepted, strict=True)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise CannotRun(f"{path} is no proof document; accepted: a JSON file that bitfuse verify --json wrote")
+            raise CannotRun(f"{name} is no proof document; accepted: {accepted}")
         if document.get("version") != VERSION:
-            raise CannotRun(f"{path} is a proof document of another version; this bitfuse reads version {VERSION}")
+            raise CannotRun(f"{name} is a proof document of another version; this bitfuse reads version {VERSION}")
         if wrong := next(jsonschema.Draft202012Validator(schema()).iter_errors(document), None):
-            raise CannotRun(f"{path} is no valid proof document: {wrong.json_path}: {wrong.message[:200]}")
+            why = text.one_line(f"{wrong.json_path[:200]}: {wrong.message[:200]}")
+            raise CannotRun(f"{name} is no valid proof document: {why}; accepted: {accepted}")
     except OSError as error:
-        raise CannotRun(f"{path} can't be read: {error.strerror or error}") from None
-    except ValueError as error:  # bytes that are no UTF-8 and numbers too long to parse are among them
-        raise CannotRun(f"{path} is no JSON: {str(error)[:200]}") from None
+        raise CannotRun(f"{name} can't be read: {error.strerror or error}; accepted: {accepted}") from None
+    except ValueError as why:
+        raise CannotRun(str(why)) from None
     except RecursionError:
-        raise CannotRun(f"{path} is no proof document: it is nested too deeply") from None
+        raise CannotRun(f"{name} is no proof document: it is nested too deeply; accepted: {accepted}") from None
     return document
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number of JSON's")
-
-
-def _finite(text: str) -> float:
-    if math.isinf(number := float(text)):
-        raise ValueError(f"the number {text[:20]} is too large")
-    return number
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) != len(pairs):
-        raise ValueError(f"{next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)!r} twice")
-    return found
 
 
 def need(package: str, what: str) -> None:
@@ -158,14 +140,19 @@ class Item:
     @property
     def sentence(self) -> str:
         """One line in ASCII, whatever stands in the document."""
+        name = self.name if len(self.name) <= 100 and _PLAIN.fullmatch(self.name) else _shown(self.name)
         if self.matches:
-            return f"matches  {self.name}: {_shown(self.here)}"
-        return f"differs  {self.name}: the document has {_shown(self.document)}, this machine {_shown(self.here)}"
+            return f"matches  {name}: {_shown(self.here)}"
+        return f"differs  {name}: the document has {_shown(self.document)}, this machine {_shown(self.here)}"
+
+
+_PLAIN = re.compile(r"[\w./-]+( [\w./-]+)*", re.ASCII)  # what may stand in a line without quotes
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    """As JSON, in which a row of spaces, which would fill the line and begin another, is spelled out."""
+    shown = re.sub(" {2,}", lambda spaces: r"\u0020" * len(spaces[0]), json.dumps(value)).replace("\x7f", r"\u007f")
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."
 
 
 def compare(document: dict[str, Any], device: str | None = None) -> list[Item]:

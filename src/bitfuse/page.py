@@ -11,6 +11,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from bitfuse.text import visible
+
 if TYPE_CHECKING:
     from bitfuse.seeded import Denoising, Geometry
 
@@ -76,8 +78,14 @@ def fill(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown,
     )
     return environment.get_template(template).render(**values)
+
+
+def _shown(value: Any) -> Any:
+    """A value's text, in which what would not be seen, or would turn the direction of writing, is seen."""
+    return visible(value, but="\n") if type(value) is str else value  # and no markup, which is a str of its own kind
 
 
 # -- pictures -----------------------------------------------------------------------------------------------------

@@ -68,8 +68,15 @@ def compare(expected: Outputs, found: Outputs) -> Mismatch | None:
 
     Compared on integer views, so -0 and +0 differ; an element is NaN in one exactly where it is NaN in the
     other (the payload of a NaN is not defined by PyTorch itself and is not compared). Any dtype of 1 to 8
-    bytes, any strides. Of tuples of tensors, each is compared. Waits for the device.
+    bytes, any strides. Of tuples of tensors, each is compared. Waits for the device. TypeError for anything else.
     """
+    for name, given in (("expected", expected), ("found", found)):
+        several: Any = (given,) if isinstance(given, Tensor) else given
+        if not isinstance(several, (tuple, list)):
+            raise TypeError(f"{name} is {_kind(given)}; accepted: a tensor, or a tuple of tensors")
+        for i, one in enumerate(several):
+            if not isinstance(one, Tensor):
+                raise TypeError(f"{name}[{i}] is {_kind(one)}; accepted: a tensor, or a tuple of tensors")
     if isinstance(expected, Tensor) and isinstance(found, Tensor):
         return _compare(expected, found)
     several, others = as_tuple(expected), as_tuple(found)
@@ -79,6 +86,12 @@ def compare(expected: Outputs, found: Outputs) -> Mismatch | None:
         if mismatch := _compare(a, b):
             return of_output(i, mismatch)
     return None
+
+
+def _kind(given: object) -> str:
+    """What a value is that is no tensor, in words."""
+    kind = type(given)
+    return "None" if given is None else f"a {kind.__module__}.{kind.__qualname__}".replace("a builtins.", "a ")
 
 
 def of_output(i: int, mismatch: Mismatch) -> Mismatch:
@@ -101,7 +114,8 @@ def form_mismatch(expected: Tensor, found: Tensor) -> Mismatch | None:
 def _compare(expected: Tensor, found: Tensor) -> Mismatch | None:
     if (mismatch := form_mismatch(expected, found)) is not None:
         return mismatch
-    bits = BITS[expected.element_size()]
+    if (bits := BITS.get(expected.element_size())) is None:
+        raise TypeError(f"expected and found are of {expected.dtype}; accepted: dtypes of 1, 2, 4 or 8 bytes")
     differs = expected.view(bits) != found.view(bits)
     if expected.is_floating_point():
         differs &= ~(expected.isnan() & found.isnan())

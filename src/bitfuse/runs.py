@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import bitfuse
+from bitfuse import text
 from bitfuse.kernel import interpreting
 from bitfuse.seeded import CannotRun, Denoising
 
@@ -223,9 +224,4 @@ def as_plural(sentence: str) -> str:
 
 def one_line(error: BaseException) -> str:
     """All that an exception says, and its kind, in one line of at most 400 characters."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 400 else f"{text[:397]}..."
-
-
-def printer(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return text.one_line(f"{type(error).__name__}: {error}", 400)

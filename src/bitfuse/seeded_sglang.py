@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import logging
 import os
+import re
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,7 +32,14 @@ _INSTALL = "pip install 'sglang[diffusion]'"
 
 def ranks() -> int:
     """Processes that torchrun started for one run; 1 without it."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 1
+    given = os.environ.get("WORLD_SIZE", "")
+    if not re.fullmatch("[0-9]{1,6}", given):
+        raise ValueError(
+            f"the environment variable WORLD_SIZE is {given!r:.40}; accepted: a number, as torchrun sets it"
+        )
+    return int(given)
 
 
 def need(device: torch.device) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import os
 import re
 import warnings
@@ -26,9 +25,10 @@ from rich.text import Text
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bitfuse import contract, hosts, seeded
+from bitfuse import contract, files, hosts, seeded
 from bitfuse.contract import Operator
 from bitfuse.machine import machine
+from bitfuse.text import cell, one_line, say, visible
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_TOKENS, MAX_LAYERS = 1 << 18, 512
@@ -112,7 +112,7 @@ def from_config(model: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     cls = _transformer_class()
     config = _read_folder(Path(model)) if os.path.exists(model) else _read_hub(cls, model)
     if (kind := config.get("_class_name")) != _CLASS:
-        raise ValueError(f"MODEL {model}: its config is of a {kind}; accepted: {_CLASS}")
+        raise ValueError(f"MODEL {model}: its config is of a {str(kind)[:80]}; accepted: {_CLASS}")
     for size in _SIZES:
         given = config.get(size, 1)  # left out, it has upstream's default
         most = MAX_LAYERS if size == "num_layers" else _MAX_SIZE
@@ -184,12 +184,10 @@ def _read_folder(path: Path) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({_in_words(error)})") from None
+    accepted = "an object, as save_pretrained writes"
+    config = files.read_json(file, str(file), accepted)
     if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}; accepted: an object, as save_pretrained writes")
+        raise ValueError(f"{file} holds a {type(config).__name__}; accepted: {accepted}")
     return config
 
 
@@ -210,7 +208,7 @@ def _read_hub(cls: Any, model: str) -> dict[str, Any]:
 
 
 def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error, 200)}"
 
 
 # -- what would happen -----------------------------------------------------------------------------------------------
@@ -231,6 +229,10 @@ def explain(
     image_to_video    the first frame is given: timesteps are per token
     Raises ValueError for `tokens` out of range, and where the host itself can't run such a forward.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is {model!r:.80}; accepted: a transformer, as from_config or from_version builds it")
+    if type(tokens) is not int:
+        raise TypeError(f"tokens is {tokens!r:.80}; accepted: a whole number, 1 to {MAX_TOKENS}")
     if not 1 <= tokens <= MAX_TOKENS:
         raise ValueError(f"--tokens is {tokens}; accepted: 1 to {MAX_TOKENS}")
     calls: dict[str, list[tuple[Operator, tuple[Any, ...], str | None]]] = {}
@@ -363,26 +365,25 @@ def show(console: Console, found: Explanation) -> None:
         Column("sites of transformer_blocks.*", overflow="fold"),
         Column("operator, first argument", overflow="fold"),
         "what would happen, and why",
-        title=Text(found.model),
+        title=cell(found.model),
     )
     for kind in found.kinds:
         first = next(iter(kind.arguments.items()), None)
         operator = kind.operator if first is None else f"{kind.operator}\n{first[0]} {first[1]}"
         name = f"{kind.count} x {kind.name.removeprefix('transformer_blocks.*.')}"
-        table.add_row(name, Text(operator), Text(_verdict(kind), style=_COLOURS[kind.state]))
+        table.add_row(cell(name), Text(visible(operator, "\n")), cell(_verdict(kind), _COLOURS[kind.state]))
     console.print(table)
     sources = {kind.operator: kind.source for kind in found.kinds}
     for operator, source in sources.items():
-        console.print(f"{operator}: bit for bit the chain of {source}", markup=False, highlight=False)
-    console.print(
+        say(console, f"{operator}: bit for bit the chain of {source}")
+    sentence = (
         f"{found.fused} of {found.seen} sites of {found.host} would be fused ({found.geometry}). Nothing was loaded or "
         "computed: each kernel is still to be proved equal on the GPU, at its first use, and where it is not, the next "
-        "way is tried and the PyTorch chain is the last. `handle.report()` then says which way each call went.",
-        highlight=False,
+        "way is tried and the PyTorch chain is the last. `handle.report()` then says which way each call went."
     )
+    console.print(cell(sentence))
     for reason in found.here:
-        line = f"On this machine, here and now, nothing is fused: {reason}"
-        console.print(line, style="yellow", markup=False, highlight=False)
+        console.print(cell(f"On this machine, here and now, nothing is fused: {reason}", "yellow"))
 
 
 def _verdict(kind: SiteKind) -> str:

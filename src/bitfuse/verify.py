@@ -27,6 +27,7 @@ from bitfuse import ahead, conformance, proof, seeded
 from bitfuse import deep as sweeps
 from bitfuse.contract import OPERATORS, Operator
 from bitfuse.kernel import interpreter
+from bitfuse.text import cell, say
 
 # The interpreter runs about a million elements a second: real geometries are cut to this many tokens there.
 INTERPRETED_TOKENS = 64
@@ -240,29 +241,27 @@ def _print(console: Console, result: Result) -> None:
         table.add_column(_broken(name), justify="center")
     outcome = {(c.case, c.operator): c.outcome for c in result.checks}
     for case in cases:
-        cells = (outcome.get((case, name)) for name in names)
-        table.add_row(case, *(f"[{_COLOURS[o]}]{o}[/]" if o else "" for o in cells))
+        found = (outcome.get((case, name), "") for name in names)
+        table.add_row(cell(case), *(cell(o, _COLOURS.get(o, "")) for o in found))
     console.print(table)
     for c in result.checks:
         if c.outcome != "equal":
-            console.print(f"[{_COLOURS[c.outcome]}]{c.outcome}[/] {c.operator}, {c.case} {list(c.shape)}: {c.reason}")
+            where = f"{c.operator}, {c.case} {list(c.shape)}: {c.reason}"
+            say(console, cell(c.outcome, _COLOURS[c.outcome]), where)
     others = [c for c in result.checks if c.outcome == "equal" and c.reason]
     for (name, tier), n in Counter((c.operator, c.tier) for c in others).items():
         why = next(c.reason for c in others if (c.operator, c.tier) == (name, tier))
-        console.print(f"{name}: {n} cases by {tier}; the first of them as not by {why}")
+        say(console, f"{name}: {n} cases by {tier}; the first of them as not by {why}")
     for wrong in result.controls:
         if not wrong.caught:
-            console.print(f"[bold red]missed[/] {wrong.operator}: the battery let a wrong kernel pass: {wrong.mutant}")
+            what = f"{wrong.operator}: the battery let a wrong kernel pass: {wrong.mutant}"
+            say(console, cell("missed", "bold red"), what)
     if result.sweeps:
         _print_sweeps(console, result)
     for step in result.transformers:
-        console.print(
-            f"[{_COLOURS[step.outcome]}]{step.outcome}[/] a step of {step.host}, LTX-{step.version}, stock against "
-            f"accelerated: {step.sites_fused} of {step.sites_seen} sites fused",
-            end="\n" if not step.reason else ": ",
-        )
-        if step.reason:
-            console.print(step.reason, markup=False, highlight=False)
+        what = f"a step of {step.host}, LTX-{step.version}, stock against accelerated: "
+        counts = f"{step.sites_fused} of {step.sites_seen} sites fused" + (f": {step.reason}" if step.reason else "")
+        say(console, cell(step.outcome, _COLOURS[step.outcome]), what + counts)
     equal = sum(c.outcome == "equal" for c in result.checks)
     elements = sum(c.elements for c in result.checks if c.outcome == "equal")
     caught = sum(c.caught for c in result.controls)
@@ -278,13 +277,12 @@ def _print_sweeps(console: Console, result: Result) -> None:
     for s in result.sweeps:
         what = f"{s.kind}: {s.name}"
         share = "all" if s.done == s.of else f"of {s.of:,}"
-        table.add_row(what, s.operator or "", f"{s.done:,}", share, f"[{_COLOURS[s.outcome]}]{s.outcome}[/]")
+        table.add_row(cell(what), cell(s.operator or ""), f"{s.done:,}", share, cell(s.outcome, _COLOURS[s.outcome]))
     console.print(table)
     for s in result.sweeps:
         if s.reason:
-            where = f"{s.operator or 'primitive'}, {s.kind}, {s.name}: "
-            console.print(f"[{_COLOURS[s.outcome]}]{s.outcome}[/] {where}", end="")
-            console.print(s.reason, markup=False)
+            where = f"{s.operator or 'primitive'}, {s.kind}, {s.name}: {s.reason}"
+            say(console, cell(s.outcome, _COLOURS[s.outcome]), where)
     cases = sum(s.done for s in result.sweeps if s.kind == "shapes")
     declined = sum(n for s in result.sweeps for _, n in s.declined)
     console.print(
