@@ -168,7 +168,9 @@ class PlantedMemory:
         for tensor, at, here in self._found(addresses, mask, "written"):
             tensor.values[at[here]] = values[here].view(tensor.values.dtype)
 
-    def _found(self, addresses: np.ndarray, mask: np.ndarray, what: str) -> list[tuple[Planted, np.ndarray, np.ndarray]]:
+    def _found(
+        self, addresses: np.ndarray, mask: np.ndarray, what: str
+    ) -> list[tuple[Planted, np.ndarray, np.ndarray]]:
         left, found = mask.copy(), []
         for tensor in self.tensors:
             size = tensor.values.itemsize
@@ -182,9 +184,9 @@ class PlantedMemory:
         if left.any() and self.fault is None:
             address = int(addresses[left].flat[0])
             tensor = min(self.tensors, key=lambda t: abs(address - t.base - int(t.offsets[0]) * t.values.itemsize))
-            offset = (address - tensor.base) // tensor.values.itemsize
+            place = (address - tensor.base) // tensor.values.itemsize
             self.fault = (
-                f"{int(left.sum())} elements are {what} where no tensor is, one at offset {offset} of {tensor.name}, "
+                f"{int(left.sum())} elements are {what} where no tensor is, one at offset {place} of {tensor.name}, "
                 f"whose elements stand at {tensor.offsets[0]} to {tensor.offsets[-1]} there"
             )
         return found
@@ -198,7 +200,9 @@ def _masked_load(builder, ptrs, mask, other, *rest, otherwise, memory):
     if isinstance(memory, PlantedMemory):
         return upstream.TensorHandle(memory.load(ptrs.data, mask.data, other.data), element)
     inside = memory.inside(ptrs.data, mask.data, np.dtype(dtype).itemsize, write=False)
-    return otherwise(builder, ptrs, mask if inside is mask.data else upstream.TensorHandle(inside, tl.int1), other, *rest)
+    return otherwise(
+        builder, ptrs, mask if inside is mask.data else upstream.TensorHandle(inside, tl.int1), other, *rest
+    )
 
 
 def _masked_store(builder, ptrs, value, mask, *rest, otherwise, memory):
@@ -206,7 +210,9 @@ def _masked_store(builder, ptrs, value, mask, *rest, otherwise, memory):
         memory.store(ptrs.data, mask.data, value.data)
         return None
     inside = memory.inside(ptrs.data, mask.data, value.data.itemsize, write=True)
-    return otherwise(builder, ptrs, value, mask if inside is mask.data else upstream.TensorHandle(inside, tl.int1), *rest)
+    return otherwise(
+        builder, ptrs, value, mask if inside is mask.data else upstream.TensorHandle(inside, tl.int1), *rest
+    )
 
 
 class _Exact:
@@ -235,7 +241,9 @@ class _Exact:
 
     def __exit__(self, *exception: Any) -> None:
         builder = upstream.InterpreterBuilder
-        upstream._convert_float, builder.create_fma, builder.create_masked_load, builder.create_masked_store = self._saved
+        upstream._convert_float, builder.create_fma, builder.create_masked_load, builder.create_masked_store = (
+            self._saved
+        )
         for owner, before in self._language:
             for name, value in list(vars(owner).items()):
                 if name not in before:

@@ -282,6 +282,12 @@ def changed(kept: list[tuple[Tensor, Tensor]]) -> Mismatch | None:
     return None
 
 
+def in_vectors(t: Tensor) -> bool:
+    """Whether it starts at a multiple of four elements, as ATen's kernels ask of rows that they read in vectors of
+    four. A tensor without memory is taken to."""
+    return hasattr(t, "fake_mode") or t.data_ptr() % (4 * t.element_size()) == 0
+
+
 def strides(t: Tensor) -> tuple[int, ...]:
     """The strides, those of dimensions of size 1 replaced by what they would be in a dense tensor.
 

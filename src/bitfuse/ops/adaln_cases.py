@@ -20,14 +20,14 @@ from bitfuse.proof import lookalike
 def families(*args: Any, names: tuple[str, ...], few: bool = False) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(family, arguments) with the same signature as `args`, whose `role`s their names tell. few: `battery_shape`.
 
-    In the first family the strides are as dense as those of `args` allow; in the others each operand whose strides
+    In the last family the strides are as dense as those of `args` allow; in the others each operand whose strides
     the kernel is given has others than the rest.
     """
     x = args[0]
     dtype, device = x.dtype, x.device
     batch, tokens = battery_shape(x.shape[0], x.shape[1], few)
     generator = torch.Generator(device).manual_seed(21)
-    for number, (family, draw) in enumerate(DRAWS.items()):
+    for family, draw in DRAWS.items():
         found: list[Any] = []
         for place, (arg, argument) in enumerate(zip(args, names, strict=False)):
             if not isinstance(arg, Tensor):
@@ -39,7 +39,7 @@ def families(*args: Any, names: tuple[str, ...], few: bool = False) -> Iterator[
                 else list(arg.shape)
             )
             drawn = draw(role(argument), shape, dtype, generator, device)
-            strided = number > 0 and role(argument) in ("value", "mask")
+            strided = family != "special rows" and role(argument) in ("value", "mask")
             found.append(lookalike(arg, drawn.to(dtype), place + 1 if strided else 0))
         yield family, tuple(found)
 
