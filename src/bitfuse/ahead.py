@@ -46,7 +46,7 @@ def launches(chosen: Chosen, deep: bool, device: torch.device) -> Iterator[Calla
             yield functools.partial(_of_case, tier.plan, case, device)
         for mutant in operator.mutants:
             plan = functools.partial(mutant.plan, operator)
-            yield functools.partial(_of_case, plan, mutant.case_of(operator), device)
+            yield functools.partial(_of_case, plan, mutation.case_of(operator, mutant), device)
         for site in sites[operator]:
             if site.kind not in mutation.ADDRESSES:
                 plan = functools.partial(site.mutant.plan, operator)

@@ -45,8 +45,8 @@ def cases(operator: Operator) -> tuple[Any, ...]:
     if isinstance(case, HeadGateCase):
         return (replace(case, name=WHAT, tokens=1 << 23, batch=_BATCH, heads=4, head_dim=64),)
     if isinstance(case, QKCase):
-        queries = replace(case.queries, name=WHAT, tokens=1 << 24, batch=_BATCH, heads=4, head_dim=64)
-        return (replace(case, name=WHAT, queries=queries, key_tokens=1 << 24),)
+        queries = replace(case.queries, name=WHAT, tokens=1 << 25, batch=_BATCH, heads=4, head_dim=64)
+        return (replace(case, name=WHAT, queries=queries, key_tokens=1 << 25),)
     if isinstance(case, RotaryCase):
         long = replace(case, name=WHAT, tokens=1 << 24, batch=_BATCH, heads=4, head_dim=64)
         last = replace(long, name=f"{WHAT}, tokens last", tokens=1 << 25, heads=1, head_dim=256, x_form="tokens last")

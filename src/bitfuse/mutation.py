@@ -12,6 +12,7 @@ caught.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import re
 from collections import Counter
@@ -79,6 +80,11 @@ def layouts(operator: Operator) -> tuple[Any, ...]:
     return tuple(c for c in operator.cases if not c.real)[:1]
 
 
+def case_of(operator: Operator, mutant: Mutant) -> Any:
+    """The case that a mutant written by hand is held against: the one that it names, else the first layout."""
+    return mutant.case_of(operator) if mutant.case else layouts(operator)[0]
+
+
 # -- sites, by kind ----------------------------------------------------------------------------------------------------
 
 
@@ -113,8 +119,9 @@ class _Function:
         self.launched = launched
         self.whole = "".join(k.source for k in launched._tree())
         self.long = set(re.findall(r"(\w+): tl\.int64", launched.source))
-        self.tree = ast.parse(self.source).body[0]
-        assert isinstance(self.tree, ast.FunctionDef)
+        tree = ast.parse(self.source).body[0]
+        assert isinstance(tree, ast.FunctionDef)
+        self.tree = tree
         self.name = kernel.fn.__name__
         self.parameters = kernel.parameters
         strides = [p for p in launched.parameters if re.search(r"_(batch|token|head|lane)$", p)]
@@ -125,9 +132,15 @@ class _Function:
         }
         self.lines = self.source.splitlines(keepends=True)
         self.assigned: dict[str, list[ast.expr]] = {}
+        target: Any
+        value: Any
         for node in ast.walk(self.tree):
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                self.assigned.setdefault(node.targets[0].id, []).append(node.value)
+            if isinstance(node, ast.Assign):
+                target, value = node.targets[0], node.value
+                several = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+                for t, v in zip(target.elts, value.elts, strict=True) if several else [(target, value)]:
+                    if isinstance(t, ast.Name):
+                        self.assigned.setdefault(t.id, []).append(v)
         self.floats = {p for p in self.parameters if p in _VALUES}
         for _ in range(3):
             self.floats |= {name for name, values in self.assigned.items() if any(map(self.is_float, values))}
@@ -174,8 +187,10 @@ class _Function:
         if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
             target = next(t for t, v in zip(target.elts, value.elts, strict=True) if cast in ast.walk(v))
         name = self.text(target)
-        factors = re.findall(rf"\b{name} \* (\w+)", self.whole)
-        if not factors or not set(factors) <= self.long or re.search(rf"\* {name}\b", self.whole):
+        factors = set(re.findall(rf"\b{name} \* (\w+)", self.whole))
+        for factor in factors & self.assigned.keys():  # a name for one argument or another
+            factors = factors - {factor} | {self.text(v) for v in self.assigned[factor]}
+        if not factors or not factors <= self.long or re.search(rf"\* {name}\b", self.whole):
             return ""
         return f"{name} is only multiplied with arguments of 64 bits, and so in 64 bits"
 
@@ -200,6 +215,16 @@ class _Function:
             others.append(self.inside(node, lambda n: isinstance(n, ast.stmt)).lineno)
         reason = "its result is only stored, and rounded there to the same dtype"
         return {"exact": reason, "unless": tuple((self.name, line) for line in others)} if stored else {}
+
+    def in_row(self, node: Any) -> bool:
+        """Whether a place is made of constants and ranges alone, and so is one in a row."""
+        if any(_called(n, "program_id") or _called(n, "load") for n in ast.walk(node)):
+            return False
+        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - {"tl", "lane"}
+        loops = {self.text(n.target) for n in self.body if isinstance(n, ast.For)}
+        given = {a.arg for a in self.tree.args.args if a.annotation and "constexpr" in self.text(a.annotation)}
+        made = names - loops - given
+        return all(name in self.assigned and all(map(self.in_row, self.assigned[name])) for name in made)
 
     def inside(self, node: Any, test: Callable[[Any], bool]) -> Any:
         """The nearest node around this one that the test holds for."""
@@ -327,7 +352,9 @@ def _operands(f: _Function) -> Iterator[Edit]:
             continue
         if f.inside(node, lambda n: _called(n, "row_rstd")) is not None:
             continue
-        if f.alike.get(node.id):
+        # of a pointer that is only asked for its dtype, or for its presence, the other says the same
+        asked = isinstance(f.parents[node], (ast.Attribute, ast.Compare))
+        if f.alike.get(node.id) and not asked:
             yield f.edit(OPERAND, node, f.alike[node.id][0])
         operation = f.parents[node]
         if isinstance(operation, ast.BinOp) and f.is_float(operation) and node.id in f.floats:
@@ -365,8 +392,8 @@ def _widths(f: _Function) -> Iterator[Edit]:
         if _called(node, "to") and f.text(node.args[0]) == "tl.int64":
             yield f.edit(WIDTH, node, f"({f.text(node.func.value)})", exact=f.wide(node))
         added = _is(node, ast.Add) and isinstance(node.left, ast.Name) and node.left.id.endswith("_ptr")
-        # a row's number, a head's and a place in a row are below 2^31, by `why_not`
-        if added and f.text(node.right) not in ("lane", "row", "first", "head"):
+        # a row's number and a head's are below 2^31, by `why_not`, and a place in a row is below its width
+        if added and f.text(node.right) not in ("row", "head") and not f.in_row(node.right):
             yield f.edit(WIDTH, node.right, f"({f.text(node.right)}).to(tl.int32)")
 
 
@@ -417,9 +444,7 @@ def _mutants(operator: Operator, tiers: tuple[Tier, ...]) -> tuple[Site, ...]:
         if isinstance(plan, str):
             continue
         ran = [_ran(operator, tier, case) for case in layouts(operator)]
-        for kernel in dict.fromkeys(plan.kernel._tree()):
-            if kernel.fn.__module__ == "bitfuse.numerics":
-                continue  # one instruction each, held against the hardware's by tests of their own
+        for kernel in _kernels(plan):
             function = _Function(kernel, plan.kernel, _alike(plan, args))
             for rule in _RULES:
                 for edit in rule(function):
@@ -433,6 +458,12 @@ def _mutants(operator: Operator, tiers: tuple[Tier, ...]) -> tuple[Site, ...]:
     return tuple(found.values())
 
 
+def _kernels(plan: Plan) -> list[Kernel]:
+    """The kernel and its helpers, but for the primitives: those are one instruction each, and tests of their own hold
+    them against the hardware's."""
+    return [k for k in dict.fromkeys(plan.kernel._tree()) if k.fn.__module__ != "bitfuse.numerics"]
+
+
 @functools.cache
 def _ran(operator: Operator, tier: Tier, case: Any) -> frozenset[tuple[str, int]]:
     """The lines that a launch of this layout comes by, by function, in the interpreter. What a kernel runs depends on
@@ -442,12 +473,13 @@ def _ran(operator: Operator, tier: Tier, case: Any) -> frozenset[tuple[str, int]
         plan = tier.plan(*args)
         if isinstance(plan, str):
             return frozenset()
-        functions = [_Function(k, plan.kernel, {}) for k in dict.fromkeys(plan.kernel._tree())]
+        functions = [_Function(k, plan.kernel, {}) for k in _kernels(plan)]
         edits = tuple((f.source, f.recording()) for f in functions if f.source != f.recording())
         plan = replace(plan, kernel=plan.kernel.edited(*edits))
         _RAN.clear()
         outs = plan.empty(torch.device("cpu"))
-        plan.bind(args, outs)(*args, *outs)
+        with contextlib.suppress(Exception):  # what can't be run at all says so where it is proved
+            plan.bind(args, outs)(*args, *outs)
         return frozenset(_RAN)
 
 

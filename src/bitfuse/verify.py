@@ -256,7 +256,7 @@ def control(operator: Operator, device: torch.device | str) -> Iterator[Control]
     """Run the operator's mutants through the battery, on the layout of their case or of the first."""
     interpreted = torch.device(device).type == "cpu"
     for mutant in operator.mutants:
-        args = mutant.case_of(operator).arguments(device, tokens=INTERPRETED_TOKENS)
+        args = mutation.case_of(operator, mutant).arguments(device, tokens=INTERPRETED_TOKENS)
         if args[0].dtype in mutant.harmless_for or (mutant.compiled_only and interpreted):
             continue
         plan = functools.partial(mutant.plan, operator)
