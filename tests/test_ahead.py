@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from bitfuse import ahead
+from bitfuse import ahead, far, mutation
 from bitfuse.contract import Plan
 from bitfuse.ops.split_rotary import SPLIT_FP32
 
@@ -38,12 +38,13 @@ def _key(plan, args):
 def test_cases_mutants_and_random_forms_are_among_them():
     made = [launch() for launch in ahead.launches(_few(), True, CPU)]
     kernels = {id(plan.kernel) for plan, _ in made if isinstance(plan, Plan)}
-    mutants = {
-        id(m.plan(SPLIT_FP32, *SPLIT_FP32.cases[0].arguments("cpu", tokens=64)).kernel) for m in SPLIT_FP32.mutants
-    }
+    args = SPLIT_FP32.cases[0].arguments("cpu", tokens=64)
+    sites = [s for s in mutation.chosen([SPLIT_FP32])[SPLIT_FP32] if s.kind not in mutation.ADDRESSES]
+    mutants = {id(m.plan(SPLIT_FP32, *args).kernel) for m in (*SPLIT_FP32.mutants, *(s.mutant for s in sites))}
     assert mutants < kernels
     without = list(ahead.launches(_few(), False, CPU))
-    assert len(without) == 2 + len(SPLIT_FP32.mutants) < len(made)
+    far_away = len(far.cases(SPLIT_FP32))
+    assert len(without) == 2 + far_away + len(SPLIT_FP32.mutants) + len(sites) < len(made)
 
 
 IN_A_PROCESS_THAT_COMPILES = """

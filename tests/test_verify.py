@@ -11,8 +11,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import bitfuse
-from bitfuse import cli, verify
+from bitfuse import cli, mutation, verify
 from bitfuse.contract import Tier
+from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.split_rotary import SPLIT_FP32
 
 NAME = SPLIT_FP32.name
@@ -23,6 +24,9 @@ def _few_cases(fresh_routes, monkeypatch):
     """The first case, which the mutants run on, and two odd ones: what is shown here does not need them all."""
     odd = [case for case in SPLIT_FP32.cases if case.name in ("one token", "misaligned")]
     monkeypatch.setattr(SPLIT_FP32, "cases", (SPLIT_FP32.cases[0], *odd))
+    # of the generated mutants, which tests/test_mutation.py judges, a few of each operator
+    few = {o: mutation.mutants(o)[:3] for o in (SPLIT_FP32, HEAD_GATE)}
+    monkeypatch.setattr(mutation, "chosen", lambda operators, further=(): {o: list(few[o]) for o in operators})
 
 
 def _run():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import random
@@ -23,6 +24,7 @@ import torch
 from rich.progress import Progress
 
 from bitfuse import deep as sweeps
+from bitfuse import far, mutation
 from bitfuse.contract import Operator, Plan
 from bitfuse.ptx import TOKENS, compile_for
 
@@ -34,13 +36,21 @@ Chosen = dict[Operator, list[Any]]  # operators, and the cases of each
 
 
 def launches(chosen: Chosen, deep: bool, device: torch.device) -> Iterator[Callable[[], Launch]]:
-    """What makes the (plan, arguments) of each launch that is to come: cases, mutants and, for sweeps, random forms."""
+    """What makes the (plan, arguments) of each launch that is to come: cases, mutants, for sweeps random forms."""
+    further = set(mutation.KINDS) - mutation.ADDRESSES if deep else ()
+    sites = mutation.chosen(list(chosen), further)
     for operator, cases in chosen.items():
-        for case in cases:
-            yield functools.partial(_of_case, operator.tiers[0].plan, case, device)
+        for case, tier in itertools.product(cases, operator.tiers):
+            yield functools.partial(_of_case, tier.plan, case, device)
+        for case, tier in itertools.product(far.shortened(operator), operator.tiers):
+            yield functools.partial(_of_case, tier.plan, case, device)
         for mutant in operator.mutants:
             plan = functools.partial(mutant.plan, operator)
-            yield functools.partial(_of_case, plan, mutant.case_of(operator), device)
+            yield functools.partial(_of_case, plan, mutation.case_of(operator, mutant), device)
+        for site in sites[operator]:
+            if site.kind not in mutation.ADDRESSES:
+                plan = functools.partial(site.mutant.plan, operator)
+                yield functools.partial(_of_case, plan, mutation.layouts(operator)[0], device)
         if deep:
             for number, form in enumerate(sweeps.forms(operator, sweeps.ALL)):
                 yield functools.partial(_of_form, operator, form, number, device)

@@ -242,6 +242,7 @@ class Mutant:
     compiled_only   only a compiler makes it wrong; the interpreter runs it as written
     tier            index of the operator's tier whose kernel is edited
     case            name of the operator's case on which it does harm, where not on every one
+    kind            of `mutation.KINDS` where it was generated
     """
 
     name: str
@@ -251,6 +252,7 @@ class Mutant:
     compiled_only: bool = False
     tier: int = 0
     case: str | None = None
+    kind: str = ""
 
     def case_of(self, operator: Operator) -> Any:
         """The operator's case that the battery catches this mutant on: the named one, or the first."""

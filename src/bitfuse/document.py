@@ -27,7 +27,10 @@ from bitfuse.verify import Result, exit_code
 FORMAT, VERSION = "bitfuse proof", 1
 _PACKAGE = Path(bitfuse.__file__).parent
 # What decides what is computed, and what decided how it was judged
-_MODULES = ("contract", "deep", "interpreter", "kernel", "numerics", "proof", "reduction", "values", "verify")
+_MODULES = (
+    *("contract", "deep", "far", "interpreter", "kernel", "mutation", "numerics", "proof", "reduction", "values"),
+    "verify",
+)
 _HOSTS = ("diffusers", "ltx-core", "sglang", "comfyui")
 _JUDGED = ("checks", "sweeps", "transformers")  # what has an outcome
 
@@ -37,7 +40,12 @@ _JUDGED = ("checks", "sweeps", "transformers")  # what has an outcome
 
 def make(result: Result) -> dict[str, Any]:
     """The document of a result, as plain JSON values, for `schema`."""
-    found = {name: [asdict(one) for one in getattr(result, name)] for name in ("checks", "controls", "batteries")}
+    found = {
+        name: [asdict(one) for one in getattr(result, name)] for name in ("checks", "tiers", "controls", "batteries")
+    }
+    kinds = [asdict(kind) for kind in result.kinds]
+    for kind in kinds:
+        kind["equivalent"] = [{"reason": reason, "count": n} for reason, n in kind["equivalent"]]
     sweeps = [asdict(sweep) for sweep in result.sweeps]
     for sweep in sweeps:
         sweep["declined"] = [{"reason": reason, "count": n} for reason, n in sweep["declined"]]
@@ -52,6 +60,7 @@ def make(result: Result) -> dict[str, Any]:
         "exit_code": result.exit_code,
         "seeds": {"cases": 0, "sweeps": deep.SEED},
         **found,
+        "kinds": kinds,
         "sweeps": sweeps,
         "transformers": [asdict(step) for step in result.transformers],
     }
@@ -164,6 +173,7 @@ def compare(document: dict[str, Any], device: str | None = None) -> list[Item]:
         device = "cuda" if document["machine"]["device_type"] == "cuda" and torch.cuda.is_available() else "cpu"
     here, theirs = json.loads(json.dumps(machine(device))), document["machine"]  # plain values: torch's version is none
     outcomes = [one["outcome"] for what in _JUDGED for one in document.get(what, ())]
+    outcomes += ["differs" for one in document.get("tiers", ()) if one["outcome"] == "differs"]
     content = exit_code(outcomes, [one["caught"] for one in document["controls"]])
     items = [
         Item("digest of the content", document["digest"], digest(document)),
@@ -187,14 +197,17 @@ def verdict(document: dict[str, Any]) -> str:
     d = document
     checks, sweeps = (Counter(one["outcome"] for one in d[what]) for what in ("checks", "sweeps"))
     caught = sum(control["caught"] for control in d["controls"])
+    tiers = Counter(one["outcome"] for one in d.get("tiers", ()))  # documents before 2026-11-28 have none
     parts = [f"{checks['equal']} of {len(d['checks'])} checks fused and equal in every bit"]
+    if held := tiers["equal"] + tiers["differs"]:
+        parts.append(f"{tiers['equal']} of {held} kernels equal in their own tier")
     if d["sweeps"]:
         parts.append(f"{sweeps['equal']} of {len(d['sweeps'])} long sweeps equal")
     parts.append(f"{caught} of {len(d['controls'])} wrong kernels caught")
     if steps := d.get("transformers"):  # documents before 2026-11-24 have none
         equal = sum(step["outcome"] == "equal" for step in steps)
         parts.append(f"{equal} of {len(steps)} steps of {steps[0]['host']}'s transformer equal")
-    differing = sum(one["outcome"] == "differs" for what in _JUDGED for one in d.get(what, ()))
+    differing = sum(one["outcome"] == "differs" for what in (*_JUDGED, "tiers") for one in d.get(what, ()))
     return "; ".join([f"{differing} differ", *parts] if differing else parts) + "."
 
 
@@ -202,9 +215,9 @@ def render(document: dict[str, Any]) -> str:
     """The document as one HTML page that fetches nothing; CannotRun where Jinja is not installed."""
     need("jinja2", "--html")
     operators: dict[str, dict[str, list[Any]]] = {}
-    for what in ("checks", "controls", "batteries"):
-        for one in document[what]:
-            of = operators.setdefault(one["operator"], {"checks": [], "controls": [], "batteries": []})
+    for what in ("checks", "tiers", "controls", "batteries"):
+        for one in document.get(what, ()):
+            of = operators.setdefault(one["operator"], {"checks": [], "tiers": [], "controls": [], "batteries": []})
             of[what].append(one)
     return page.fill(
         "verify.html.j2",

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bitfuse.kernel import Outside
+
 if TYPE_CHECKING:
     from bitfuse.contract import Operator, Plan, Tier
 
@@ -27,7 +29,10 @@ Outputs = Tensor | tuple[Tensor, ...]
 """What a reference returns: a tensor, or a tuple of two or more."""
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size: integers of as many bytes
-_POISON = 0x7FA5  # a NaN no kernel writes: an output element left unwritten can't pass for a right one
+# A NaN no kernel writes, by element size: an output element left unwritten can't pass for a right one
+_POISON = {2: 0x7FA5, 4: 0x7FA5A5A5, 8: 0x7FF5A5A5A5A5A5A5}
+# Elements of poison before and after what a battery hands to a kernel: two rows of the widest operator
+GUARD = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,10 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a battery found for one signature. `final` is False where an error of the moment hid it."""
+    """What a battery found for one signature. `final` is False where an error of the moment hid it.
+
+    failed    the kernel could not be built or run, though the tier had nothing against these arguments
+    """
 
     equal: bool
     sentence: str
@@ -56,6 +64,7 @@ class Verdict:
     seconds: float = 0.0
     mismatch: Mismatch | None = None
     final: bool = True
+    failed: bool = False
 
 
 def as_tuple(result: Outputs) -> tuple[Tensor, ...]:
@@ -287,7 +296,8 @@ def failure(error: Exception, seconds: float, doing: str) -> Verdict:
     final = not of_the_moment(error)
     if isinstance(error, torch.OutOfMemoryError):
         return Verdict(False, f"the device ran out of memory while it was {doing}", seconds=seconds, final=False)
-    return Verdict(False, f"the kernel can't be built or run here ({said(error)})", seconds=seconds, final=final)
+    sentence = f"the kernel can't be built or run here ({said(error)})"
+    return Verdict(False, sentence, seconds=seconds, final=final, failed=True)
 
 
 def said(error: Exception) -> str:
@@ -303,12 +313,18 @@ def run_battery(
     battery: Iterable[tuple[str, tuple[Any, ...]]],
     signature: tuple | None = None,
 ) -> Verdict:
-    """Kernel against reference on every family of inputs, into poisoned outputs; stops at the first mismatch.
+    """Kernel against reference on every family of inputs, into guarded outputs; stops at the first mismatch.
 
+    A write outside of an output, into the gaps between its elements or into an input is a mismatch too.
     Exceptions of a kernel are caught: one that can't be built here is a reason to run the reference, not a failure of
     the user's program. Errors of the device (`torch.AcceleratorError`) pass.
     """
     start, families, elements = time.perf_counter(), 0, 0
+
+    def differing(mismatch: Mismatch, family: str) -> Verdict:
+        sentence = f"{mismatch.sentence}, on the battery's '{family}' inputs"
+        return Verdict(False, sentence, families, elements, time.perf_counter() - start, mismatch)
+
     try:
         for family, args in battery:
             plan = plan_of(*args)
@@ -316,13 +332,17 @@ def run_battery(
                 return Verdict(False, f"{plan} (the battery's '{family}' inputs)")
             if signature is not None and plan.signature(args) != signature:
                 return Verdict(False, f"the battery has no '{family}' inputs of this layout, so it stays unproved")
-            outs = tuple(map(poisoned, plan.empty(args[0].device)))
-            plan.bind(args, outs)(*args, *outs)
+            given = _kept(args)
+            outs = tuple(guarded(*out, args[0].device) for out in (*plan.witnesses, *plan.outputs))
+            try:
+                plan.bind(args, outs)(*args, *outs)
+            except Outside as error:
+                return differing(Mismatch(str(error)), family)
             expected = reference(*args)
             families, elements = families + 1, elements + sum(t.numel() for t in as_tuple(expected))
-            if mismatch := compare(expected, outs if len(outs) > 1 else outs[0]):
-                sentence = f"{mismatch.sentence}, on the battery's '{family}' inputs"
-                return Verdict(False, sentence, families, elements, time.perf_counter() - start, mismatch)
+            mismatch = compare(expected, outs if len(outs) > 1 else outs[0])
+            if mismatch := mismatch or changed(given) or trespass(outs):
+                return differing(mismatch, family)
     except torch.AcceleratorError:  # an asynchronous error of the device is never hidden by a fallback
         raise
     except Exception as error:
@@ -370,8 +390,59 @@ def compare_forms(operator: Operator, plan: Plan, args: tuple[Any, ...]) -> Mism
 def poisoned(t: Tensor) -> Tensor:
     """Fill with a NaN pattern, in place."""
     if t.numel():
-        t.view(BITS[t.element_size()]).fill_(_POISON if t.element_size() == 2 else 0x7FA5A5A5)
+        t.view(BITS[t.element_size()]).fill_(_POISON[t.element_size()])
     return t
+
+
+def guarded(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device, offset: int = 0
+) -> Tensor:
+    """A tensor of poison between guard zones of poison, all one allocation. It starts `offset` elements after where
+    an allocation of its own would, which is aligned to more than 16 bytes."""
+    span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else 0
+    whole = poisoned(torch.empty(GUARD + offset + span + GUARD, dtype=dtype, device=device))
+    return whole.as_strided(shape, strides, GUARD + offset)
+
+
+def trespass(outs: tuple[Tensor, ...]) -> Mismatch | None:
+    """Whether something was written around guarded outputs, or between their elements. Poisons them again."""
+    for number, out in enumerate(outs):
+        first = out.storage_offset()
+        whole = torch.empty(0, dtype=out.dtype, device=out.device).set_(out.untyped_storage())
+        poisoned(out)
+        written = whole.view(BITS[out.element_size()]) != _POISON[out.element_size()]
+        if count := int(written.sum()):
+            at = int(written.to(torch.uint8).argmax()) - first
+            last = sum((n - 1) * s for n, s in zip(out.shape, out.stride(), strict=True))
+            place = (
+                f"{-at} elements before its start" if at < 0
+                else f"{at - last} elements after its end" if at > last
+                else f"between its elements, {at} from its start"
+            )  # fmt: skip
+            sentence = f"output {number}: {count} elements are written that are not its own, the first {place}"
+            return Mismatch(sentence, count=count, output=number)
+    return None
+
+
+def _kept(args: tuple[Any, ...]) -> list[tuple[Tensor, Tensor]]:
+    """(bytes of the memory that a tensor stands in, a copy of them), of each tensor among the arguments."""
+    storages = {a.untyped_storage().data_ptr(): a.untyped_storage() for a in args if isinstance(a, Tensor)}
+    whole = [torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in storages.values()]
+    return [(t, t.clone()) for t in whole]
+
+
+def changed(kept: list[tuple[Tensor, Tensor]]) -> Mismatch | None:
+    """Whether a launch has written into its arguments."""
+    for now, before in kept:
+        if not torch.equal(now, before):
+            return Mismatch(f"the launch has written into its arguments, {int((now != before).sum())} bytes")
+    return None
+
+
+def in_vectors(t: Tensor) -> bool:
+    """Whether it starts at a multiple of four elements, as ATen's kernels ask of rows that they read in vectors of
+    four. A tensor without memory is taken to."""
+    return hasattr(t, "fake_mode") or t.data_ptr() % (4 * t.element_size()) == 0
 
 
 def strides(t: Tensor) -> tuple[int, ...]:
@@ -387,12 +458,15 @@ def strides(t: Tensor) -> tuple[int, ...]:
     return tuple(found)
 
 
-def lookalike(like: Tensor, values: Tensor) -> Tensor:
-    """A tensor that holds `values` and looks to a kernel like `like`.
+def lookalike(like: Tensor, values: Tensor, gap: int = 0) -> Tensor:
+    """A tensor that holds `values` and looks to a kernel like `like`, poison around it and between its elements.
 
     Same dtype, same order of dimensions in memory, each stride in the same class (0, 1, multiple of 16 or not)
-    and the base address aligned to 16 bytes or not, as in `like`. Where `like` is expanded (stride 0), the
+    and the base address as far from a multiple of 16 bytes as in `like`. Where `like` is expanded (stride 0), the
     values of index 0 are expanded. `values` has as many dimensions as `like` and any sizes.
+
+    gap    times 16 elements are left free in every stride but that of 1: operands with different gaps have different
+           strides, so that a kernel that reads one with the strides of another goes wrong
     """
     wanted = strides(like)
     expanded = [s == 0 and n > 1 for s, n in zip(wanted, like.shape, strict=True)]
@@ -403,14 +477,15 @@ def lookalike(like: Tensor, values: Tensor) -> Tensor:
     found, span = [0] * like.ndim, 1
     for dim in sorted(range(like.ndim), key=lambda d: (wanted[d] != 1, wanted[d], -d)):
         if not expanded[dim]:
+            if wanted[dim] != 1:
+                span += 16 * gap
             if wanted[dim] % 16 == 0:
                 span += -span % 16
             elif wanted[dim] != 1 and span % 16 in (0, 1):
                 span += 2
             found[dim] = span
             span *= values.shape[dim]
-    offset = 0 if like.data_ptr() % 16 == 0 else 1
-    buffer = torch.empty(offset + span, dtype=like.dtype, device=like.device)
-    out = buffer.as_strided(values.shape, found, offset)
+    offset = like.data_ptr() % 16 // like.element_size()
+    out = guarded(tuple(values.shape), tuple(found), like.dtype, like.device, offset)
     out.copy_(values)
     return out.expand(shape)

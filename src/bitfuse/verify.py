@@ -1,9 +1,10 @@
 """Check operators on this machine: every case bit for bit, and wrong kernels that the battery must catch.
 
 `check` is the one comparison that tests, `bitfuse verify` and the benchmark share. A green table would mean
-little if nothing could turn it red, so `verify` also runs each operator's mutants through its battery. With `deep`
-the long sweeps follow (`bitfuse.deep`), with `host` a step of a host's transformer (`bitfuse.conformance`). What was
-found is kept as a document (`bitfuse.document`).
+little if nothing could turn it red, so `verify` also runs wrong kernels through the batteries: each operator's own
+mutants and those that `bitfuse.mutation` makes of its source, by kind. Every tier has a verdict of its own: that the
+next one would have served the call does not excuse it. With `deep` the long sweeps follow (`bitfuse.deep`), with `host`
+a step of a host's transformer (`bitfuse.conformance`). What was found is kept as a document (`bitfuse.document`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from torch import Tensor
 
-from bitfuse import ahead, conformance, proof, seeded
+from bitfuse import ahead, conformance, far, mutation, proof, seeded
 from bitfuse import deep as sweeps
-from bitfuse.contract import OPERATORS, Operator
+from bitfuse.contract import OPERATORS, Operator, Tier
 from bitfuse.kernel import interpreter
 from bitfuse.text import cell, say
 
@@ -53,13 +54,51 @@ class Check:
 
 
 @dataclass(frozen=True)
+class TierCheck:
+    """One tier of one operator on the kernel of one case, whether or not a call would have been served by it.
+
+    against     what it was held against: reference, or emulation (the reference with its sums in CUDA's order, on a
+                CPU, whose ATen has another)
+    outcome     equal; differs, also where the kernel could not be built; declined: the tier says itself that it can't
+    reason      where it differs, or why it was declined
+    """
+
+    operator: str
+    tier: str
+    case: str
+    against: str
+    outcome: str
+    reason: str
+    families: int
+    elements: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Control:
-    """One mutant of one operator: whether the battery caught it, as it must, and on what."""
+    """One mutant of one operator: whether the battery caught it, as it must, and on what. `kind`: of those that
+    `mutation` generates."""
 
     operator: str
     mutant: str
     caught: bool
     found: str
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What became of the generated mutants of one kind, over all operators.
+
+    generated     what the rules make of the sources; tried: those that were run
+    equivalent    of those tried that alter no bit, by a rule: the reasons with counts
+    """
+
+    kind: str
+    generated: int
+    tried: int
+    caught: int
+    equivalent: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -93,6 +132,8 @@ class Result:
     sweeps: list[sweeps.Sweep]
     host: str | None = None
     transformers: list[conformance.Step] = field(default_factory=list)
+    tiers: list[TierCheck] = field(default_factory=list)
+    kinds: list[Kind] = field(default_factory=list)
 
     @property
     def interpreted(self) -> bool:
@@ -101,8 +142,8 @@ class Result:
     @property
     def exit_code(self) -> int:
         """0: all equal, all mutants caught. 1: a difference, or a mutant survived. 2: nothing could be fused."""
-        outcomes = [c.outcome for c in self.checks] + [s.outcome for s in self.sweeps]
-        outcomes += [step.outcome for step in self.transformers]
+        outcomes = [one.outcome for found in (self.checks, self.sweeps, self.transformers) for one in found]
+        outcomes += [one.outcome for one in self.tiers if one.outcome == "differs"]
         return exit_code(outcomes, [c.caught for c in self.controls])
 
 
@@ -137,11 +178,86 @@ def check(operator: Operator, case: Any, device: torch.device | str, tokens: int
     )
 
 
+def tier_checks(
+    operator: Operator, case: Any, device: torch.device | str, tokens: int | None, seen: set[Any]
+) -> Iterator[TierCheck]:
+    """Each tier's own verdict on a case's kernel, unless `seen` has it: what it has is added."""
+    args = case.arguments(device, tokens=tokens)
+    if next(operator.why_not(*args), None) is not None:
+        return  # which the check of the case says
+    for index, tier in enumerate(operator.tiers):
+        plan = tier.plan(*args)
+        signature = () if isinstance(plan, str) else plan.signature(args)
+        key = (operator.name, tier.name, signature or plan)
+        if key in seen:
+            continue
+        seen.add(key)
+        if isinstance(plan, str):
+            yield _tier_check(operator, tier, case, device, proof.Verdict(False, plan))
+            continue
+        held = operator.specification(index, device)
+        verdict = None if _emulated(operator, index, device) else proof.known(operator, tier, signature)
+        if verdict is None or not verdict.final:
+            with torch.no_grad():
+                verdict = proof.run_battery(held, tier.plan, operator.battery(*args), signature)
+        yield _tier_check(operator, tier, case, device, verdict)
+
+
+def far_checks(operator: Operator, device: torch.device | str) -> Iterator[TierCheck]:
+    """Each tier with offsets beyond 2^31 elements: planted, and on a GPU for real besides."""
+    for case in far.cases(operator):
+        for tier in operator.tiers:
+            with interpreter():
+                yield _tier_check(operator, tier, case, "cpu", far.planted(operator, tier, tier.plan, case))
+            if torch.device(device).type == "cuda":
+                verdict = far.for_real(operator, tier, case, torch.device(device))
+                torch.cuda.empty_cache()
+                yield _tier_check(operator, tier, replace(case, name=f"{case.name}, for real"), device, verdict)
+
+
+def _emulated(operator: Operator, index: int, device: torch.device | str) -> bool:
+    return operator.emulated is not None and index == 0 and torch.device(device).type == "cpu"
+
+
+def _tier_check(
+    operator: Operator, tier: Tier, case: Any, device: torch.device | str, verdict: proof.Verdict
+) -> TierCheck:
+    index = operator.tiers.index(tier)
+    differs = verdict.mismatch is not None or verdict.failed
+    outcome = "equal" if verdict.equal else "differs" if differs else "declined"
+    against = "emulation" if _emulated(operator, index, device) else "reference"
+    reason = "" if verdict.equal else verdict.sentence
+    counts = verdict.families, verdict.elements, verdict.seconds
+    return TierCheck(operator.name, tier.name, case.name, against, outcome, reason, *counts)
+
+
+def generated(
+    operators: list[Operator], device: torch.device | str, deep: bool
+) -> Iterator[tuple[Operator, mutation.Site, mutation.Judged]]:
+    """The generated mutants of these operators, judged. deep: on a GPU all of those that it runs itself."""
+    for operator, sites in mutation.chosen(operators, _further(device, deep)).items():
+        for site in sites:
+            yield operator, site, mutation.judge(operator, site, device)
+
+
+def _further(device: torch.device | str, deep: bool) -> set[str]:
+    return set(mutation.KINDS) - mutation.ADDRESSES if deep and torch.device(device).type == "cuda" else set()
+
+
+def _kinds(operators: list[Operator], judged: list[tuple[mutation.Site, mutation.Judged]]) -> Iterator[Kind]:
+    for kind in mutation.KINDS:
+        made = sum(site.kind == kind for operator in operators for site in mutation.mutants(operator))
+        found = [one for site, one in judged if site.kind == kind]
+        reasons = Counter(one.found for one in found if one.equivalent)
+        if made:
+            yield Kind(kind, made, len(found), sum(one.caught for one in found), tuple(reasons.most_common()))
+
+
 def control(operator: Operator, device: torch.device | str) -> Iterator[Control]:
     """Run the operator's mutants through the battery, on the layout of their case or of the first."""
     interpreted = torch.device(device).type == "cpu"
     for mutant in operator.mutants:
-        args = mutant.case_of(operator).arguments(device, tokens=INTERPRETED_TOKENS)
+        args = mutation.case_of(operator, mutant).arguments(device, tokens=INTERPRETED_TOKENS)
         if args[0].dtype in mutant.harmless_for or (mutant.compiled_only and interpreted):
             continue
         plan = functools.partial(mutant.plan, operator)
@@ -179,14 +295,27 @@ def run(
     with interpreter() if interpreted else contextlib.nullcontext(), _progress(console) as progress:
         if not interpreted:
             ahead.compile_ahead(chosen, deep, torch.device(device), progress)
+        seen: set[Any] = set()
         task = progress.add_task("checking", total=sum(len(found) + 1 for found in chosen.values()))
         for operator, found in chosen.items():
             progress.update(task, description=operator.name)
             for case in found:
                 result.checks.append(check(operator, case, device, tokens))
+                result.tiers.extend(tier_checks(operator, case, device, tokens, seen))
                 progress.advance(task)
+            result.tiers.extend(far_checks(operator, device))
             result.controls.extend(control(operator, device))
             progress.advance(task)
+        progress.remove_task(task)
+        sites = mutation.chosen(list(chosen), _further(device, deep))
+        task = progress.add_task("wrong kernels", total=sum(map(len, sites.values())))
+        judged = []
+        for operator, site, one in generated(list(chosen), device, deep):
+            judged.append((site, one))
+            if not one.equivalent:
+                result.controls.append(Control(operator.name, site.mutant.name, one.caught, one.found, site.kind))
+            progress.advance(task)
+        result.kinds.extend(_kinds(list(chosen), judged))
         if deep:
             progress.remove_task(task)
             jobs = list(sweeps.jobs(list(chosen), torch.device(device)))
@@ -248,14 +377,13 @@ def _print(console: Console, result: Result) -> None:
         if c.outcome != "equal":
             where = f"{c.operator}, {c.case} {list(c.shape)}: {c.reason}"
             say(console, cell(c.outcome, _COLOURS[c.outcome]), where)
-    others = [c for c in result.checks if c.outcome == "equal" and c.reason]
-    for (name, tier), n in Counter((c.operator, c.tier) for c in others).items():
-        why = next(c.reason for c in others if (c.operator, c.tier) == (name, tier))
-        say(console, f"{name}: {n} cases by {tier}; the first of them as not by {why}")
+    _print_tiers(console, result)
     for wrong in result.controls:
         if not wrong.caught:
             what = f"{wrong.operator}: the battery let a wrong kernel pass: {wrong.mutant}"
             say(console, cell("missed", "bold red"), what)
+    if result.kinds:
+        _print_kinds(console, result)
     if result.sweeps:
         _print_sweeps(console, result)
     for step in result.transformers:
@@ -269,6 +397,37 @@ def _print(console: Console, result: Result) -> None:
         f"{equal} of {len(result.checks)} checks fused and equal in every bit ({elements:,} elements); "
         f"{caught} of {len(result.controls)} wrong kernels caught"
     )
+
+
+def _print_tiers(console: Console, result: Result) -> None:
+    """Of each tier: how many kernels are equal, and to what; every one that is not; why a later one served a call."""
+    for one in result.tiers:
+        if one.outcome == "differs":
+            where = f"{one.operator}, {one.tier}, {one.case}: {one.reason}"
+            say(console, cell("differs", "bold red"), where)
+    emulated = {(one.operator, one.tier) for one in result.tiers if one.against == "emulation"}
+    if emulated:
+        console.print(
+            f"{len(emulated)} tiers add up rows in the order of ATen's CUDA kernels. On this CPU ATen adds in another, "
+            "so they were held against that order, emulated, and calls here are served by the next tier."
+        )
+    declined = [one for one in result.tiers if one.outcome == "declined"]
+    for (name, tier, why), n in Counter((one.operator, one.tier, one.reason) for one in declined).items():
+        say(console, f"{name}: {tier} does not serve {n} of the kernels: {why}")
+    of = [one for one in result.tiers if one.outcome != "declined"]
+    if of:
+        equal = sum(one.outcome == "equal" for one in of)
+        console.print(f"{equal} of {len(of)} kernels equal in their own tier, each by a battery of its own")
+
+
+def _print_kinds(console: Console, result: Result) -> None:
+    right = {"justify": "right"}
+    table = Table("kind", *(Column(name, **right) for name in ("generated", "tried", "caught", "equivalent")))  # type: ignore[arg-type]
+    table.title = "wrong kernels made from the sources"
+    for kind in result.kinds:
+        equivalent = sum(n for _, n in kind.equivalent)
+        table.add_row(kind.kind, *map(str, (kind.generated, kind.tried, kind.caught, equivalent)))
+    console.print(table)
 
 
 def _print_sweeps(console: Console, result: Result) -> None:

@@ -18,14 +18,18 @@ from bitfuse.proof import lookalike
 
 
 def families(*args: Any, names: tuple[str, ...], few: bool = False) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(family, arguments) with the same signature as `args`, whose `role`s their names tell. few: `battery_shape`."""
+    """(family, arguments) with the same signature as `args`, whose `role`s their names tell. few: `battery_shape`.
+
+    In the last family the strides are as dense as those of `args` allow; in the others each operand whose strides
+    the kernel is given has others than the rest.
+    """
     x = args[0]
     dtype, device = x.dtype, x.device
     batch, tokens = battery_shape(x.shape[0], x.shape[1], few)
     generator = torch.Generator(device).manual_seed(21)
     for family, draw in DRAWS.items():
         found: list[Any] = []
-        for arg, argument in zip(args, names, strict=False):
+        for place, (arg, argument) in enumerate(zip(args, names, strict=False)):
             if not isinstance(arg, Tensor):
                 found.append(arg)
                 continue
@@ -35,7 +39,8 @@ def families(*args: Any, names: tuple[str, ...], few: bool = False) -> Iterator[
                 else list(arg.shape)
             )
             drawn = draw(role(argument), shape, dtype, generator, device)
-            found.append(lookalike(arg, drawn.to(dtype)))
+            strided = family != "special rows" and role(argument) in ("value", "mask")
+            found.append(lookalike(arg, drawn.to(dtype), place + 1 if strided else 0))
         yield family, tuple(found)
 
 
@@ -44,6 +49,9 @@ def _normal(shape: list[int], generator: torch.Generator, device: torch.device) 
 
 
 def _mask(shape: list[int], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Zeros and ones; by turns where there is one for each sample, so that no two neighbours are alike."""
+    if list(shape[1:]) == [1, 1]:
+        return (torch.arange(shape[0], device=device) % 2).float().view(shape)
     return torch.randint(0, 2, shape, generator=generator, device=device).float()
 
 
@@ -60,9 +68,9 @@ def _live(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Gene
 
 
 def _wide(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Elements, rows and values of very different sizes."""
+    """Elements, rows and values of very different sizes; a mask that is no mere yes or no."""
     if what == "mask":
-        return _mask(shape, generator, device)
+        return 1 + _normal(shape, generator, device)
     exponent = torch.randint(-12, 13, shape, generator=generator, device=device)
     if what in "xy" and dtype != torch.float16:
         exponent = exponent + torch.randint(-20, 21, [*shape[:-1], 1], generator=generator, device=device)
@@ -177,7 +185,8 @@ class Inputs:
     def mask(self) -> Tensor | None:
         if not self.case.with_mask:
             return None
-        return (torch.arange(self.case.batch, device=self.device) % 2).to(self.case.dtype)[:, None, None]
+        flags = (torch.arange(self.case.batch, device=self.device) % 2).to(self.case.dtype)
+        return flags.repeat_interleave(self.case.mask_step)[:: self.case.mask_step, None, None]
 
 
 @dataclass(frozen=True)
@@ -194,6 +203,7 @@ class AdalnCase:
     with_tables: bool = True
     with_gate: bool = True
     with_mask: bool = False
+    mask_step: int = 1
     with_modulation: bool = True
     misaligned: bool = False
     dtype: torch.dtype = torch.bfloat16
@@ -228,6 +238,7 @@ def cases(of: Callable[[Inputs], tuple[Any, ...]], dtypes: tuple[torch.dtype, ..
         case("3 rows", 3, 2048, with_tables=False),
         case("10 rows, per token", 5, 1024, batch=2, per_token=True),
         case("no gate, no modulation", 40, 512, with_gate=False, with_modulation=False),
+        case("masks of every third element", 21, 256, batch=3, with_mask=True, mask_step=3),
         case("misaligned", 37, 512, misaligned=True),
         case("fp16", 37, 384, dtype=torch.float16),
     ]

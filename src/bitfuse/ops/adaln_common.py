@@ -261,10 +261,7 @@ def mask_stride(mask: Tensor | None) -> tuple[int]:
 
 
 def battery_shape(batch: int, tokens: int, few: bool = False) -> tuple[int, int]:
-    """(B, T) of a battery: about 126 rows; with `few`, as few as the call's own below 16, where ATen's mean adds up
-    in another order (`bitfuse.reduction`)."""
-    if few and batch * tokens < 16:
-        return batch, tokens
-    if tokens == 1:
-        return 126, 1
-    return (1, 126) if batch == 1 else (2, 63)
+    """(B, T) of a battery: 126 rows of two samples, whatever the call's own shape, as its signature also serves calls
+    of more samples and tokens; with `few`, as few as the call's own below 16, where ATen's mean adds up in another
+    order (`bitfuse.reduction`)."""
+    return (batch, tokens) if few and batch * tokens < 16 else (2, 63)

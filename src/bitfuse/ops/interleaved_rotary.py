@@ -136,15 +136,17 @@ def _battery(x: Tensor, cos: Tensor, sin: Tensor) -> Iterator[tuple[str, tuple[T
     for family, operands in families((x.dtype, x.dtype, cos.dtype, sin.dtype), x.device):
         x1, x2, c, s = (v.squeeze(2) for v in as_tokens(operands, x.shape[1], 1, pairs))
         x_values = torch.stack([x1, x2], dim=-1).flatten(2)
-        inputs = [lookalike(x, x_values)]
-        for like, v in ((cos, c), (sin, s)):
+        dense = family == "cancellation"  # the last one
+        gaps = (0, 0, 0) if dense else (1, 2, 3)
+        inputs = [lookalike(x, x_values, gaps[0])]
+        for like, v, gap in ((cos, c, gaps[1]), (sin, s, gaps[2])):
             wide = like if like.ndim == 3 else like.expand(*(1,) * (3 - like.ndim), *like.shape)
             # each channel has its own entry: the second of a pair gets the one of another pair, as any table may
             table = torch.stack([v, v if family == "specials" else v.roll(1, 1)], dim=-1).flatten(2)
             for dim in range(3):
                 if wide.shape[dim] == 1 and x.shape[dim] != 1:
                     table = table.narrow(dim, 0, 1)
-            inputs.append(lookalike(wide, table).reshape(table.shape[3 - like.ndim :]))
+            inputs.append(lookalike(wide, table, gap).reshape(table.shape[3 - like.ndim :]))
         yield family, (inputs[0], inputs[1], inputs[2])
 
 

@@ -100,28 +100,31 @@ def battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, tu
     given = named(reference, args)
     device = given["q"].device
     generator = torch.Generator(device).manual_seed(23)
-    # of one token many: tables of one sample serve all, and have a row for each token
-    shapes = {side: battery_shape(given[side].shape[0], max(2, given[side].shape[1])) for side in "qk"}
-    batch = min(shape[0] for shape in shapes.values())
+    shapes = {side: battery_shape(*given[side].shape[:2]) for side in "qk"}
+    batch = given["q"].shape[0]
     for family, draw in DRAWS.items():
         found: list[Any] = []
-        for name, t in given.items():
+        for place, (name, t) in enumerate(given.items()):
             if not isinstance(t, Tensor):
                 found.append(t)
                 continue
-            tokens = shapes[name[0]][1]
+            samples, tokens = shapes[name[0]]
+            strided = family != "special rows" and name.endswith(("_cos", "_sin"))  # in the last family they are dense
             if name in ("q", "k"):
-                drawn = draw("x", [batch, tokens, t.shape[2]], t.dtype, generator, device)
+                drawn = draw("x", [samples, tokens, t.shape[2]], t.dtype, generator, device)
             elif t.ndim == 1:
                 drawn = draw("value", list(t.shape), t.dtype, generator, device)
             else:
+                # tables that are one sample's of one, or one token's of one, are each sample's and each token's own
                 shape, one = list(t.shape), given[name[0]].shape[1] == 1
-                shape[0], shape[-2] = (batch if shape[0] > 1 else 1), (tokens if shape[-2] > 1 or one else 1)
+                if t.ndim > 2:
+                    shape[0] = samples if t.shape[0] == batch else 1
+                shape[-2] = tokens if t.shape[-2] > 1 or one else 1
                 drawn = draw("value", shape, t.dtype, generator, device)
                 if family in ("live", "absorption", "special rows"):
                     angle = 1e3 * torch.randn(shape, generator=generator, device=device)
                     drawn = angle.cos() if name.endswith("cos") else angle.sin()
-            found.append(lookalike(t, drawn.to(t.dtype)))
+            found.append(lookalike(t, drawn.to(t.dtype), place if strided else 0))
         yield family, tuple(found)
 
 

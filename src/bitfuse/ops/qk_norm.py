@@ -31,7 +31,7 @@ from bitfuse.ops.interleaved_rotary import interleaved_rotary_fp32, interleaved_
 from bitfuse.ops.qk_common import Form, Turn, audits, battery, cases, mutants, why_not
 from bitfuse.ops.rotary_common import interleaved_misfit, split_misfit, turn_halves, turn_neighbours
 from bitfuse.ops.split_rotary import split_rotary_fp32, split_rotary_per_op
-from bitfuse.proof import strides
+from bitfuse.proof import in_vectors, strides
 from bitfuse.reduction import GIVEN, LAYER_NORM, layer_norm_mean_square, row_rstd
 
 if TYPE_CHECKING:
@@ -209,9 +209,12 @@ def _qk_rms_norm_rotary_kernel(
         tl.store(out_ptr + start + lane, out.to(dtype), mask=here)
 
 
-def _plan(*args: Any, reference: Callable[..., Any], form: Form, order: str) -> Plan:
+def _plan(*args: Any, reference: Callable[..., Any], form: Form, order: str) -> Plan | str:
     given = named(reference, args)
     q, k = given["q"], given["k"]
+    for name in ("q", "k", "q_weight", "k_weight"):
+        if order == LAYER_NORM and not in_vectors(given[name]):
+            return f"{name} does not start at a multiple of 4 elements, and ATen adds up such rows in another order"
     width, per_program = q.shape[-1], rows_per_program()
     rows = [t.numel() // width for t in (q, k)]
     strides_of = [0] * 12

@@ -31,7 +31,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # two at 90 to 104 %, 8192 on four at 86 to 101 %. No reduction here, so no tile can change a bit.
 _TILE, WARPS = 512, 1
 # The interpreter is fastest with few, large programs.
-_INTERPRETED_TILE = 1 << 17
+_INTERPRETED_TILE = 1 << 15
 
 
 def tile() -> int:
