@@ -23,6 +23,7 @@ from bitfuse.cli import app
 from bitfuse.comparison_request import Request
 from bitfuse.hosts.patch import Site
 from bitfuse.kernel import interpreter
+from planted import Plant
 
 CPU = torch.device("cpu")
 QUIET = Console(file=io.StringIO())
@@ -202,18 +203,24 @@ def test_the_proof_document_holds_the_steps(verified):
     assert document.verdict(made).startswith("1 differ; ")
 
 
-def test_a_wrong_bit_in_one_site_is_found(host, monkeypatch):
-    stock = Site.call
+def test_one_wrong_kernel_is_found(host, monkeypatch):
+    stock, one_step, plant, outputs = Site.call, seeded.one_step, Plant(), []
 
-    def flipping(site, operator, *tensors):
+    def wrong(site, operator, *tensors):
         out = stock(site, operator, *tensors)
         if "attn1" in site.name:
-            (out if isinstance(out, torch.Tensor) else out[0]).view(torch.int16).view(-1)[0] ^= 1 << 6
+            plant(out)
         return out
 
-    monkeypatch.setattr(Site, "call", flipping)
+    def noted(*args):
+        step = one_step(*args)
+        return lambda: outputs.append(step()) or outputs[-1]
+
+    monkeypatch.setattr(Site, "call", wrong)
+    monkeypatch.setattr(seeded, "one_step", noted)
     with interpreter():
         step = conformance.check(host, "2.3", CPU)
+    plant.must_show(outputs[0], outputs[-1])
     assert step.outcome == "differs"
     assert "differs at [" in step.reason
     result = verify.Result("cpu", None, None, False, [], [], [], [], host, [step])
