@@ -547,10 +547,10 @@ for row in ptx.audited([test_contract_forms.OPERATOR], [90]):
 """
 
 
-def test_absent_tensors_extras_and_numbers_compile(tmp_path):
+def test_absent_tensors_extras_and_numbers_compile(triton_cache):
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**inherited, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
+    environment = {**inherited, "TRITON_CACHE_DIR": str(triton_cache), "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", AUDITED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
