@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 
 from bitfuse import OPERATORS, proof
+from common import references_launched
 
 # What the hosts import is a heap of millions of objects, which Python's collector would walk for a tenth of the time
 # that Triton's interpreter takes (2026-11-25).
@@ -65,6 +66,16 @@ def fresh_routes():
     _forget()
     yield
     _forget()
+
+
+@pytest.fixture
+def launched_as_reference():
+    """For tests of tools, about what is made of an operator's results: each host's kernels are run by others."""
+    if torch.cuda.is_available():  # where kernels take no time
+        yield
+    else:
+        with references_launched():
+            yield
 
 
 def _forget() -> None:

@@ -163,6 +163,7 @@ def test_films_show_all_frames(good):
         assert (film.n_frames, film.size) == (9, (64, 64))
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_guidance_is_compared_as_well(compare):
     """It doubles the transformer's batch, and adds a forward in which attentions are skipped."""
     guided = {**BRIEF, "guidance_scale": 3.0, "audio_guidance_scale": 7.0, "negative_prompt": "worst quality"}
@@ -204,6 +205,7 @@ def latents(monkeypatch):
     return found
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_one_wrong_call_of_one_kernel_is_found_and_said(compare, latents, monkeypatch, tmp_path):
     """In the second step: the first step must still be equal, the second not, nor what comes of it."""
     stock, calls, plant = Site.call, itertools.count(), Plant()
@@ -227,6 +229,7 @@ def test_one_wrong_call_of_one_kernel_is_found_and_said(compare, latents, monkey
         assert re.search(rf"Not bit-identical to the unfused run: after step 2 the (video|audio) latents {where}", text)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_trace_names_the_site_of_a_wrong_kernel(compare, latents, monkeypatch, tmp_path):
     stock, plant = HEAD_GATE.route, Plant()
 
@@ -280,6 +283,7 @@ def _flip_in_call(monkeypatch, cls, method, which, bit=0):
     monkeypatch.setattr(cls, method, flipping)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_the_step_and_the_stream_of_a_difference_are_named(compare, monkeypatch):
     """One bit of the audio latents after the accelerated run's second step: the video knows nothing of it."""
     steps_before = 2 * 2 * 2 + 2  # two runs of two steps of two streams, and the first step

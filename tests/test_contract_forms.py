@@ -465,8 +465,14 @@ def test_the_schema_is_the_references():
     )
 
 
-@every_case
-@pytest.mark.parametrize("wanted", [(), (0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("case", "wanted"),
+    [  # every form with all gradients, and one with each of them
+        pytest.param(c, w, id=f"{c.name}-{w}", marks=() if c is CASES[0] or w == (0, 1) else pytest.mark.slow)
+        for c in CASES
+        for w in ((), (0,), (1,), (0, 1))
+    ],
+)
 def test_opcheck(case, wanted, device):
     args = tuple(leaf(a, i in wanted) for i, a in enumerate(case.arguments(device)))
     results = torch.library.opcheck(OP, args)

@@ -74,6 +74,7 @@ def test_the_page_is_self_contained(good):
         assert row["video"]["sha256_stock"] in page
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_one_wrong_call_of_one_kernel_is_found_and_said(tmp_path, monkeypatch):
     """In the second step; the first step must still be equal."""
     stock, plant, latents, calls = Site.call, Plant(), [], 0
@@ -145,6 +146,7 @@ def test_latents_that_are_not_finite_stop_the_demo(tmp_path, monkeypatch):
     assert "The stock video latents are not finite after step 1" in result.verdict
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_global_state_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     torch.manual_seed(1234)

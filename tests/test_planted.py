@@ -1,14 +1,18 @@
-"""Of the tests themselves: an error planted to be found downstream is a large one, and arrives there."""
+"""Of the tests themselves: what is planted arrives, and a kernel that was not run counts as proved nowhere else."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from bitfuse import OPERATORS, proof
+from bitfuse.contract import Tier
+from common import references_launched, small
 from planted import Plant, same_bits
 
 
@@ -86,3 +90,19 @@ def test_no_test_flips_single_bits_in_a_models_middle():
         if isinstance(node, ast.FunctionDef) and edits_bits(node) and replaces_a_sites_call(node)
     ]
     assert weak == [], "these flip bits of a site's result and look for them elsewhere; tests/planted.py says why not"
+
+
+def test_where_references_are_launched_calls_count_as_fused_and_nothing_of_it_stays(device, monkeypatch, fresh_routes):
+    """Or later tests of the same process would find kernels proved that nobody has run."""
+    operator = OPERATORS["split_rotary_per_op"]
+    args = small(operator, device)
+    wrong = next(m for m in operator.mutants if m.name == "the sine's sign swapped")
+    stock = SimpleNamespace(tiers=operator.tiers)
+    monkeypatch.setattr(operator, "tiers", (Tier("wrong", lambda *args: wrong.plan(stock, *args)),))
+    before = proof.verdicts()
+    with references_launched():
+        assert operator.route(*args).fused
+        assert proof.compare(operator.reference(*args), operator(*args)) is None
+        assert len(proof.verdicts()) == 1
+    assert proof.verdicts() == before
+    assert not operator.route(*args).fused, "the wrong kernel is proved, and refused"

@@ -633,6 +633,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("name", PLANTED)
 def test_one_unit_in_one_element_of_one_site_is_found_there(ltx, monkeypatch, name):
     model, fed = ltx
@@ -649,6 +650,7 @@ def test_one_unit_in_one_element_of_one_site_is_found_there(ltx, monkeypatch, na
     assert "fused operator differs from its PyTorch chain's on the same inputs" in text
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_it_is_found_in_either_run_and_against_an_accelerated_one(ltx, monkeypatch):
     model, fed = ltx
     other = copy.deepcopy(model)
@@ -661,6 +663,7 @@ def test_it_is_found_in_either_run_and_against_an_accelerated_one(ltx, monkeypat
     assert (found.kind, found.place, found.run) == ("site", "transformer_blocks.1.attn1.gate", "model_a")
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_one_weight_of_a_gate_is_found_at_its_block(ltx):
     """Every operator is right here: the tables of the other model differ in one element of block 1's gate for attn1.
 
