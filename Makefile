@@ -1,17 +1,25 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up .venv first.
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up .venv first. `make test-all`
+# adds the tests marked `slow`: further variants of what others prove, as other GPUs' PTX.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 # Python compiles what is imported; pip would compile all of transformers and SGLang, for a minute
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test test-gpu lint readme clean
+# Tests start many processes: each would compile all of torch anew where the environment keeps Python from writing that
+# down, for seconds each (torch and its dynamo: 11 s of 15)
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: demo test test-all test-gpu lint readme clean
 
 demo: $(READY)
 	$(VENV)/bin/bitfuse demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal -m 'not slow'
+
+test-all: $(READY)
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal --durations=25
 
 test-gpu: $(READY)
 	$(VENV)/bin/python -m pytest -m gpu

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from bitfuse import OPERATORS, Operator
+from bitfuse import OPERATORS, Operator, proof
 from bitfuse.ops.rotary_common import RotaryCase
 
 # What all operators share (routes, registration) is tested on one of each file: the first.
@@ -36,3 +38,21 @@ def on_tensors(change: Callable[[Tensor], Any], args: tuple) -> tuple:
 
 def tensors_of(args: tuple) -> list[Tensor]:
     return [a for a in args if isinstance(a, Tensor)]
+
+
+@contextlib.contextmanager
+def references_launched() -> Iterator[None]:
+    """Inside, operators decide calls as always, but count every kernel as proved and run their reference in its place.
+
+    So what stands around them is tested without the time that Triton's interpreter takes: a call counts as fused, and
+    its bits are right. What was decided and proved before is put back at the end, and nothing from inside stays.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "run_battery", lambda *args: proof.Verdict(True, "equal"))
+        patch.setattr(proof, "compare_live", lambda *args: None)
+        patch.setattr(proof, "_verdicts", {})
+        patch.setattr(Operator, "_runner", lambda operator, plan, args: operator.reference)
+        for operator in OPERATORS.values():
+            patch.setattr(operator, "_routes", {})
+            patch.setattr(operator, "_launches", {})
+        yield

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ import hypothesis
 import pytest
 
 from bitfuse import OPERATORS, proof
+from common import references_launched
 
 # What the hosts import is a heap of millions of objects, which Python's collector would walk for a tenth of the time
 # that Triton's interpreter takes (2026-11-25).
@@ -24,12 +26,33 @@ hypothesis.settings.register_profile("bitfuse", deadline=None, max_examples=40, 
 hypothesis.settings.load_profile("bitfuse")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+def _for_a_gpu(collector: pytest.Collector, function: object) -> bool:
+    """Whether a test is marked `gpu`, or its module is."""
+    marks = [*getattr(function, "pytestmark", []), *collector.iter_markers()]
+    return any(mark.name == "gpu" for mark in marks)
+
+
+def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: object) -> pytest.Item | None:
+    """Without a GPU a test for one is a single skip, whatever it is parametrized with."""
+    if torch.cuda.is_available() or not collector.istestfunction(obj, name) or not _for_a_gpu(collector, obj):
+        return None  # as pytest collects it
+
+    def without_a_gpu():
+        pytest.skip("needs a CUDA device")
+
+    item = pytest.Function.from_parent(collector, name=name, callobj=without_a_gpu)
+    item.add_marker(pytest.mark.gpu)
+    return item
+
+
+@pytest.fixture(scope="session")
+def triton_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tests that only look at what Triton compiles let it compile: one folder for all processes and all runs.
+
+    Triton itself tells by a hash of the source, the options and its own version whether what is there is of use.
+    """
+    cache = getattr(request.config, "cache", None)  # none with `-p no:cacheprovider`
+    return tmp_path_factory.mktemp("triton") if cache is None else cache.mkdir("triton")
 
 
 @pytest.fixture
@@ -43,6 +66,16 @@ def fresh_routes():
     _forget()
     yield
     _forget()
+
+
+@pytest.fixture
+def launched_as_reference():
+    """For tests of tools, about what is made of an operator's results: each host's kernels are run by others."""
+    if torch.cuda.is_available():  # where kernels take no time
+        yield
+    else:
+        with references_launched():
+            yield
 
 
 def _forget() -> None:

@@ -127,7 +127,7 @@ def test_many_forms_of_outputs_are_bounded(monkeypatch):
     assert record.tolist() == [0, 0, 0, 0]
 
 
-def test_compiled_it_reads_16_bytes_at_a_time_and_writes_by_64_bit_atomics(tmp_path):
+def test_compiled_it_reads_16_bytes_at_a_time_and_writes_by_64_bit_atomics(triton_cache):
     program = """
 import torch
 from bitfuse import ptx
@@ -138,7 +138,8 @@ for dtype, integers in ((torch.bfloat16, torch.int16), (torch.float32, torch.int
         text = ptx.compile_for(plan, args, 90).asm["ptx"]
         print(*map(text.count, ("ld.global.v4.b32", "acq_rel.add.u64", "acq_rel.max.s64", "st.global")))
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(triton_cache)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     lines = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     # 2048 elements of two operands by 128 threads; then the look-up of the bits

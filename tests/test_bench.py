@@ -214,7 +214,9 @@ def _run(**options):
 @needs_diffusers
 @pytest.mark.parametrize("version", ["2.0", "2.3"])
 @pytest.mark.usefixtures("no_cuda_needed")
-def test_a_step_in_every_way(version):
+def test_a_step_in_every_way(version, request):
+    if version != "2.0":  # once with the kernels themselves
+        request.getfixturevalue("launched_as_reference")
     document, printed = _run(version=version)
     (row,) = document["model"]
     assert document["equal"] is True
@@ -280,6 +282,7 @@ def test_a_step_of_sglang_stock_is_stock_and_its_own_tier_is_no_way_of_ours(monk
     assert "SGLang 0.5." in printed
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.usefixtures("no_cuda_needed")
 def test_sglangs_tier_that_differs_is_timed_and_said(monkeypatch):
     sglang_host.ready()
@@ -301,6 +304,7 @@ def test_sglangs_tier_that_differs_is_timed_and_said(monkeypatch):
     assert "output 0 differs at [" in " ".join(printed.split())
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @needs_diffusers
 @pytest.mark.usefixtures("no_cuda_needed")
 def test_a_flipped_bit_gets_no_time(monkeypatch):
@@ -334,6 +338,7 @@ def test_a_flipped_bit_gets_no_time(monkeypatch):
     assert "not timed" in printed
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @needs_diffusers
 @pytest.mark.usefixtures("no_cuda_needed")
 def test_what_an_audit_costs(monkeypatch):
@@ -348,6 +353,7 @@ def test_what_an_audit_costs(monkeypatch):
     assert (row["mismatch"], row["cost"]) == ("no call was audited", None)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @needs_diffusers
 @pytest.mark.usefixtures("no_cuda_needed")
 def test_a_step_that_was_not_replayed_is_not_timed_as_a_graph(monkeypatch):

@@ -31,6 +31,7 @@ from bitfuse.comparison_request import ARGUMENTS, Request
 from bitfuse.hosts.patch import Site
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.seeded import CannotRun
+from planted import Plant
 
 PICTURES_AND_SOUNDS = ("decoded frames", "audio samples")
 BRIEF = {**tiny.CALL, **tiny.UNGUIDED, "num_frames": 1}
@@ -162,6 +163,7 @@ def test_films_show_all_frames(good):
         assert (film.n_frames, film.size) == (9, (64, 64))
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_guidance_is_compared_as_well(compare):
     """It doubles the transformer's batch, and adds a forward in which attentions are skipped."""
     guided = {**BRIEF, "guidance_scale": 3.0, "audio_guidance_scale": 7.0, "negative_prompt": "worst quality"}
@@ -189,20 +191,35 @@ def test_a_transformer_alone_with_random_weights(compare, tmp_path):
 # -- it must say no -----------------------------------------------------------------------------------------------
 
 
-def test_one_flipped_bit_of_one_kernel_is_found_and_said(compare, monkeypatch, tmp_path):
-    """In one call of the second step: the first step must still be equal, the second not, nor what comes of it."""
-    stock, calls = Site.call, itertools.count()
+@pytest.fixture
+def latents(monkeypatch):
+    """Both latents after each step of the stock and of the accelerated run, filled in by a comparison."""
+    found, stock = [], comparison.runs.stock_twice_then_fused
+
+    def noted(*args, **options):
+        done = stock(*args, **options)
+        found[:] = [[*run.video, *run.audio] for run in done[:2]]
+        return done
+
+    monkeypatch.setattr(comparison.runs, "stock_twice_then_fused", noted)
+    return found
+
+
+@pytest.mark.usefixtures("launched_as_reference")
+def test_one_wrong_call_of_one_kernel_is_found_and_said(compare, latents, monkeypatch, tmp_path):
+    """In the second step: the first step must still be equal, the second not, nor what comes of it."""
+    stock, calls, plant = Site.call, itertools.count(), Plant()
     per_step = 16
 
-    def flipping(site, operator, *tensors):
+    def wrong(site, operator, *tensors):
         out = stock(site, operator, *tensors)
         if site.name.startswith("transformer_blocks.") and next(calls) == per_step + 1:
-            first = out if isinstance(out, torch.Tensor) else out[0]
-            first.view(torch.int16).view(-1)[0] ^= 1 << 12
+            plant(out)
         return out
 
-    monkeypatch.setattr(Site, "call", flipping)
+    monkeypatch.setattr(Site, "call", wrong)
     result, printed = compare()
+    plant.must_show(*latents)
     assert result.exit_code == 1
     first, second = result.document["steps"]
     assert first["equal"]
@@ -212,8 +229,9 @@ def test_one_flipped_bit_of_one_kernel_is_found_and_said(compare, monkeypatch, t
         assert re.search(rf"Not bit-identical to the unfused run: after step 2 the (video|audio) latents {where}", text)
 
 
-def test_trace_names_the_site_of_a_wrong_kernel(compare, monkeypatch, tmp_path):
-    stock = HEAD_GATE.route
+@pytest.mark.usefixtures("launched_as_reference")
+def test_trace_names_the_site_of_a_wrong_kernel(compare, latents, monkeypatch, tmp_path):
+    stock, plant = HEAD_GATE.route, Plant()
 
     def route(*args):
         found = stock(*args)
@@ -221,7 +239,7 @@ def test_trace_names_the_site_of_a_wrong_kernel(compare, monkeypatch, tmp_path):
         def wrong(*args):
             out = found.run(*args)
             if args[0] is at[0]:
-                out.view(torch.int16).view(-1)[5] ^= 1
+                plant(out, start=5)
             return out
 
         return dataclasses.replace(found, run=wrong)
@@ -237,6 +255,7 @@ def test_trace_names_the_site_of_a_wrong_kernel(compare, monkeypatch, tmp_path):
     monkeypatch.setattr(Site, "call", call)
     monkeypatch.setattr(HEAD_GATE, "route", route)
     result, printed = compare(random_weights="ltx-2.3", layers=1, steps=2, size="64x32", frames=9, trace=True)
+    plant.must_show(*latents)  # a comparison whose latents are equal traces nothing
     assert result.exit_code == 1
     found = result.document["divergence"]
     assert (found["kind"], found["place"], found["operator"]) == (
@@ -264,6 +283,7 @@ def _flip_in_call(monkeypatch, cls, method, which, bit=0):
     monkeypatch.setattr(cls, method, flipping)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_the_step_and_the_stream_of_a_difference_are_named(compare, monkeypatch):
     """One bit of the audio latents after the accelerated run's second step: the video knows nothing of it."""
     steps_before = 2 * 2 * 2 + 2  # two runs of two steps of two streams, and the first step

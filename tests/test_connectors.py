@@ -266,12 +266,12 @@ def hooked_norm(block):
 
 
 def replaced_norm(block):
-    block.norm2 = torch.nn.RMSNorm(128, eps=1e-2, elementwise_affine=False)
+    block.norm2 = torch.nn.RMSNorm(128, eps=1.0, elementwise_affine=False)
     return "norm2 was replaced or changed meanwhile"
 
 
 def changed_norm(block):
-    block.norm2.eps = 1e-2
+    block.norm2.eps = 1.0
     return "norm2 was replaced or changed meanwhile"
 
 

@@ -465,8 +465,14 @@ def test_the_schema_is_the_references():
     )
 
 
-@every_case
-@pytest.mark.parametrize("wanted", [(), (0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("case", "wanted"),
+    [  # every form with all gradients, and one with each of them
+        pytest.param(c, w, id=f"{c.name}-{w}", marks=() if c is CASES[0] or w == (0, 1) else pytest.mark.slow)
+        for c in CASES
+        for w in ((), (0,), (1,), (0, 1))
+    ],
+)
 def test_opcheck(case, wanted, device):
     args = tuple(leaf(a, i in wanted) for i, a in enumerate(case.arguments(device)))
     results = torch.library.opcheck(OP, args)
@@ -547,10 +553,10 @@ for row in ptx.audited([test_contract_forms.OPERATOR], [90]):
 """
 
 
-def test_absent_tensors_extras_and_numbers_compile(tmp_path):
+def test_absent_tensors_extras_and_numbers_compile(triton_cache):
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**inherited, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
+    environment = {**inherited, "TRITON_CACHE_DIR": str(triton_cache), "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", AUDITED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]

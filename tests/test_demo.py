@@ -19,6 +19,7 @@ import bitfuse
 from bitfuse import demo, seeded
 from bitfuse.hosts.patch import Site
 from bitfuse.machine import machine
+from planted import Plant
 
 CPU = torch.device("cpu")
 STREAMS = ("video", "audio")
@@ -73,25 +74,33 @@ def test_the_page_is_self_contained(good):
         assert row["video"]["sha256_stock"] in page
 
 
-def test_one_flipped_bit_is_found_and_said(tmp_path, monkeypatch):
-    """One bit of one element, in one call of the second step; the first step must still be equal."""
-    stock, calls = Site.call, 0
+@pytest.mark.usefixtures("launched_as_reference")
+def test_one_wrong_call_of_one_kernel_is_found_and_said(tmp_path, monkeypatch):
+    """In the second step; the first step must still be equal."""
+    stock, plant, latents, calls = Site.call, Plant(), [], 0
+    three_runs = demo.runs.stock_twice_then_fused
 
-    def flipping(site, operator, *tensors):
+    def wrong(site, operator, *tensors):
         nonlocal calls
         out = stock(site, operator, *tensors)
         calls += 1
         if calls == per_step + 1:
-            first = out if isinstance(out, torch.Tensor) else out[0]
-            first.view(torch.int16).view(-1)[1000] ^= 1 << 6
+            plant(out)
         return out
+
+    def noted(*args, **options):
+        done = three_runs(*args, **options)
+        latents[:] = [[*run.video, *run.audio] for run in done[:2]]
+        return done
 
     layers = seeded.SMALL.layers
     counted, _, _ = run(tmp_path / "counted")
     per_step = sum(site["calls_fused"] for site in counted.document["sites"]["sites"]) // 2
     assert per_step >= 16 * layers, "six attentions, four norms of each stream and both outputs"
-    monkeypatch.setattr(Site, "call", flipping)
-    result, printed, page = run(tmp_path / "flipped")
+    monkeypatch.setattr(Site, "call", wrong)
+    monkeypatch.setattr(demo.runs, "stock_twice_then_fused", noted)
+    result, printed, page = run(tmp_path / "wrong")
+    plant.must_show(*latents)
     assert result.exit_code == 1
     first, second = result.document["steps"]
     assert first["equal"]
@@ -154,6 +163,7 @@ def test_latents_that_are_not_finite_stop_the_demo(tmp_path, monkeypatch):
     assert "The stock video latents are not finite after step 1" in result.verdict
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_global_state_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     torch.manual_seed(1234)

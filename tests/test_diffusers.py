@@ -216,6 +216,7 @@ def test_a_pass_depends_on_what_is_varied(device):
             assert_differ(a, b)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_self_attention_mask_changes_nothing_for_us(device):
     model = make(V20, device=device)
     mask = torch.ones(2, 24, 24, device=device)
@@ -250,6 +251,7 @@ def _without_layer(name):
     return re.sub(r"^transformer_blocks\.\d+", "block", name)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("config", ["2.0", "2.3"])
 def test_restore_puts_every_attribute_back(config, device):
     model = make(CONFIGS[config], device=device)
@@ -350,6 +352,7 @@ def test_a_projection_that_somebody_may_keep_is_not_written_into(how, activation
     assert bitfuse.compare(expected, out.detach()) is None
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_accelerating_twice_gives_the_same_handle(device):
     model = make(device=device)
     handle = bitfuse.accelerate(model)
@@ -388,6 +391,7 @@ def test_an_accelerated_model_can_be_freed():
     assert weak() is None  # 19 billion parameters must not hang on a registry
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_somebody_elses_processor_survives_restore(device):
     model = make(device=device)
     handle = bitfuse.accelerate(model)
@@ -402,6 +406,7 @@ def test_somebody_elses_processor_survives_restore(device):
     assert kinds == {upstream.LTX2AudioVideoAttnProcessor}
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: _saved_and_loaded(m)], ids=["deepcopy", "torch.save"])
 def test_a_copy_of_an_accelerated_model_is_a_plain_model(how, device):
     model = make(V23, device=device)
@@ -441,6 +446,7 @@ class Pipeline:
         self.components = components
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_pipeline_is_found_by_its_components(device):
     first, second = make(device=device), make(V23, device=device)
     expected = run(first), run(second)
@@ -475,6 +481,7 @@ def _backends(model):
     return {str(m.processor._attention_backend) for m in model.modules() if hasattr(m, "processor")}
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_an_attention_backend_set_before_is_kept(device):
     model = make(device=device)
     model.set_attention_backend("_native_math")
@@ -487,6 +494,7 @@ def test_an_attention_backend_set_before_is_kept(device):
     assert _backends(model) == {str(diffusers.models.attention_dispatch.AttentionBackendName._NATIVE_MATH)}
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_an_attention_backend_set_meanwhile_works_and_stays(device, monkeypatch):
     model = make(device=device)
     used, dispatch = [], upstream.dispatch_attention_fn
@@ -584,6 +592,7 @@ WATCHED = {
 }
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("how", WATCHED)
 def test_hooks_keep_being_called(how, order, device):
@@ -621,6 +630,7 @@ def test_a_block_whose_forward_was_replaced_before_is_left_alone(device):
     assert_left_alone(handle, "forward", [n for n in block_sites() if ".1." in n])
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_norm_that_is_replaced_meanwhile_is_the_one_that_runs(device):
     model, stock = make(device=device), make(device=device)
     handle = bitfuse.accelerate(model)
@@ -659,6 +669,7 @@ OFFLOADING = {
 }
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("how", OFFLOADING)
 def test_offloading_and_casting_keep_working(how, order, device):
@@ -691,6 +702,7 @@ def _add_lora(model, dropout=0.0, seed=3):
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_lora_is_applied(order, device):
     stock, model = make(device=device), make(device=device)
@@ -764,8 +776,8 @@ def test_lora_training_with_dropout_draws_the_same_numbers(config, device):
     ("config", "order", "backend"),
     [
         ("2.0", "compiled first", "eager"),
-        ("2.0", "accelerated first", "aot_eager"),
-        ("2.3", "accelerated first", "eager"),
+        pytest.param("2.0", "accelerated first", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("2.3", "accelerated first", "eager", marks=pytest.mark.slow),
     ],
 )
 def test_torch_compile_of_the_model(config, order, backend, device):
@@ -851,6 +863,7 @@ def _not_a_function(original, calls):
 PATCHES = [_edited, _wrapped, _sourceless, _not_a_function]
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("patch", PATCHES)
 @pytest.mark.parametrize("known_before", [False, True])
 def test_a_patched_host_function_is_left_alone(patch, known_before, device, monkeypatch):
@@ -969,6 +982,7 @@ def test_a_block_whose_source_was_not_read_is_left_alone(device, monkeypatch):
     assert_fused(handle, config=V23, but=block_sites(V23))
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_block_of_another_class_is_left_alone(device):
     class Theirs(upstream.LTX2VideoTransformerBlock):
         def forward(self, *args, **kwargs):
@@ -1025,6 +1039,7 @@ def test_batches_and_timesteps_of_every_token(device):
         assert_fused(handle, 3, config)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_strict_raises_where_something_would_fall_back(device):
     model = make(device=device)
     expected = run(model)
@@ -1150,6 +1165,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_kept_is_not_used_after_a_change(change, device):
     one_layer = {**V20, "num_layers": 1}
@@ -1170,6 +1186,7 @@ def test_what_is_kept_is_not_used_after_a_change(change, device):
     assert_same(expected, _call(model, fed[1]))
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_two_prompts_in_turn_are_both_kept(device):
     model = make(device=device)
     fed = [_with_coords(model), _with_coords(model)]
@@ -1184,6 +1201,7 @@ def test_two_prompts_in_turn_are_both_kept(device):
     assert (found.hits, found.misses) == (4, 2)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_what_is_kept_goes_with_its_prompt_and_on_restore(device):
     model = make(device=device)
     handle = bitfuse.accelerate(model, keep_text=True)
@@ -1199,6 +1217,7 @@ def test_what_is_kept_goes_with_its_prompt_and_on_restore(device):
     assert {n for n, c in texts.items() if c._kept} == set()
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_nothing_is_kept_in_inference_mode(device):
     model = make(device=device)
     fed = _with_coords(model)

@@ -1758,6 +1758,7 @@ def test_a_failed_capture_of_the_forward_drops_the_prelude(text_model, text_repl
     assert any("a replay is not the forward" in reason for reason in text_replay.reasons)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_the_transformer_replays_its_tables_and_its_text_apart():
     cpu = torch.device("cpu")
     geometry, _ = seeded.geometry_for(cpu, 1)

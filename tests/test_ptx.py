@@ -1,5 +1,6 @@
 """What Triton and LLVM make of each kernel, for GPUs that are not here: no rounding more or less than is spelled."""
 
+import functools
 import json
 import os
 import subprocess
@@ -9,12 +10,13 @@ import pytest
 
 from bitfuse import OPERATORS, ptx
 from bitfuse.kernel import interpreter
+from common import ONE_OF_EACH_FILE
 
 AUDITS = {(o.name, audit.case, o.tiers[audit.tier].name): audit for o in OPERATORS.values() for audit in o.audits}
 
 
 def run(cache, *arguments: str, **environment: str) -> list[dict]:
-    """`python -m bitfuse.ptx --json` in a process of its own: nothing interpreted, nothing cached before."""
+    """`python -m bitfuse.ptx --json` in a process of its own, with nothing interpreted."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION")}
     done = subprocess.run(
         [sys.executable, "-m", "bitfuse.ptx", "--json", *arguments],
@@ -27,91 +29,102 @@ def run(cache, *arguments: str, **environment: str) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("triton")
+def audited(triton_cache):
+    """Every audit, and every mutant that only a compiler makes wrong, for one compute capability: compiled once."""
+    return functools.cache(lambda capability: run(triton_cache, "--mutants", "--capability", str(capability)))
 
 
-@pytest.fixture(scope="module")
-def rows(cache) -> list[dict]:
-    return run(cache, "--mutants")
+@pytest.fixture(params=[c if c == 90 else pytest.param(c, marks=pytest.mark.slow) for c in ptx.CAPABILITIES])
+def rows(request, audited) -> list[dict]:
+    return audited(request.param)
 
 
 @pytest.fixture
-def own(rows, operator, case, tier, capability) -> dict:
-    """The one row of the operator's own kernel."""
-    wanted = (operator, case, tier, capability, None)
-    (row,) = (r for r in rows if (r["operator"], r["case"], r["tier"], r["capability"], r["mutant"]) == wanted)
-    return row
-
-
-every_audit = pytest.mark.parametrize(("operator", "case", "tier"), AUDITS)
-every_capability = pytest.mark.parametrize("capability", ptx.CAPABILITIES)
+def own(rows) -> dict[tuple, dict]:
+    """The rows of the operators' own kernels, by the name of the operator, its case and its tier."""
+    found = {(row["operator"], row["case"], row["tier"]): row for row in rows if row["mutant"] is None}
+    assert set(found) == set(AUDITS)
+    return found
 
 
 def test_every_operator_is_audited():
     assert {name for name, _, _ in AUDITS} == set(OPERATORS)
 
 
-@every_audit
-@every_capability
 def test_the_roundings_are_those_of_the_audit_and_no_others(own):
-    assert own["counted"] == own["expected"]
-    assert own["counts"]["branches"] == 0  # else a count of lines would not be a count of executions
+    for name, row in own.items():
+        assert row["counted"] == row["expected"], name
+        assert row["counts"]["branches"] == 0, name  # else a count of lines would not be a count of executions
 
 
-@every_audit
-@every_capability
 def test_the_launch_covers_the_output_and_no_program_is_idle(own):
     """What makes "results per thread", read off the stores, the right factor for the audit."""
-    assert own["results"] > 0
-    covered, programs = own["threads"] * own["results"], own["programs"]
-    assert covered >= own["elements"]
-    assert covered - covered // programs < own["elements"]
+    for name, row in own.items():
+        assert row["results"] > 0, name
+        covered, programs = row["threads"] * row["results"], row["programs"]
+        assert covered >= row["elements"], name
+        assert covered - covered // programs < row["elements"], name
 
 
-@every_audit
-@every_capability
 def test_nothing_is_flushed_approximated_or_left_to_ptxas(own):
     """But for what the audit itself names: the reciprocal square root of a row, or libdevice's exponential, whose
     flushed results vanish against the 1 that they are added to."""
-    audit = AUDITS[own["operator"], own["case"], own["tier"]]
-    asked = {*audit.per_thread, *audit.also}
-    assert set(own["counts"]["flushing"]) <= set(asked)
-    for instruction in set(own["counts"]["rounding"]) - set(asked):
-        assert ".rn" in instruction, f"{instruction}: approximate, or free for ptxas to contract"
-        assert "approx" not in instruction
-        assert "full" not in instruction
+    for name, row in own.items():
+        asked = {*AUDITS[name].per_thread, *AUDITS[name].also}
+        assert set(row["counts"]["flushing"]) <= set(asked), name
+        for instruction in set(row["counts"]["rounding"]) - set(asked):
+            assert ".rn" in instruction, f"{name}, {instruction}: approximate, or free for ptxas to contract"
+            assert "approx" not in instruction, name
+            assert "full" not in instruction, name
 
 
-@every_audit
-@every_capability
 def test_each_operand_is_loaded_once_and_memory_accessed_16_bytes_at_a_time(own):
     """Or as the audit says."""
-    assert own["counts"]["loads"] == own["loads"]
-    assert own["counts"]["stores"] == own["stores"]
+    for name, row in own.items():
+        assert row["counts"]["loads"] == row["loads"], name
+        assert row["counts"]["stores"] == row["stores"], name
 
 
 # What ptxas keeps in 8 bytes of stack, with registers to spare (Triton 3.6 and 3.7.1).
 STACK = {("qk_rms_norm_interleaved_rotary_per_op", 100): 8, ("rms_norm_modulate_native", 80): 8}
 
 
-@every_audit
-@every_capability
 def test_nothing_spills(own):
-    assert own["counts"]["local"] == 0
-    assert own["counts"]["stack"] <= STACK.get((own["operator"], own["capability"]), 0)
-    assert own["counts"]["registers"] <= 128
+    for name, row in own.items():
+        assert row["counts"]["local"] == 0, name
+        assert row["counts"]["stack"] <= STACK.get((row["operator"], row["capability"]), 0), name
+        assert row["counts"]["registers"] <= 128, name
 
 
-def test_the_environment_does_not_change_a_rounding(rows, tmp_path):
-    """TRITON_DEFAULT_FP_FUSION flips kernels that don't say; ours do. It is 1 where it is not set, as for `rows`."""
-    found = run(tmp_path, "--capability", "90", TRITON_DEFAULT_FP_FUSION="0")
-    assert found == [r for r in rows if r["capability"] == 90 and r["mutant"] is None]
-    assert found
+def test_mutants_that_only_a_compiler_makes_wrong_are_counted_wrong(rows):
+    """The negative control: left to itself, the compiler contracts, and the counts show it."""
+    harmless = {(o.name, m.name): [str(d) for d in m.harmless_for] for o in OPERATORS.values() for m in o.mutants}
+    dtypes = {(o.name, c.name): str(c.arguments("cpu", tokens=1)[0].dtype) for o in OPERATORS.values() for c in o.cases}
+    seen = 0
+    for row in rows:
+        name, mutant = row["operator"], row["mutant"]
+        if mutant is None or dtypes[name, row["case"]] in harmless[name, mutant]:
+            continue
+        seen += 1
+        assert row["counted"] != row["expected"], (name, row["case"], row["capability"], mutant)
+    assert seen >= 4
+
+
+@pytest.mark.parametrize(
+    "operators",
+    [[o.name for o in ONE_OF_EACH_FILE], pytest.param(list(OPERATORS), marks=pytest.mark.slow)],
+    ids=["one of each file", "all"],
+)
+def test_the_environment_does_not_change_a_rounding(operators, audited, triton_cache):
+    """TRITON_DEFAULT_FP_FUSION flips kernels that don't say; ours do. It is 1 where it is not set, as for `audited`."""
+    found = run(triton_cache, *operators, "--capability", "90", TRITON_DEFAULT_FP_FUSION="0")
+    rows = {(row["operator"], row["case"], row["tier"]): row for row in audited(90) if row["mutant"] is None}
+    assert found == [row for row in rows.values() if row["operator"] in operators]
+    assert {row["operator"] for row in found} == set(operators)
 
 
 def test_the_environment_does_change_a_kernel_that_does_not_say(tmp_path):
-    """The control of the test above."""
+    """The control of the test above, in one cache of both as there."""
     program = """
 import sys
 from dataclasses import replace
@@ -128,20 +141,6 @@ print("fma.rn.f32" in ptx.count(ptx.compile_for(plan, tensors, 90)).rounding)
         environment = {**inherited, "TRITON_CACHE_DIR": str(tmp_path), **fusion}
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         assert done.stdout.split() == [contracted], done.stderr
-
-
-def test_mutants_that_only_a_compiler_makes_wrong_are_counted_wrong(rows):
-    """The negative control: left to itself, the compiler contracts, and the counts show it."""
-    harmless = {(o.name, m.name): [str(d) for d in m.harmless_for] for o in OPERATORS.values() for m in o.mutants}
-    dtypes = {(o.name, c.name): str(c.arguments("cpu", tokens=1)[0].dtype) for o in OPERATORS.values() for c in o.cases}
-    seen = 0
-    for row in rows:
-        name, mutant = row["operator"], row["mutant"]
-        if mutant is None or dtypes[name, row["case"]] in harmless[name, mutant]:
-            continue
-        seen += 1
-        assert row["counted"] != row["expected"], (name, row["case"], row["capability"], mutant)
-    assert seen >= 4 * len(ptx.CAPABILITIES)
 
 
 # -- the counting itself ----------------------------------------------------------------------------------------------
@@ -245,11 +244,11 @@ def test_plans_of_the_interpreter_are_refused():
         ptx.compile_for(operator.plan(*tensors), tensors, 90)
 
 
-def test_the_table_is_readable(cache):
+def test_the_table_is_readable(triton_cache):
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "bitfuse.ptx", "split_rotary_fp32", "--capability", "90"],
-        env={**inherited, "TRITON_CACHE_DIR": str(cache)},
+        env={**inherited, "TRITON_CACHE_DIR": str(triton_cache)},
         capture_output=True,
         text=True,
     )

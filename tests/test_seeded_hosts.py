@@ -23,6 +23,7 @@ from bitfuse.cli import app
 from bitfuse.comparison_request import Request
 from bitfuse.hosts.patch import Site
 from bitfuse.kernel import interpreter
+from planted import Plant
 
 CPU = torch.device("cpu")
 QUIET = Console(file=io.StringIO())
@@ -89,6 +90,7 @@ def test_a_twin_has_the_same_parameters_and_is_accelerated_alone(host):
         assert handle.report().fused
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_given_first_frame_is_at_timestep_0(host):
     """Its tokens are told so, which changes what comes out; all others keep the step's own timestep."""
     text, image = (geometry(host, layers=1, image_to_video=given) for given in (False, True))
@@ -125,6 +127,7 @@ def test_the_process_keeps_its_default_dtype_and_its_logging(host):
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_the_demo(denoising, tmp_path, monkeypatch):
     host = denoising
     pytest.importorskip("jinja2")
@@ -141,6 +144,7 @@ def test_the_demo(denoising, tmp_path, monkeypatch):
     assert written["host"] in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_the_comparison_with_random_weights(denoising, tmp_path):
     host = denoising
     pytest.importorskip("jinja2")
@@ -153,6 +157,7 @@ def test_the_comparison_with_random_weights(denoising, tmp_path):
     assert len(written["steps"]) == 2
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("version", ["2.0", "2.3"])
 def test_what_is_explained_is_what_is_done(host, version):
     """The same sites, fused by the same operators, in the explanation without values and in a run."""
@@ -202,18 +207,25 @@ def test_the_proof_document_holds_the_steps(verified):
     assert document.verdict(made).startswith("1 differ; ")
 
 
-def test_a_wrong_bit_in_one_site_is_found(host, monkeypatch):
-    stock = Site.call
+@pytest.mark.usefixtures("launched_as_reference")
+def test_one_wrong_kernel_is_found(host, monkeypatch):
+    stock, one_step, plant, outputs = Site.call, seeded.one_step, Plant(), []
 
-    def flipping(site, operator, *tensors):
+    def wrong(site, operator, *tensors):
         out = stock(site, operator, *tensors)
         if "attn1" in site.name:
-            (out if isinstance(out, torch.Tensor) else out[0]).view(torch.int16).view(-1)[0] ^= 1 << 6
+            plant(out)
         return out
 
-    monkeypatch.setattr(Site, "call", flipping)
+    def noted(*args):
+        step = one_step(*args)
+        return lambda: outputs.append(step()) or outputs[-1]
+
+    monkeypatch.setattr(Site, "call", wrong)
+    monkeypatch.setattr(seeded, "one_step", noted)
     with interpreter():
         step = conformance.check(host, "2.3", CPU)
+    plant.must_show(outputs[0], outputs[-1])
     assert step.outcome == "differs"
     assert "differs at [" in step.reason
     result = verify.Result("cpu", None, None, False, [], [], [], [], host, [step])
@@ -305,6 +317,7 @@ def _checkout_example(monkeypatch, *arguments):
     return _example("ltx_core_checkout").main()
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_checkout_of_ltx_core_is_compared_step_by_step_and_in_a_loop(monkeypatch, tmp_path, capsys):
     for needed in ("ltx_core", "einops", "scipy"):
         pytest.importorskip(needed)
@@ -328,6 +341,7 @@ def test_a_folder_without_ltx_core_is_named(monkeypatch, tmp_path, capsys):
 # -- several ranks -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # half a minute of two processes; test_sglang has the passes of sequence parallelism in one
 def test_two_ranks_of_sglang_are_their_stock_steps_and_fuse_the_same_sites(tmp_path):
     sglang_host.ready()
     out = tmp_path / "ranks.json"
