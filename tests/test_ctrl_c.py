@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sglang_host
 import torch
 
 import bitfuse
+import sglang_host
 from bitfuse import hosts, proof, seeded
 from bitfuse.contract import Operator
 

@@ -14,11 +14,11 @@ import weakref
 from dataclasses import replace
 
 import pytest
-import sglang_host
 import torch
 from torch.nn.utils import parametrize
 
 import bitfuse
+import sglang_host
 from bitfuse import hosts, proof, seeded
 from bitfuse.contract import Operator
 from bitfuse.hosts.patch import Options, Site
@@ -437,7 +437,8 @@ def test_two_threads_may_be_inside_blocks_of_one_model(each_host):
     assert not hosts._active
     assert [module for module in model.modules() if ours_in(module)] == []
     assert bitfuse.compare(expected, step()) is None
-    assert {site.fused for handle in {a, b} for site in handle.sites if not site.fallen} <= {0, 1, 2}
+    blocks = [site for handle in {a, b} for site in handle.sites if "blocks" in site.name]
+    assert sum(site.fused for site in blocks if "norm1" in site.name) == 2 * 2  # two norms, two steps
 
 
 def test_the_last_to_leave_restores(model_and_step):

@@ -227,10 +227,8 @@ def _stand_in(memory: Memory | PlantedMemory) -> None:
     load, store = builder.create_masked_load, builder.create_masked_store
     # A helper of Triton's own, `tl.zeros` say, patches its language at each call and leaves it so; ours do not
     owners = (tl, tl.core, tl.math, tl.dtype, tl.core.tensor, tl.core.tensor_descriptor_base)
-    ours = [
-        (upstream, {"_convert_float": convert}),
-        (builder, {"create_fma": fma, "create_masked_load": load, "create_masked_store": store}),
-    ]
+    built = {"create_fma": fma, "create_masked_load": load, "create_masked_store": store}
+    ours = [(upstream, {"_convert_float": convert}), (builder, built)]
     _before = [*ours, *((owner, dict(vars(owner))) for owner in owners)]
     upstream._convert_float = lambda *args: _convert_float(*args, otherwise=convert)
     builder.create_fma = lambda *args: _create_fma(*args, otherwise=fma)
