@@ -97,7 +97,7 @@ class Kernel:
         done[id(self)] = Kernel(scope[self.fn.__name__], self.do_not_specialize, twin)
         return done[id(self)]
 
-    @property
+    @functools.cached_property
     def source(self) -> str:
         """The text of the function, from `def` on."""
         text = textwrap.dedent(inspect.getsource(self.fn))

@@ -131,6 +131,7 @@ class _Function:
             child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)
         }
         self.lines = self.source.splitlines(keepends=True)
+        self.bytes = [line.encode() for line in self.lines]  # the tree counts columns in bytes
         self.assigned: dict[str, list[ast.expr]] = {}
         target: Any
         value: Any
@@ -147,7 +148,11 @@ class _Function:
         self.body: list[Any] = [node for statement in self.tree.body for node in ast.walk(statement)]
 
     def text(self, node: Any) -> str:
-        return ast.get_source_segment(self.source, node) or ""
+        first, last = node.lineno - 1, node.end_lineno - 1
+        if first == last:
+            return self.bytes[first][node.col_offset : node.end_col_offset].decode()
+        head, tail = self.bytes[first][node.col_offset :], self.bytes[last][: node.end_col_offset]
+        return b"".join([head, *self.bytes[first + 1 : last], tail]).decode()
 
     def recording(self) -> str:
         """The source with a statement before every other that notes its line."""
@@ -221,7 +226,7 @@ class _Function:
         if any(_called(n, "program_id") or _called(n, "load") for n in ast.walk(node)):
             return False
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - {"tl", "lane"}
-        loops = {self.text(n.target) for n in self.body if isinstance(n, ast.For)}
+        loops = {n.target.id for n in self.body if isinstance(n, ast.For)}
         given = {a.arg for a in self.tree.args.args if a.annotation and "constexpr" in self.text(a.annotation)}
         made = names - loops - given
         return all(name in self.assigned and all(map(self.in_row, self.assigned[name])) for name in made)
@@ -374,7 +379,9 @@ def _strides(f: _Function) -> Iterator[Edit]:
         own = [s for s in f.strides if s != node.id and s.rsplit("_", 1)[0] == node.id.rsplit("_", 1)[0]]
         turn = f.strides.index(node.id) % max(1, len(same))
         for number, new in enumerate((*same[turn:], *same[:turn], *own[:1], "1", "0")):
-            yield f.edit(STRIDE, node, new, swapped=(node.id, new), further=number > 0 and new != "1")
+            yield f.edit(
+                STRIDE, node, new, swapped=(node.id, new), further=number > 0 and (new != "1" or "mask" not in node.id)
+            )
 
 
 def _masks(f: _Function) -> Iterator[Edit]:
@@ -473,8 +480,7 @@ def _ran(operator: Operator, tier: Tier, case: Any) -> frozenset[tuple[str, int]
         plan = tier.plan(*args)
         if isinstance(plan, str):
             return frozenset()
-        functions = [_Function(k, plan.kernel, {}) for k in _kernels(plan)]
-        edits = tuple((f.source, f.recording()) for f in functions if f.source != f.recording())
+        edits = ((f.source, f.recording()) for f in (_Function(k, plan.kernel, {}) for k in _kernels(plan)))
         plan = replace(plan, kernel=plan.kernel.edited(*edits))
         _RAN.clear()
         outs = plan.empty(torch.device("cpu"))
