@@ -387,6 +387,7 @@ def test_nothing_fused_gets_no_time():
     assert list(row["speed_ups"]) == ["compiled", "compiled + graph"]
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @needs_diffusers
 @pytest.mark.usefixtures("no_cuda_needed")
 def test_a_compiler_that_fails_costs_only_its_own_times(monkeypatch):

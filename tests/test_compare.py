@@ -176,6 +176,7 @@ def test_guidance_is_compared_as_well(compare):
 # -- a transformer alone ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_transformer_alone_with_random_weights(compare, tmp_path):
     result, printed = compare(random_weights="ltx-2.3", layers=1, steps=2, size="64x32", frames=9)
     assert result.exit_code == 0, printed
