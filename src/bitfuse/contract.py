@@ -188,12 +188,15 @@ def _specialisation(value: int | float, annotation: str | None, by_width_alone: 
 def _order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(dimensions from the innermost in memory to the outermost, those that are expanded), as `lookalike` keeps them.
 
-    The stride of a dimension of size 1, which may be anything, counts as what it would be in a dense tensor.
+    The stride of a dimension of size 1, which may be anything, counts as what it would be in a dense tensor. The first
+    dimension, the batch, is then the outermost, in whichever order the others are.
     """
     strides = list(stride)
     for dim in reversed(range(len(shape))):
         if shape[dim] == 1:
             strides[dim] = strides[dim + 1] * shape[dim + 1] if dim + 1 < len(shape) else 1
+    if shape[:1] == (1,):
+        strides[0] = 1 + max((s * n for s, n in zip(strides[1:], shape[1:], strict=True)), default=0)
     expanded = tuple(dim for dim, n in enumerate(strides) if n == 0 and shape[dim] > 1)
     order = sorted(set(range(len(shape))).difference(expanded), key=lambda dim: (strides[dim], -dim))
     return tuple(order), expanded

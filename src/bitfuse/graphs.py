@@ -423,8 +423,8 @@ def _is_value(v: Any) -> bool:
 class _Functions:
     """The functions that a model's forward may call, by identity: a capture recorded what those of its time did.
 
-    Those of PyTorch that are commonly patched, of the classes of the model's modules and processors, and of the Python
-    modules in which these are defined. 3,000 are looked at in 0.1 ms.
+    Those of PyTorch, of the classes of the model's modules and processors and of the Python modules in which these are
+    defined, whose names stand in the code of any of them. 1,000 are looked at in 0.15 ms.
     """
 
     KEPT = 16  # states remembered, with the functions in them: only of what lives is an identity worth something
@@ -440,19 +440,21 @@ class _Functions:
             v.__module__ for home in homes for v in _namespace(home).values() if isinstance(v, types.FunctionType)
         }
         homes |= {"torch", "torch.nn.functional"}
-        owners: list[Any] = [*map(vars, (*kinds, Tensor)), *(_namespace(home) for home in homes if home)]
+        spaces: list[Any] = [*map(vars, (*kinds, Tensor)), *(_namespace(home) for home in homes if home)]
+        called = {name for space in spaces for value in space.values() for name in _names_in(value)}
+        called |= {"forward", "__call__"}
         self._found: list[tuple[Any, tuple[str, ...]]] = []
-        for namespace in owners:
-            names = tuple(name for name, value in namespace.items() if callable(value) or isinstance(value, _WRAPPED))
-            self._found.append((namespace, names))
+        for space in spaces:
+            names = tuple(name for name in called.intersection(space) if _is_called(space[name]))
+            self._found.append((space, names))
         self._states: OrderedDict[int, list] = OrderedDict()
         self._number = 0
 
     def state(self) -> int:
         """A number for what they are now: the same one whenever they are that."""
-        now: list[Any] = [value for namespace, names in self._found for value in map(namespace.get, names)]
+        now: list[Any] = [value for space, names in self._found for value in map(space.get, names)]
         now += [value.__code__ for value in now if type(value) is types.FunctionType]
-        now += [len(namespace) for namespace, _ in self._found if type(namespace) is not dict]  # a class's
+        now += [len(space) for space, _ in self._found if type(space) is not dict]  # a class's: one may hide another
         for number, then in reversed(self._states.items()):
             if now == then:
                 return number
@@ -463,7 +465,18 @@ class _Functions:
         return self._number
 
 
-_WRAPPED = (staticmethod, classmethod, property)
+def _is_called(value: Any) -> bool:
+    return callable(value) or isinstance(value, (staticmethod, classmethod, property))
+
+
+def _names_in(value: Any) -> Iterator[str]:
+    """The global names and the attributes that a function's code names, if it is one in Python."""
+    value = getattr(value, "__func__", getattr(value, "fget", value))
+    codes = [value.__code__] if isinstance(value, types.FunctionType) else []
+    while codes:
+        code = codes.pop()
+        yield from code.co_names
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
 
 
 def _namespace(module: str) -> dict[str, Any]:

@@ -408,8 +408,8 @@ def _print_tiers(console: Console, result: Result) -> None:
     emulated = {(one.operator, one.tier) for one in result.tiers if one.against == "emulation"}
     if emulated:
         console.print(
-            f"{len(emulated)} tiers add up rows in the order of ATen's CUDA kernels. On this CPU ATen adds in another, "
-            "so they were held against that order, emulated, and calls here are served by the next tier."
+            f"{len(emulated)} tiers add up rows in the order of ATen's CUDA kernels. Where they ran on a CPU, on which "
+            "ATen adds in another, they were held against that order, emulated."
         )
     declined = [one for one in result.tiers if one.outcome == "declined"]
     for (name, tier, why), n in Counter((one.operator, one.tier, one.reason) for one in declined).items():
