@@ -169,7 +169,7 @@ def test_a_guarded_output_is_aligned_and_laid_out_as_its_own():
 
 @pytest.mark.parametrize("rows", [1, 1 << 20, 1 << 40])
 def test_a_write_far_outside_in_the_interpreter_ends_no_process(rows, fresh_routes):
-    edits = (("tl.store(sum_ptr + start + lane,", f"tl.store(sum_ptr + start + lane + {rows} * N,"),)
+    edits = (("tl.store(sum_ptr + start + lane,", f"tl.store(sum_ptr + start + lane + {rows} * 640,"),)
     (case,) = mutation.layouts(GATED_RESIDUAL)
     args = case.arguments(CPU)
     verdict = proof.run_battery(

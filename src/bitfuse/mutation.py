@@ -226,7 +226,7 @@ class _Function:
         if any(_called(n, "program_id") or _called(n, "load") for n in ast.walk(node)):
             return False
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - {"tl", "lane"}
-        loops = {n.target.id for n in self.body if isinstance(n, ast.For) and isinstance(n.target, ast.Name)}
+        loops = {self.text(n.target) for n in self.body if isinstance(n, ast.For)}
         given = {a.arg for a in self.tree.args.args if a.annotation and "constexpr" in self.text(a.annotation)}
         made = names - loops - given
         return all(name in self.assigned and all(map(self.in_row, self.assigned[name])) for name in made)
