@@ -1,4 +1,4 @@
-"""What a reference calls is found by itself, and noticed when it is replaced; code is told from the code in its file."""
+"""What a reference calls is found by itself and noticed when replaced; code is told from the code in its file."""
 
 from __future__ import annotations
 

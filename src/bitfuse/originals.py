@@ -36,7 +36,8 @@ class Originals:
     entries    (owner, attribute name, label): (torch.nn.functional, "rms_norm", "torch.nn.functional.rms_norm").
                AttributeError where one is not there. Of a Python function, its code and defaults count as well
 
-    `difference` takes 2 us for 100 entries on a desktop CPU (2026-11-28).
+    `difference` takes 1.0 to 1.7 us for the 26 entries of all operators together and 5 us for 100, of which 30 are
+    Python functions of `torch.nn.functional` (two loaded CPU cores, 2026-11-28).
     """
 
     def __init__(self, entries: Iterable[Entry]):
@@ -51,34 +52,42 @@ class Originals:
                 labels.update({f"{name}.{part}": label for part in _parts(found)})
                 if found.__kwdefaults__:
                     self._keyword_defaults.append((found.__kwdefaults__, dict(found.__kwdefaults__), label))
-        self._groups = []
+        self._groups: list[tuple[Callable[..., Any], Any, Any, dict[str, str]]] = []  # getter, of what, value, labels
         for owner, labels in names.values():
-            get = operator.attrgetter(*labels, next(iter(labels)))  # two names at least, so that it gives a tuple
-            self._groups.append((get, owner, get(owner), labels))
+            own = vars(owner) if isinstance(owner, types.ModuleType) else {}  # three times as fast as by attribute
+            in_dict = {name: label for name, label in labels.items() if name in own}
+            others = {name: label for name, label in labels.items() if name not in own}
+            for getter, of, some in ((operator.itemgetter, own, in_dict), (operator.attrgetter, owner, others)):
+                if some:
+                    get = getter(*some, next(iter(some)))  # two names at least, so that it gives a tuple
+                    self._groups.append((get, of, get(of), some))
 
     def difference(self) -> str | None:
         """The label of the first that is not as it was, or None."""
-        try:
-            for get, owner, before, labels in self._groups:
-                if get(owner) != before:  # of what is the same object, a tuple asks no further
-                    return self._first(owner, before, labels)
-        except AttributeError:  # gone, or now of a kind that has no code of its own
-            return self._first(owner, before, labels)
+        for get, of, before, labels in self._groups:
+            try:
+                if get(of) == before:  # of what is the same object, a tuple asks no further
+                    continue
+            except (AttributeError, KeyError):  # gone, or now of a kind that has no code of its own
+                pass
+            return _first(of, before, labels)
         if self._keyword_defaults:
             for now, kept, label in self._keyword_defaults:  # a dictionary, which can be changed in place
                 if now.keys() != kept.keys() or any(now[name] is not kept[name] for name in kept):
                     return label
         return None
 
-    def _first(self, owner: Any, before: tuple[Any, ...], labels: dict[str, str]) -> str:
-        for (name, label), was in zip(labels.items(), before, strict=False):
-            try:
-                same = operator.attrgetter(name)(owner) is was
-            except AttributeError:
-                same = False
-            if not same:
-                return label
-        return next(iter(labels.values()))
+
+def _first(of: Any, before: tuple[Any, ...], labels: dict[str, str]) -> str:
+    """The label of the first of these names that is not as before, in a dictionary or of an object."""
+    for (name, label), was in zip(labels.items(), before, strict=False):
+        try:
+            now = of[name] if isinstance(of, dict) else operator.attrgetter(name)(of)
+        except (AttributeError, KeyError):
+            return label
+        if now != was:
+            return label
+    return next(iter(labels.values()))
 
 
 # -- what a reference calls ----------------------------------------------------------------------------------------
