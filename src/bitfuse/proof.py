@@ -11,7 +11,6 @@ verdict of another thread can cover it.
 from __future__ import annotations
 
 import math
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -277,7 +276,7 @@ def of_the_moment(error: BaseException) -> bool:
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
-        if isinstance(cause, _MOMENTARY):
+        if isinstance(cause, _MOMENTARY) or type(cause).__module__ == "subprocess":
             return True
         if isinstance(cause, RuntimeError) and any(words in str(cause).lower() for words in _NO_MEMORY):
             return True
@@ -286,8 +285,9 @@ def of_the_moment(error: BaseException) -> bool:
     return False
 
 
-# A compiler that was killed or had no disk is a SubprocessError; how deep the caller's stack is, is of the moment, too.
-_MOMENTARY = (torch.OutOfMemoryError, MemoryError, OSError, subprocess.SubprocessError, RecursionError)
+# How deep the caller's stack is, is of the moment, too; a compiler that was killed or had no disk raises an error of
+# Python's `subprocess`, which no module here imports.
+_MOMENTARY = (torch.OutOfMemoryError, MemoryError, OSError, RecursionError)
 _NO_MEMORY = ("allocate memory", "defaultcpuallocator", "out of memory", "not enough memory", "cannot allocate")
 
 
