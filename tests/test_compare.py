@@ -232,7 +232,7 @@ def test_one_wrong_call_of_one_kernel_is_found_and_said(compare, latents, monkey
 
 @pytest.mark.usefixtures("launched_as_reference")
 def test_trace_names_the_site_of_a_wrong_kernel(compare, latents, monkeypatch, tmp_path):
-    stock, plant = HEAD_GATE.route, Plant()
+    stock, plant = HEAD_GATE.routed, Plant()
 
     def route(*args):
         found = stock(*args)
@@ -254,7 +254,7 @@ def test_trace_names_the_site_of_a_wrong_kernel(compare, latents, monkeypatch, t
 
     stock_call = Site.call
     monkeypatch.setattr(Site, "call", call)
-    monkeypatch.setattr(HEAD_GATE, "route", route)
+    monkeypatch.setattr(HEAD_GATE, "routed", route)
     result, printed = compare(random_weights="ltx-2.3", layers=1, steps=2, size="64x32", frames=9, trace=True)
     plant.must_show(*latents)  # a comparison whose latents are equal traces nothing
     assert result.exit_code == 1

@@ -337,7 +337,7 @@ def test_gradients_are_the_host_s_own():
 # -- seams -------------------------------------------------------------------------------------------------------------
 
 
-_UNREPLACED = SimpleNamespace(why_stock=lambda kind: None)  # a `Model` of which nothing was replaced
+_UNREPLACED = SimpleNamespace(why_stock=lambda kind: None, parts=0)  # a `Model` of which nothing was replaced
 
 
 def test_callables_keep_to_the_protocols_of_the_seams():

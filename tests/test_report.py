@@ -88,6 +88,7 @@ def test_the_dictionary_is_json_and_complete():
         "state": "fused",
         "calls_fused": 3,
         "calls_fallen_back": 0,
+        "calls_compiling": 0,
         "reasons": [],
         "tiers": ["one pass"],
     }
@@ -327,8 +328,10 @@ def test_all_options_are_compared_with_those_in_force(model):
             with pytest.raises(ValueError, match=rf"accelerated already, with .*; given .*{name}="):
                 bitfuse.accelerate(model, **{name: value})
         assert bitfuse.accelerate(model, require=[]) is handle
+        handle.restore()
     with bitfuse.accelerated(model, require=["*.norm1"]) as handle:
         assert bitfuse.accelerate(model, require=("*.norm1",)) is handle
+        handle.restore()  # as it was asked for inside the block, it would stay
 
 
 def test_one_line_is_logged_and_names_the_off_switch(model, caplog):

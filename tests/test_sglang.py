@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import pathlib
 from importlib.metadata import EntryPoint
 
@@ -17,6 +16,7 @@ from bitfuse import OPERATORS
 from bitfuse.hosts import sglang_plugin
 from bitfuse.kernel import interpreter
 from bitfuse.ops.modulate import MODULATE
+from bitfuse.swap import ours_in
 from sglang_host import V23, feed, make
 
 BF16 = torch.bfloat16
@@ -387,15 +387,16 @@ def test_tensor_parallel_norms_are_declined_and_the_rest_is_fused(models, upstre
 def test_modules_that_are_not_sglangs_own_are_left_alone(upstream):
     model = make()
     first, second = model.transformer_blocks
-    first.__class__ = type("FSDPLTX2TransformerBlock", (type(first),), {})
-    second.attn1.__class__ = type("Theirs", (type(second.attn1),), {})
-    second.attn2.forward = second.attn2.forward
+    kind, attention, forward = type(first), type(second.attn1), second.attn2.forward
+    first.__class__ = type("Mine", (kind,), {"forward": lambda self, *a, **k: kind.forward(self, *a, **k)})
+    second.attn1.__class__ = type("Theirs", (attention,), {"forward": lambda *a, **k: attention.forward(*a, **k)})
+    second.attn2.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     fed = feed(model)
     stock = model(**fed)
     with bitfuse.accelerated(model) as handle:
         assert same(stock, model(**fed))
         assert len(states(handle)["left alone"]) == 10 + 2
-        assert any("FSDPLTX2TransformerBlock, not SGLang's own" in reason for reason in reasons(handle))
+        assert any("Mine, not SGLang's own, and has a forward of its own" in reason for reason in reasons(handle))
         assert "a hook or a wrapper has replaced the attention's forward, and is left in place" in reasons(handle)
 
 
@@ -414,12 +415,9 @@ def test_a_copy_of_an_accelerated_module_is_a_stock_one(models, upstream):
             (model.transformer_blocks[0], upstream.LTX2TransformerBlock),
             (model.transformer_blocks[0].attn1, upstream.LTX2Attention),
         ):
-            assert type(module) is not stock
-            assert isinstance(module, stock)
-            assert type(module).__name__ == stock.__name__
-            other = copy.copy(module)  # a deep one fails in SGLang itself: its linears hold a process group
-            assert type(other) is stock
-            assert "_bitfuse" not in vars(other)
+            assert type(module) is stock
+            function, arguments = ours_in(module).__reduce_ex__(4)  # what a deep copy holds in its place, by itself
+            assert (function, arguments) == (getattr, (module, "forward"))
 
 
 @pytest.mark.parametrize("option", ["keep_text", "cuda_graph"])
@@ -492,13 +490,13 @@ def test_sglangs_loader_runs_the_plug_in_and_the_first_forward_is_accelerated(mo
         plugins.apply_plugin_hooks()
         with torch.inference_mode(), torch.autocast("cpu", dtype=BF16):
             assert same(stock, model(**fed))
-        taken = type(model.transformer_blocks[0]) is not upstream.LTX2TransformerBlock
+        taken = ours_in(model.transformer_blocks[0]) is not None
         assert taken == asked
         if asked:
             with bitfuse.accelerate(model) as handle:  # the one that is in force
                 assert states(handle)["not called yet"] == {rotary("2.0")}
             assert same(stock, model(**fed))
-            assert type(model.transformer_blocks[0]) is upstream.LTX2TransformerBlock  # once restored it stays so
+            assert ours_in(model.transformer_blocks[0]) is None  # once restored it stays so
     finally:
         plugins.HookRegistry.reset()
         plugins._reset_lifecycle_for_tests()

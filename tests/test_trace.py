@@ -579,7 +579,7 @@ def ltx():
 def plant(monkeypatch, operator, site, element, output=None):
     """One element of one output of the operator, a unit off in its last place, at its `site`-th call of each pass."""
     calls = []
-    decide = operator.route
+    decide = operator.routed
 
     def route(*args):
         found = copy.copy(decide(*args))
@@ -595,7 +595,7 @@ def plant(monkeypatch, operator, site, element, output=None):
             found.run = wrong
         return found
 
-    monkeypatch.setattr(operator, "route", route)
+    monkeypatch.setattr(operator, "routed", route)
 
     @contextlib.contextmanager
     def around(model):

@@ -141,9 +141,9 @@ def _region(t: Tensor) -> tuple[int, int, tuple[tuple[int, int], ...]]:
 
 @contextlib.contextmanager
 def fused_calls() -> Iterator[list[tuple[str, int]]]:
-    """Within this block every fused call is noted: its operator's name, and the bytes that it must move."""
+    """Within this block every fused call of a site is noted: its operator's name, and the bytes that it must move."""
     calls: list[tuple[str, int]] = []
-    stock = Operator.route
+    stock = Operator.routed
 
     def noting(self: Operator, *args: Any) -> Route:
         route = stock(self, *args)
@@ -157,11 +157,11 @@ def fused_calls() -> Iterator[list[tuple[str, int]]]:
 
         return replace(route, run=run)
 
-    Operator.route = noting  # type: ignore[method-assign]
+    Operator.routed = noting  # type: ignore[method-assign]
     try:
         yield calls
     finally:
-        Operator.route = stock  # type: ignore[method-assign]
+        Operator.routed = stock  # type: ignore[method-assign]
 
 
 def typical(sizes: list[int]) -> int:

@@ -56,6 +56,7 @@ class Model:
         self._foreign = self._find_foreign()
         self._here = threading.local()  # .forward: the latest of this thread, which may be over
         self._forwards: list[_UnderWay] = []
+        self.parts = 0  # of ours that stand in it
         handle.models.append(self)
 
     @property
@@ -161,7 +162,7 @@ class ModelForward(Forward):
     @classmethod
     def install(cls, module: Any, model: Model) -> None:
         """Where somebody has wrapped the forward that stays, and each part looks by itself."""
-        if innermost(module) is not None:
+        if model.parts and innermost(module) is not None:
             model.handle.put(module, cls(module, model))
 
 
@@ -179,6 +180,7 @@ class Part(Forward):
     def __init__(self, module: Any, model: Model, sites: Sequence[Site] = ()):
         super().__init__(module)
         self.model, self.sites = model, sites
+        model.parts += 1
 
     @property
     def ended(self) -> bool:
@@ -231,16 +233,22 @@ class Block(Part):
 
 def own(owner: Any, name: str) -> bool:
     """Whether the function that stands under this name comes from the package of its owner, a module or a class: a
-    wrapper that somebody has put there does not, nor does a function whose code was replaced."""
+    wrapper that somebody has put there does not, nor does a function whose code was replaced. One of bitfuse's own does
+    no harm: `bitfuse.trace` listens at `torch.nn.Module.__call__`."""
     package = (owner.__name__ if isinstance(owner, types.ModuleType) else owner.__module__).partition(".")[0]
     found = inspect.getattr_static(owner, name)
     found = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
     if not isinstance(found, types.FunctionType):
         names = {name, name.strip("_")}  # torch.Tensor.__neg__ is TensorBase.neg
         return any(is_own(found, sys.modules[package], name) for name in names)
-    home = getattr(sys.modules.get(package), "__path__", ())
+    home = [*getattr(sys.modules.get(package), "__path__", ()), os.path.dirname(os.path.dirname(__file__))]
     inside = any(found.__code__.co_filename.startswith(f"{folder}{os.sep}") for folder in home)
     return inside and source_of(found) is not None
+
+
+def watched() -> bool:
+    """Whether a mode sees every PyTorch op (FakeTensorMode, say), under which a host's function can't be tried."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def of_operators(operators: Iterable[Operator]) -> list[Entry]:

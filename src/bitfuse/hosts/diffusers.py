@@ -32,6 +32,7 @@ from bitfuse.hosts.common import (
     models_in,
     of_operators,
     rotary_difference,
+    watched,
     weights_of,
 )
 from bitfuse.hosts.constant import Constant, Prelude
@@ -99,8 +100,8 @@ class Attention(Part):
         if more := kwargs.keys() - found[0] - _SHARED:
             return f"{', '.join(sorted(more))} is given, which {type(processor).__name__} does not take"
         if self._unchecked:
-            if (reason := next(around(), None)) is not None:
-                return reason
+            if watched():
+                return next(around(), None)
             if difference := _difference(attn):
                 return difference
             self._unchecked = False
@@ -349,7 +350,7 @@ def _take_over(name: str, attn: Any, model: Model) -> None:
     operator = _QK_OPERATORS.get(attn.rope_type, QK_RMS_NORM) if "attn2" not in name else QK_RMS_NORM
     site = Site(name, operator.name)
     model.handle.sites.append(site)
-    unchecked = next(around(), None) is not None  # a mode, say: the functions can't be tried under it
+    unchecked = watched()
     site.declined = next(_why_left_alone(attn), None) or (None if unchecked else _difference(attn))
     gate_site = Site(f"{name}.gate", HEAD_GATE.name, site.declined)
     if getattr(attn, "to_gate_logits", None) is not None:

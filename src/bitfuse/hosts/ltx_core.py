@@ -32,6 +32,7 @@ from bitfuse.hosts.common import (
     models_in,
     of_operators,
     rotary_difference,
+    watched,
     weights_of,
 )
 from bitfuse.hosts.ltx_core_block import Seam, ops, why_seam_stays
@@ -134,9 +135,10 @@ class PreAttention(Seam):
         if pe is None:
             return
         if self._unchecked:
-            if (reason := next(around(), None) or _difference(attn)) is not None:
+            reason = next(around(), None) if watched() else _difference(attn)
+            self._unchecked = watched()
+            if reason is not None:
                 yield reason
-            self._unchecked = False
         if self._own_batch and attn.rope_type.value == "split":  # tables of another batch are an error there
             for x, (cos, _) in ((q, pe), (k, k_pe or pe)):
                 if cos.shape[0] != x.shape[0]:
@@ -310,7 +312,7 @@ def _attentions(transformer: Any) -> Iterator[tuple[str, Any, Any]]:
 
 def _take_over(block: Any, attn: Any, site: Site, gate_site: Site, model: Model) -> None:
     reason = next(_why_left_alone(block, attn), None)
-    unchecked = next(around(), None) is not None  # a mode, say: the functions can't be tried under it
+    unchecked = watched()
     if ops is None:  # one forward, so both or neither
         site.declined = gate_site.declined = reason or next(_why_not_turned(attn, unchecked), None)
         if site.declined is None:

@@ -335,6 +335,7 @@ class Seam:
 
     def __init__(self, site: Site, stock: Any, model: Model):
         self.site, self.stock, self.model = site, stock, model
+        model.parts += 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
