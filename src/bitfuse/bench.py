@@ -96,7 +96,7 @@ def run(
             add(part, [audit(console, (tokens or [6144])[0], layers, rounds or _ROUNDS, version)])
             _forget()
         else:
-            add(part, [first_step(console, version, (tokens or [6144])[0], layers or 4)])
+            add(part, [first_step(console, version, (tokens or [6144])[0], layers or 8)])
     return document
 
 
@@ -642,7 +642,7 @@ def audit(
 _FIRST_STEPS = ("stock", "empty caches", "warm caches", "stock, again")
 
 
-def first_step(console: Console, version: str = "2.0", tokens: int = 6144, layers: int = 4) -> dict[str, Any]:
+def first_step(console: Console, version: str = "2.0", tokens: int = 6144, layers: int = 8) -> dict[str, Any]:
     """From before `accelerate` to the end of the first step, each in a fresh process, beyond what stock takes.
 
     Building and proving kernels doesn't depend on the number of layers, which all use the same: a few are enough.

@@ -292,7 +292,7 @@ def bench(
     ] = None,
     op: Annotated[list[str] | None, typer.Option(help="Only these operators; default: all.")] = None,
     tokens: Annotated[list[int] | None, _whole("Video tokens of a step, one or several.")] = None,
-    layers: Annotated[int | None, _whole("Layers; default: as many as fit (first-step: 4).", 1)] = None,
+    layers: Annotated[int | None, _whole("Layers; default: as many as fit (first-step: 8).", 1)] = None,
     rounds: Annotated[int | None, _whole("Turns of each way to run the model, 1.5 s each.", 2)] = None,
     ltx: Annotated[str, typer.Option(help="LTX-2 version of the model: 2.0, 2.3 or 2.5.")] = "2.0",
     image_to_video: Annotated[bool, typer.Option("--image-to-video", help="Per-token timesteps in the model.")] = False,

@@ -237,7 +237,8 @@ def generated(
     """The generated mutants of these operators, judged. deep: on a GPU all of those that it runs itself."""
     for operator, sites in mutation.chosen(operators, _further(device, deep)).items():
         for site in sites:
-            yield operator, site, mutation.judge(operator, site, device)
+            if site.kind != mutation.WIDTH or far.cases(operator):  # an operator with no case of such offsets has none
+                yield operator, site, mutation.judge(operator, site, device)
 
 
 def _further(device: torch.device | str, deep: bool) -> set[str]:
