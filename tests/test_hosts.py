@@ -701,7 +701,7 @@ def test_a_second_stream_is_used_where_nobody_is_called_along_the_way(host_model
     model, _ = host_model
     with bitfuse.accelerated(model):
         block = getattr(model, "transformer_blocks", [None])[0]
-        ours = ours_in(block)
+        ours = None if block is None else ours_in(block)
         if not hasattr(ours, "_beside"):
             pytest.skip("this host's blocks run on one stream")
         quiet = functools.partial(ours._is_quiet, block) if hasattr(ours, "_is_quiet") else ours._quiet

@@ -37,8 +37,7 @@ def references_for_kernels(monkeypatch):
     monkeypatch.setattr(Operator, "_runner", lambda self, plan, args: self.reference)
     monkeypatch.setattr(proof, "run_battery", lambda *args, **kwargs: proof.Verdict(True, "equal"))
     yield
-    left, hosts._active = dict(hosts._active), type(hosts._active)()
-    for handle in left.values():
+    for handle in list(hosts._active.values()):
         handle.finish()
 
 

@@ -109,7 +109,8 @@ def test_a_kernel_that_does_not_compile_is_a_reason_where_it_is_proved(model_and
 
     monkeypatch.setattr(Plan, "compile", fails)
     with bitfuse.accelerate(model) as handle:
-        assert bitfuse.compare(expected, step()) is None
+        for _ in range(2):
+            assert bitfuse.compare(expected, step()) is None
         assert handle.report().fused == handle.report().seen
 
 

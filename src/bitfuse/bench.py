@@ -579,7 +579,7 @@ def _print(console: Console, row: dict[str, Any]) -> None:
         classes = ", ".join(f"{name} {ms[name]:.1f}" for name in ("matmul", "attention", "other"))
         lines.append(f"kernels of {way}, ms: {classes}; {ms['launches']} launches")
     if "floor" not in row and not row["mismatch"]:
-        lines.append("no floor: no fused call went through Operator.routed, where their bytes are counted")
+        lines.append("no floor: no fused call was made whose bytes could be counted")
     elif "floor" in row:
         floor = row["floor"]
         graph = f", {row['of_floor']['graph']:.3f}x with the graph" if "graph" in row["of_floor"] else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 import statistics
@@ -141,12 +142,12 @@ def _region(t: Tensor) -> tuple[int, int, tuple[tuple[int, int], ...]]:
 
 @contextlib.contextmanager
 def fused_calls() -> Iterator[list[tuple[str, int]]]:
-    """Within this block every fused call of a site is noted: its operator's name, and the bytes that it must move."""
+    """Within this block every fused call is noted: its operator's name, and the bytes that it must move."""
     calls: list[tuple[str, int]] = []
-    stock = Operator.routed
+    stock = Operator.route, Operator.routed
 
-    def noting(self: Operator, *args: Any) -> Route:
-        route = stock(self, *args)
+    def noting(self: Operator, way: Callable[..., Route], *args: Any) -> Route:
+        route = way(self, *args)
         if not route.fused:
             return route
 
@@ -157,11 +158,11 @@ def fused_calls() -> Iterator[list[tuple[str, int]]]:
 
         return replace(route, run=run)
 
-    Operator.routed = noting  # type: ignore[method-assign]
+    Operator.route, Operator.routed = (functools.partialmethod(noting, way) for way in stock)  # type: ignore
     try:
         yield calls
     finally:
-        Operator.routed = stock  # type: ignore[method-assign]
+        Operator.route, Operator.routed = stock  # type: ignore[method-assign]
 
 
 def typical(sizes: list[int]) -> int:
