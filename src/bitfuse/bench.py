@@ -441,7 +441,7 @@ def _mounted(trial: _Trial, model: Any, expected: Any) -> list[str]:
 
 
 def _graph(trial: _Trial, model: Any, expected: Any, undo: contextlib.ExitStack, options: dict[str, Any]) -> Any:
-    """The model's forward: a `GraphedForward`, its graph captured. The graph's pool of memory counts to the peak."""
+    """The model's `GraphedForward`, its graph captured. The graph's pool of memory counts to the peak."""
     import bitfuse
 
     before = reserved()
@@ -453,10 +453,11 @@ def _graph(trial: _Trial, model: Any, expected: Any, undo: contextlib.ExitStack,
     trial.judge(expected, out)
     trial.peak = held + peak
     _check_fused(trial, handle)
-    if not getattr(model.forward, "replays", 0):
-        reasons = "; ".join(getattr(model.forward, "reasons", ())) or "the model's forward has none"
+    graph = next(iter(handle.graphs), None)
+    if graph is None or not graph.replays:
+        reasons = "; ".join(graph.reasons if graph is not None else ()) or "the model has none"
         trial.reason = trial.reason or f"no graph was replayed: {reasons}"
-    return model.forward
+    return graph
 
 
 def _check_fused(trial: _Trial, handle: Any) -> None:
