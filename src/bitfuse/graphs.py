@@ -443,16 +443,16 @@ class _Functions:
         spaces: list[Any] = [*map(vars, (*kinds, Tensor)), *(_namespace(home) for home in homes if home)]
         called = {name for space in spaces for value in space.values() for name in _names_in(value)}
         called |= {"forward", "__call__"}
-        self._found: list[tuple[Any, tuple[str, ...]]] = []
+        self._found: list[tuple[Any, Callable[[Any], tuple[Any, ...]]]] = []
         for space in spaces:
-            names = tuple(name for name in called.intersection(space) if _is_called(space[name]))
-            self._found.append((space, names))
+            if names := [name for name in called.intersection(space) if _is_called(space[name])]:
+                self._found.append((space, itemgetter(*names, names[0])))  # two at least, so that it gives a tuple
         self._states: OrderedDict[int, list] = OrderedDict()
         self._number = 0
 
     def state(self) -> int:
-        """A number for what they are now: the same one whenever they are that."""
-        now: list[Any] = [value for space, names in self._found for value in map(space.get, names)]
+        """A number for what they are now: the same one whenever they are that. KeyError where one is gone."""
+        now: list[Any] = [value for space, get in self._found for value in get(space)]
         now += [value.__code__ for value in now if type(value) is types.FunctionType]
         now += [len(space) for space, _ in self._found if type(space) is not dict]  # a class's: one may hide another
         for number, then in reversed(self._states.items()):
@@ -666,7 +666,10 @@ class GraphedForward:
         if self._watch.devices - {parts.tensors[0].device}:
             return f"{parts.names[0]} is on {parts.tensors[0].device} and the weights are not"
         settings = self._host_settings() if self._host_settings else None
-        functions = self._watch.functions.state()
+        try:
+            functions = self._watch.functions.state()
+        except KeyError as gone:
+            return f"a function that the forward may call, {gone}, is gone"
         key = (len(args), tuple(kwargs), tuple(parts.key), _settings(), settings, functions)
 
         def rebuild(tensors: list[Tensor]) -> tuple[tuple, dict]:

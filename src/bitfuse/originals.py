@@ -44,8 +44,11 @@ class Originals:
                 functions[found] = label
         self._found = []
         for holder, labels in holders.values():
-            get, names = vars(holder).get, tuple(labels)
-            self._found.append((get, names, tuple(map(get, names)), tuple(labels.values())))
+            space = vars(holder)
+            there = [name for name in labels if name in space]
+            absent = frozenset(labels).difference(there)  # of a class: one that it is derived from has it
+            get = operator.itemgetter(*there, there[0]) if there else _nothing  # two at least, so that it gives a tuple
+            self._found.append((space, get, get(space), absent, labels))
         # of functions in Python, what may be replaced in place
         self._functions, self._labels = tuple(functions), tuple(functions.values())
         self._codes = [function.__code__ for function in functions]
@@ -55,11 +58,14 @@ class Originals:
 
     def difference(self) -> str | None:
         """The label of the first that is not as it was, or None."""
-        for get, names, before, labels in self._found:
-            if not all(map(operator.is_, map(get, names), before)):
-                return next(
-                    label for label, name, was in zip(labels, names, before, strict=True) if get(name) is not was
-                )
+        for space, get, before, absent, labels in self._found:
+            try:
+                if all(map(operator.is_, get(space), before)) and space.keys().isdisjoint(absent):
+                    continue
+            except KeyError:  # gone
+                pass
+            there = dict(zip((name for name in labels if name not in absent), before, strict=False))
+            return next(label for name, label in labels.items() if space.get(name) is not there.get(name))
         codes = [function.__code__ for function in self._functions]
         defaults = [function.__defaults__ for function in self._functions]
         if not all(map(operator.is_, codes, self._codes)) or not all(map(operator.is_, defaults, self._defaults)):
@@ -69,6 +75,10 @@ class Originals:
             if keywords.keys() != kept.keys() or any(keywords[name] is not kept[name] for name in kept):
                 return label
         return None
+
+
+def _nothing(space: Any) -> tuple[Any, ...]:
+    return ()
 
 
 def _asked(owner: Any, name: str) -> list[Any]:
