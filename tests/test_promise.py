@@ -133,6 +133,112 @@ def test_code_that_is_replaced_is_the_one_that_runs(place, when, monkeypatch):
         assert all("is not a source that bitfuse knows" in reason for reason in left)
 
 
+SAME_PACKAGE = {
+    "another method": (torch.nn.RMSNorm, "forward", lambda: torch.nn.Identity.forward),
+    "another function": (torch, "sigmoid", lambda: torch.nn.functional.hardsigmoid),
+    "a norm's __call__": (torch.nn.RMSNorm, "__call__", lambda: scaled(torch.nn.Module.__call__)),
+    "a norm's _call_impl": (torch.nn.RMSNorm, "_call_impl", lambda: scaled(torch.nn.Module._call_impl)),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", SAME_PACKAGE)
+def test_what_comes_from_the_same_package_is_a_replacement_too(what, when, monkeypatch):
+    model, _, step = build(version="2.3")
+    owner, name, other = SAME_PACKAGE[what]
+    stock = step()
+    if when == "before":
+        monkeypatch.setattr(owner, name, other(), raising=False)
+    with bitfuse.accelerated(model) as handle:
+        if when == "after":
+            step()
+            monkeypatch.setattr(owner, name, other(), raising=False)
+        found = step()
+        assert any(name in reason and "was replaced" in reason for reason in reasons(handle))
+    assert bitfuse.compare(step(), found) is None
+    assert bitfuse.compare(stock, found) is not None
+
+
+def _own_get_mod_params(model):
+    block = model.transformer_blocks[0]
+    stock = type(block).get_mod_params
+    block.get_mod_params = lambda *args, **kwargs: tuple(t * 1.5 for t in stock(*args, **kwargs))
+
+
+def _own_call_impl(model):
+    norm = model.transformer_blocks[0].norm1
+    norm._call_impl = lambda x: type(norm).forward(norm, x) * 1.5
+
+
+def _derived_call(model):
+    norm = model.transformer_blocks[0].attn1.norm_q
+    norm.__class__ = type("Mine", (type(norm),), {"__call__": lambda self, x: torch.nn.Module.__call__(self, x) * 1.5})
+
+
+@pytest.mark.parametrize("change", [_own_get_mod_params, _own_call_impl, _derived_call])
+def test_what_one_module_has_of_its_own_is_what_runs(change, model_and_step):
+    model, step = model_and_step
+    stock = step()
+    with bitfuse.accelerated(model):
+        step()
+        change(model)
+        found = step()
+    assert bitfuse.compare(step(), found) is None
+    assert bitfuse.compare(stock, found) is not None
+
+
+def test_a_norm_with_a_backward_hook_is_called(model_and_step):
+    model, step = model_and_step
+    called = []
+    model.transformer_blocks[0].attn1.norm_q.register_full_backward_hook(lambda *_: called.append(1))
+    with bitfuse.accelerated(model) as handle:
+        step()
+        assert any("a hook is attached to norm_q" in reason for reason in reasons(handle))
+
+
+def test_a_forward_of_a_class_that_is_no_function(monkeypatch):
+    """A mock, say: Python does not bind it."""
+    model, _, step = build()
+    attention, forward = upstream.LTX2Attention, upstream.LTX2Attention.forward
+    answers = []
+
+    class Mock:
+        def __call__(self, *args, **kwargs):
+            answers.append(args)
+            return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+    with bitfuse.accelerated(model):
+        monkeypatch.setattr(attention, "forward", Mock())
+        found = step()
+    ours = len(answers)
+    assert bitfuse.compare(step(), found) is None
+    assert len(answers) == 2 * ours
+    monkeypatch.setattr(attention, "forward", forward)
+
+
+def test_one_context_may_be_entered_twice(model_and_step):
+    model, _ = model_and_step
+    context = bitfuse.accelerated(model)
+    with context as handle:
+        with context as again:
+            assert again is handle
+        assert handle.on
+    assert not handle.on
+
+
+def test_coordinates_that_are_none_by_position(model_and_step):
+    """With cuda_graph they are made by the model's own rope, whichever it has by now."""
+    from bitfuse.hosts.diffusers import _with_coordinates
+
+    model, _ = model_and_step
+    x = torch.empty(1, 4, 16)
+    sizes = {"num_frames": 1, "height": 2, "width": 2, "audio_num_frames": 3}
+    made = _with_coordinates(model, {"hidden_states": x, "audio_hidden_states": x, "video_coords": None, **sizes})
+    assert set(made) == {"video_coords", "audio_coords"}
+    expected = model.rope.prepare_video_coords(1, 1, 2, 2, x.device, fps=24.0)
+    assert bitfuse.compare(expected, made["video_coords"]) is None
+
+
 def test_what_was_replaced_is_named_and_only_what_leaves_it_out_is_stock(monkeypatch):
     model, _, step = build(version="2.3")
     with bitfuse.accelerated(model) as handle:

@@ -535,8 +535,8 @@ class GraphedForward:
     on_capture       called with (args, kwargs) before a capture, for a host that prepares what the graph will read
     before_replay    called with (args, kwargs) after that and before each replay, to refresh such things in place
     settings         whatever else kernels are chosen by in the host, as a hashable value: part of the key
-    complete         given all arguments by their names, returns further ones, which the forward would otherwise make
-                     itself in a way that can't be captured (on the CPU, say)
+    complete         given the model and all arguments by their names, returns further ones, which the forward would
+                     otherwise make itself in a way that can't be captured (on the CPU, say)
     prelude          makes what notes the parts of a forward that need no replay while their inputs are the same, and
                      hands them to the capture: `bitfuse.hosts.constant.Prelude`
 
@@ -553,7 +553,7 @@ class GraphedForward:
         *,
         after: int = 1,
         settings: Callable[[], Hashable] | None = None,
-        complete: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        complete: Callable[[nn.Module, dict[str, Any]], dict[str, Any]] | None = None,
         prelude: Callable[[], Any] | None = None,
     ):
         if limit < 1 or after < 1:
@@ -623,9 +623,13 @@ class GraphedForward:
         if self._lock.locked():
             return self._eagerly("another call of this model is under way", args, kwargs)
         with self._lock:  # not acquired and released by hand: Ctrl-C between two lines would leave it held
-            if self._complete is not None and self._retired is None:
+            model = self._model()
+            if self._complete is not None and self._retired is None and model is not None:
                 given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-                kwargs = {**kwargs, **self._complete(given)}
+                made = self._complete(model, given)
+                positional = [made.pop(name, value) for name, value in zip(self._names, args, strict=False)]
+                args = (*positional, *args[len(positional) :])
+                kwargs = {**kwargs, **made}
             try:
                 call = self._look(args, kwargs)
                 if isinstance(call, str):

@@ -279,6 +279,11 @@ def source_of(function: Any) -> str | None:
     return "".join(inspect.getblock(_lines(code.co_filename)[first - 1 :]))
 
 
+def names_of(function: types.FunctionType) -> list[str]:
+    """The qualified names under which the function's file has the code that runs when it is called, if any."""
+    return [name for name, own in _in_file(function.__code__.co_filename) if _same(own, function.__code__)]
+
+
 def _lines(file: str) -> list[str]:
     linecache.checkcache(file)
     return linecache.getlines(file)

@@ -9,7 +9,6 @@ a copy or a pickle of the module the host's own forward stands in the place of o
 
 from __future__ import annotations
 
-import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -24,10 +23,10 @@ def named(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-@functools.lru_cache(maxsize=64)
-def _signature(function: Callable) -> inspect.Signature:
-    _, *parameters = (signature := inspect.signature(function)).parameters.values()
-    return signature.replace(parameters=parameters)
+def bound(module: Any) -> Callable[..., Any]:
+    """What stock would call as this module's forward, were there none of its own: its class's, as Python binds it."""
+    forward = type(module).forward
+    return forward.__get__(module) if hasattr(forward, "__get__") else forward
 
 
 class Forward:
@@ -43,7 +42,7 @@ class Forward:
     def __init__(self, module: torch.nn.Module):
         self._module = weakref.ref(module)  # held strongly, the module would only be freed by Python's collector
         self.own = type(module).forward
-        self.__signature__ = _signature(self.own)
+        self.__signature__ = inspect.signature(bound(module))
 
     @property
     def module(self) -> Any:
@@ -54,8 +53,7 @@ class Forward:
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
         """What the host would run now."""
-        module = self.module
-        return type(module).forward(module, *args, **kwargs)
+        return bound(self.module)(*args, **kwargs)
 
     @property
     def ended(self) -> bool:
@@ -73,7 +71,7 @@ def plain(module: Any) -> bool:
     """Whether what a call of the module runs is its class's forward: also where that was made an attribute, as
     accelerate leaves it when it removes a hook."""
     forward = module.__dict__.get("forward")
-    return forward is None or forward == type(module).forward.__get__(module)
+    return forward is None or forward == bound(module)
 
 
 Place = tuple[dict[str, Any], str]
@@ -92,7 +90,7 @@ def innermost(module: Any) -> Place | None:
     somebody has wrapped it in a way of their own."""
     if plain(module):
         return module.__dict__, "forward"
-    own = type(module).forward.__get__(module)
+    own = bound(module)
     for held, name in places(module):
         found = held.get(name)
         if found == own or (isinstance(found, Forward) and found.ended):
@@ -110,6 +108,10 @@ def hooked(module: Any) -> bool:
     """Whether somebody is called when this module is, or instead of it: torch's hooks, or a foreign forward."""
     found = module.__dict__
     if found["_forward_hooks"] or found["_forward_pre_hooks"] or hooked_everywhere():
+        return True
+    if found["_backward_hooks"] or found["_backward_pre_hooks"]:
+        return True
+    if "_call_impl" in found or found.get("_compiled_call_impl") is not None:
         return True
     forward = found.get("forward")
     return forward is not None and not isinstance(forward, Forward) and not plain(module)

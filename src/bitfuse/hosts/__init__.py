@@ -90,22 +90,21 @@ class Accelerated:
 
     def __init__(self, target: Any, options: Options):
         self._target, self._options = target, options
-        self._handle: Handle | None = None
+        self._handles: list[Handle] = []  # one for each time that it was entered
 
     def __enter__(self) -> Handle:
-        self._handle = _begin(self._target, self._options, user=self)
-        return self._handle
+        self._handles.append(_begin(self._target, self._options, user=self))
+        return self._handles[-1]
 
     def __exit__(self, *exception: object) -> None:
-        handle = self._handle
-        if handle is None:
-            return
-        with lock:
-            handle.users.discard(self)
-            last = not handle.users and not handle.pinned
-        if last:
-            handle.restore()
-        self._handle = None
+        handle = self._handles[-1]
+        if len(self._handles) == 1:
+            with lock:
+                handle.users.discard(self)
+                last = not handle.users and not handle.pinned
+            if last:
+                handle.restore()
+        self._handles.pop()
 
 
 def _begin(target: Any, options: Options, user: Accelerated | None = None) -> Handle:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from bitfuse import contract, proof
 from bitfuse.contract import Operator, Plan, Route
-from bitfuse.hosts.patch import COMPILING, Handle, Site
-from bitfuse.originals import Originals, is_own, source_of
-from bitfuse.swap import Forward, hooked, hooked_everywhere, innermost, named, ours_in, plain
+from bitfuse.hosts.patch import COMPILING, Handle, Site, ways
+from bitfuse.originals import Originals, is_own, names_of
+from bitfuse.swap import Forward, bound, hooked, hooked_everywhere, innermost, named, ours_in, plain
 
 Ada = tuple[Tensor, Tensor | None]  # an AdaLN value [B, T or 1, D] and the table row [D] that is added to it
 
@@ -35,6 +35,7 @@ def modulation(scale: Ada, shift: Ada) -> tuple[Tensor, Tensor, Tensor | None, T
 
 
 ENDED = "the acceleration was restored"
+Entry = tuple[Any, str, str]  # owner, name, what sentences call it
 
 
 class Model:
@@ -111,7 +112,6 @@ class Model:
         return frozenset(_keyed(entry)[0] for entry in self._originals.entries if not own(*entry[:2]))
 
 
-Entry = tuple[Any, str, str]
 _NO_REASONS: dict[str, str] = {}
 
 
@@ -205,7 +205,7 @@ class Part(Forward):
         if reason is not ENDED:
             for site in self.sites:
                 site.fall(reason)
-        return type(module).forward(module, *args, **kwargs)
+        return bound(module)(*args, **kwargs)
 
     def _another(self, module: Any) -> str | None:
         if type(module).forward is self.own:
@@ -232,18 +232,42 @@ class Block(Part):
 
 
 def own(owner: Any, name: str) -> bool:
-    """Whether the function that stands under this name comes from the package of its owner, a module or a class: a
-    wrapper that somebody has put there does not, nor does a function whose code was replaced. One of bitfuse's own does
-    no harm: `bitfuse.trace` listens at `torch.nn.Module.__call__`."""
-    package = (owner.__name__ if isinstance(owner, types.ModuleType) else owner.__module__).partition(".")[0]
+    """Whether the function that stands under this name is the one that its owner's package has there: a wrapper that
+    somebody has put there is not, nor another function of that package, nor one whose code was replaced.
+
+    One of bitfuse's own does no harm: `bitfuse.trace` listens at `torch.nn.Module.__call__`.
+    """
+    classes = owner.__mro__ if isinstance(owner, type) else ()
+    holder = next((kind for kind in classes if name in vars(kind)), owner)
+    package = (holder.__name__ if isinstance(holder, types.ModuleType) else holder.__module__).partition(".")[0]
     found = inspect.getattr_static(owner, name)
     found = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
     if not isinstance(found, types.FunctionType):
         names = {name, name.strip("_")}  # torch.Tensor.__neg__ is TensorBase.neg
-        return any(is_own(found, sys.modules[package], name) for name in names)
-    home = [*getattr(sys.modules.get(package), "__path__", ()), os.path.dirname(os.path.dirname(__file__))]
-    inside = any(found.__code__.co_filename.startswith(f"{folder}{os.sep}") for folder in home)
-    return inside and source_of(found) is not None
+        return any(is_own(found, sys.modules[package], one) for one in names)
+    code = found.__code__
+    if code.co_filename.startswith(os.path.dirname(os.path.dirname(__file__)) + os.sep):
+        return True
+    home = getattr(sys.modules.get(package), "__path__", ())
+    if not any(code.co_filename.startswith(f"{folder}{os.sep}") for folder in home):
+        return False
+    within = {kind.__name__ for kind in classes}
+    return any(_stands_for(qualname, found, name, within) for qualname in names_of(found))
+
+
+def _stands_for(qualname: str, function: types.FunctionType, name: str, classes: set[str]) -> bool:
+    """Whether a function that its file has under this qualified name is the one that is to be found as `name`."""
+    *outer, last = qualname.split(".")
+    if "<locals>" in outer:  # what a decorator of the package made; it keeps the name
+        return function.__name__ == name
+    alias = name == "__call__" and last == "_wrapped_call_impl"  # as torch.nn.Module has it
+    return (last == name or alias) and (not outer or outer[-1] in classes)
+
+
+def calls_of(kind: type, label: str) -> list[Entry]:
+    """The functions that are left out where a module of this class is not called."""
+    names = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+    return [(kind, name, f"{label}.{name}") for name in names]
 
 
 def watched() -> bool:
@@ -260,7 +284,7 @@ def of_operators(operators: Iterable[Operator]) -> list[Entry]:
 _CALLING_A_MODULE = [
     (torch.nn.Module, name, f"torch.nn.Module.{name}") for name in ("__call__", "_call_impl", "_wrapped_call_impl")
 ]
-_CALLING_A_MODULE.append((torch.nn.RMSNorm, "forward", "torch.nn.RMSNorm.forward"))
+_CALLING_A_MODULE += calls_of(torch.nn.RMSNorm, "torch.nn.RMSNorm")
 
 
 class Norms:
@@ -271,13 +295,15 @@ class Norms:
 
     def __init__(self, block: Any, names: Iterable[str]):
         norms = {name: getattr(block, name) for name in names}
-        self._norms = [(name, norm, norm.__dict__, type(norm).forward, norm.eps) for name, norm in norms.items()]
+        self._norms = [(name, norm, norm.__dict__, type(norm), norm.eps) for name, norm in norms.items()]
 
     def changed(self, block: Any) -> str | None:
         """Why the norms must be called, if so."""
         children = block._modules
-        for name, norm, attributes, forward, eps in self._norms:
-            if children.get(name) is not norm or type(norm).forward is not forward or attributes.get("eps") != eps:
+        for name, norm, attributes, kind, eps in self._norms:
+            if children.get(name) is not norm or attributes.get("eps") != eps:
+                return f"{name} was replaced or changed meanwhile"
+            if type(norm) is not kind and ways(type(norm)) != ways(kind):
                 return f"{name} was replaced or changed meanwhile"
             if attributes["_parameters"].get("weight") is not None or attributes["_parameters"].get("bias") is not None:
                 return f"{name} has got a weight meanwhile"

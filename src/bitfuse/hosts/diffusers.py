@@ -241,7 +241,7 @@ def accelerate(model: Any, handle: Handle) -> None:
             model,
             handle,
             prelude=Prelude if handle.keep_text else None,
-            complete=functools.partial(_with_coordinates, model.rope, model.audio_rope),
+            complete=_with_coordinates,
             settings=lambda: (registry.get_active_backend()[0], tuple(shared.reasons().items())),
         )
 
@@ -263,7 +263,7 @@ _OF_ACTIVATIONS: list[Entry] = [
 ]
 
 
-def _with_coordinates(rope: Any, audio_rope: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _with_coordinates(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The coordinates that upstream's forward would make on the CPU, from where a CUDA graph can't copy them."""
     found: dict[str, Any] = {}
     x, y = given.get("hidden_states"), given.get("audio_hidden_states")
@@ -272,9 +272,11 @@ def _with_coordinates(rope: Any, audio_rope: Any, given: dict[str, Any]) -> dict
     if given.get("video_coords") is None:
         sizes = (given.get(name) for name in ("num_frames", "height", "width"))
         fps = given.get("fps", 24.0)
-        found["video_coords"] = rope.prepare_video_coords(x.shape[0], *sizes, x.device, fps=fps)
+        found["video_coords"] = model.rope.prepare_video_coords(x.shape[0], *sizes, x.device, fps=fps)
     if given.get("audio_coords") is None:
-        found["audio_coords"] = audio_rope.prepare_audio_coords(y.shape[0], given.get("audio_num_frames"), y.device)
+        found["audio_coords"] = model.audio_rope.prepare_audio_coords(
+            y.shape[0], given.get("audio_num_frames"), y.device
+        )
     return found
 
 

@@ -16,8 +16,20 @@ from diffusers.models import normalization
 from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
-from bitfuse.hosts.common import ABSENT, Ada, Beside, Block, Model, Norms, Quiet, Rehearsal, Values, modulation
-from bitfuse.hosts.patch import Site, why_not_stock
+from bitfuse.hosts.common import (
+    ABSENT,
+    Ada,
+    Beside,
+    Block,
+    Model,
+    Norms,
+    Quiet,
+    Rehearsal,
+    Values,
+    calls_of,
+    modulation,
+)
+from bitfuse.hosts.patch import Site, own_method, ways, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
 from bitfuse.ops.residual_rms_norm import (
@@ -64,7 +76,7 @@ OPERATORS = tuple(dict.fromkeys(_SITES.values()))
 # The functions that the forward below leaves out, besides those of the operators' references.
 ORIGINALS = [
     (_Stock, "forward", "LTX2VideoTransformerBlock.forward"),
-    (normalization.RMSNorm, "forward", "diffusers' RMSNorm.forward"),
+    *calls_of(normalization.RMSNorm, "diffusers' RMSNorm"),
 ]
 if hasattr(_Stock, "get_mod_params"):  # from 0.38
     ORIGINALS.append((_Stock, "get_mod_params", "LTX2VideoTransformerBlock.get_mod_params"))
@@ -87,8 +99,8 @@ class LTX2VideoTransformerBlock(Block):
             given = (*args, *kwargs.values(), *block.parameters())
             if any(isinstance(t, Tensor) and t.requires_grad for t in given):
                 return "a gradient is required of the block's inputs or weights"
-        if type(block).get_mod_params is not _Stock.get_mod_params:
-            return f"the get_mod_params of {named(type(block))} is another than that of diffusers' block"
+        if not own_method(block, "get_mod_params", _Stock):
+            return f"the get_mod_params of this {named(type(block))} is another than that of diffusers' block"
         return self._norms.changed(block)
 
     def fused(
@@ -284,7 +296,7 @@ def _why_left_alone(block: Any, host: str) -> Iterator[str]:
     yield from why_not_stock(block, _Stock, "block", host, _READ, sources)
     for name in _VIDEO_NORMS + _AUDIO_NORMS:
         norm = getattr(block, name)
-        if not isinstance(norm, normalization.RMSNorm) or type(norm).forward is not normalization.RMSNorm.forward:
+        if not isinstance(norm, normalization.RMSNorm) or ways(type(norm)) != ways(normalization.RMSNorm):
             yield f"{name} is a {named(type(norm))}, not diffusers' RMSNorm"
         elif norm.weight is not None or norm.bias is not None:
             yield f"{name} has a weight; accepted: norms without"

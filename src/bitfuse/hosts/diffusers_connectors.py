@@ -16,7 +16,7 @@ from diffusers.pipelines.ltx2 import connectors as upstream
 from torch import Tensor
 
 from bitfuse.hosts.common import ABSENT, Model, Norms, Part
-from bitfuse.hosts.patch import Site, why_not_stock
+from bitfuse.hosts.patch import Site, ways, why_not_stock
 from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_NATIVE
 from bitfuse.swap import named
 
@@ -86,7 +86,7 @@ def _why_left_alone(block: Any, host: str) -> Iterator[str]:
     sources = {"LTX2TransformerBlock1d.forward": _Stock.forward}
     yield from why_not_stock(block, _Stock, "block", host, _READ, sources)
     norm = block.norm2
-    if not isinstance(norm, torch.nn.RMSNorm) or type(norm).forward is not torch.nn.RMSNorm.forward:
+    if not isinstance(norm, torch.nn.RMSNorm) or ways(type(norm)) != ways(torch.nn.RMSNorm):
         yield f"norm2 is a {named(type(norm))}, not torch.nn.RMSNorm"
     elif norm.weight is not None or norm.eps is None:
         yield "norm2 has a weight, or no eps of its own; accepted: a norm without weight, with an eps"

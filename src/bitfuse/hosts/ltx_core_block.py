@@ -24,7 +24,7 @@ from ltx_core.model.transformer import attention, transformer
 from torch import Tensor
 
 from bitfuse.hosts.common import ABSENT, ENDED, Ada, Beside, Block, Entry, Model, Quiet, Rehearsal, Values, modulation
-from bitfuse.hosts.patch import Site, source_hash, why_not_stock
+from bitfuse.hosts.patch import Site, own_method, source_hash, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
 from bitfuse.ops.residual_rms_norm import (
@@ -155,8 +155,8 @@ class BasicAVTransformerBlock(Block):
             if any(isinstance(t, Tensor) and t.requires_grad for t in chain(*given, block.parameters())):
                 return "a gradient is required of the block's inputs or weights"
         for name in _METHODS:
-            if getattr(type(block), name) is not getattr(_Stock, name):
-                return f"the {name} of {named(type(block))} is another than that of ltx-core's block"
+            if not own_method(block, name, _Stock):
+                return f"the {name} of this {named(type(block))} is another than that of ltx-core's block"
         for seam, callable_ in self._seams:
             if block.__dict__.get(seam) is not callable_:
                 return f"its {seam} was replaced meanwhile"

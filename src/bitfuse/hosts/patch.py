@@ -21,7 +21,7 @@ import torch
 from bitfuse.audit import Auditor
 from bitfuse.contract import Operator, Route
 from bitfuse.originals import source_of
-from bitfuse.swap import Forward, hooked, innermost, named, places
+from bitfuse.swap import Forward, bound, hooked, innermost, named, ours_in, places
 
 
 def source_hash(fn: Callable) -> str | None:
@@ -59,9 +59,21 @@ def why_not_stock(
         kind, _, method = name.partition(".")
         if kind == own.__name__ and getattr(type(module), method, None) is not getattr(own, method, None):
             yield f"{not_own(module, what, host)}, and has a {method} of its own"
-    if innermost(module) is None:
+    if ours_in(module) is not None:
+        yield f"the {what} is accelerated already, with another model that it is a part of"
+    elif innermost(module) is None:
         yield f"a hook or a wrapper has replaced the {what}'s forward, and is left in place"
     yield from why_not_read(host, read, sources)
+
+
+def ways(kind: type) -> tuple[Any, ...]:
+    """The functions by which a module of this class is called."""
+    return kind.forward, kind.__call__, kind._call_impl  # type: ignore[attr-defined]
+
+
+def own_method(module: Any, name: str, stock: type) -> bool:
+    """Whether a method of the module's is the host's own: no attribute of its own, none of a derived class."""
+    return name not in module.__dict__ and getattr(type(module), name, None) is getattr(stock, name, None)
 
 
 def why_norms_are_called(**norms: Any) -> Iterator[str]:
@@ -69,12 +81,14 @@ def why_norms_are_called(**norms: Any) -> Iterator[str]:
     eps = {name: getattr(norm, "eps", None) for name, norm in norms.items()}
     first = next(iter(norms))
     for name, norm in norms.items():
-        if not isinstance(norm, torch.nn.RMSNorm) or type(norm).forward is not torch.nn.RMSNorm.forward:
+        if not isinstance(norm, torch.nn.RMSNorm) or ways(type(norm)) != ways(torch.nn.RMSNorm):
             yield f"{name} is a {named(type(norm))}, not torch.nn.RMSNorm"
         elif hooked(norm):
             yield f"a hook is attached to {name}, which is not called when it is fused"
         elif norm.weight is None or norm.eps is None:
             yield f"{name} has no weight or no eps of its own"
+        elif norm.normalized_shape != tuple(norm.weight.shape):
+            yield f"the normalized_shape of {name} is {norm.normalized_shape} and its weight {tuple(norm.weight.shape)}"
         elif norm.eps != eps[first]:
             yield f"the eps of {name} is {norm.eps} and that of {first} {eps[first]}"
 
@@ -473,7 +487,7 @@ class Handle:
                 if held is found.__dict__ and name == "forward" and not was_there:
                     held.pop(name, None)
                 else:
-                    held[name] = type(found).forward.__get__(found)
+                    held[name] = bound(found)
 
         self.on_restore(undo)
         held[name] = ours

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bitfuse.contract import OPERATORS, Operator
 from bitfuse.hosts import sglang_block
-from bitfuse.hosts.common import ENDED, Model, ModelForward, Part, models_in, of_operators, rotary_difference
+from bitfuse.hosts.common import ENDED, Model, ModelForward, Part, models_in, of_operators, rotary_difference, watched
 from bitfuse.hosts.patch import Handle, Site, source_hash, why_norms_are_called, why_not_read, why_not_stock
 from bitfuse.hosts.sglang_block import call, unaffected, why_autocast
 from bitfuse.ops.head_gate import HEAD_GATE
@@ -290,6 +290,8 @@ def _why_function_stays(name: str, kind: str, device: torch.device) -> str | Non
     """Why a function of SGLang's module is not replaced."""
     if name in _functions:  # it was read and checked when it was
         return None
+    if watched():
+        return f"{name} of {NAME} can't be tried here: something sees every PyTorch op (FakeTensorMode, say)"
     stock = getattr(upstream, name)
     if reason := next(why_not_read(NAME, _READ, {name: stock}), None):
         return reason

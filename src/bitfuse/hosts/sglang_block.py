@@ -21,8 +21,8 @@ from torch import Tensor
 
 from bitfuse import proof
 from bitfuse.contract import Operator
-from bitfuse.hosts.common import ABSENT, Ada, Block, Entry, Model, Values, modulation
-from bitfuse.hosts.patch import Site, source_hash, why_not_stock
+from bitfuse.hosts.common import ABSENT, Ada, Block, Entry, Model, Values, calls_of, modulation
+from bitfuse.hosts.patch import Site, own_method, source_hash, ways, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
@@ -136,8 +136,9 @@ def originals() -> list[Entry]:
     found = [(_Stock, name, f"LTX2TransformerBlock.{name}") for name in ("forward", "get_ada_values")]
     if _Norm is None:
         return [*found, (upstream, "rms_norm", "rms_norm")]
-    names = [name for name in ("forward", "forward_native", "forward_cuda", "forward_cpu") if hasattr(_Norm, name)]
-    return found + [(_Norm, name, f"RMSNormNoWeight.{name}") for name in names]
+    names = [name for name in ("forward_native", "forward_cuda", "forward_cpu") if hasattr(_Norm, name)]
+    found += [(_Norm, name, f"RMSNormNoWeight.{name}") for name in names]
+    return found + calls_of(_Norm, "RMSNormNoWeight")
 
 
 class LTX2TransformerBlock(Block):
@@ -156,8 +157,8 @@ class LTX2TransformerBlock(Block):
             given = (*args, *kwargs.values(), *block.parameters())
             if any(isinstance(t, Tensor) and t.requires_grad for t in given):
                 return "a gradient is required of the block's inputs or weights"
-        if type(block).get_ada_values is not _Stock.get_ada_values:
-            return f"the get_ada_values of {named(type(block))} is another than that of SGLang's block"
+        if not own_method(block, "get_ada_values", _Stock):
+            return f"the get_ada_values of this {named(type(block))} is another than that of SGLang's block"
         norm = getattr(block, "rms_norm", None)
         if norm is not self._norm or (norm is not None and not _is_own(norm)):
             return "rms_norm was replaced meanwhile"
@@ -364,7 +365,7 @@ def accelerate(model: Any, shared: Model, host: str) -> None:
 
 
 def _is_own(norm: Any) -> bool:
-    return isinstance(norm, _Norm) and type(norm).forward is _Norm.forward
+    return isinstance(norm, _Norm) and ways(type(norm)) == ways(_Norm)
 
 
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:
