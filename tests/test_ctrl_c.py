@@ -20,10 +20,9 @@ from bitfuse import hosts, proof, seeded
 from bitfuse.contract import Operator
 
 SOURCE = str(Path(bitfuse.__file__).parent)
-# Each line costs two steps or so. `make test` interrupts at one in so many, another share of them for each way.
-SHARE = 5
-
 pytestmark = pytest.mark.usefixtures("fresh_routes")
+# Each line costs two steps or so: `make test` interrupts at one in seven, `make test-all` at every one.
+shares = pytest.mark.parametrize("share", [7, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "every line"])
 HOSTS = [name for name in seeded.HOSTS if name in seeded.installed()]
 
 
@@ -100,8 +99,8 @@ def interrupted(run, number):
     return False
 
 
-def numbers(count, start):
-    return range(start % SHARE, count, SHARE)
+def numbers(count, start, share):
+    return range(start % share, count, share)
 
 
 def check(model, step, before, expected):
@@ -111,7 +110,8 @@ def check(model, step, before, expected):
     assert not hosts.lock._is_owned()
 
 
-def test_accelerate_is_all_or_nothing(model_and_step):
+@shares
+def test_accelerate_is_all_or_nothing(model_and_step, share):
     model, step = model_and_step
     before, expected, handles = snapshot(model), step(), []
 
@@ -121,7 +121,7 @@ def test_accelerate_is_all_or_nothing(model_and_step):
     count = lines_of(run)
     handles.pop().restore()
     assert count > 200
-    for number in numbers(count, 0):
+    for number in numbers(count, 0, share):
         if not interrupted(run, number):
             handles.pop().restore()
         check(model, step, before, expected)
@@ -141,8 +141,9 @@ def test_restore_can_be_called_again(model_and_step):
         check(model, step, before, expected)
 
 
+@shares
 @pytest.mark.parametrize("kind", ["first", "warm"])
-def test_a_forward_leaves_what_was_there(kind, model_and_step):
+def test_a_forward_leaves_what_was_there(kind, model_and_step, share):
     model, step = model_and_step
     before, expected = snapshot(model), step()
 
@@ -157,7 +158,7 @@ def test_a_forward_leaves_what_was_there(kind, model_and_step):
         count = lines_of(step)
         whole = {site.name for site in handle.sites if site.fused}
     assert count > 200
-    for number in numbers(count, 1):
+    for number in numbers(count, 1, share):
         with prepared() as handle:
             interrupted(step, number)
             assert bitfuse.compare(expected, step()) is None
@@ -168,7 +169,8 @@ def test_a_forward_leaves_what_was_there(kind, model_and_step):
         check(model, step, before, expected)
 
 
-def test_the_end_of_a_block(model_and_step):
+@shares
+def test_the_end_of_a_block(model_and_step, share):
     model, step = model_and_step
     before, expected = snapshot(model), step()
 
@@ -176,12 +178,13 @@ def test_the_end_of_a_block(model_and_step):
         with bitfuse.accelerated(model):
             pass
 
-    for number in range(3, lines_of(run), SHARE):
+    for number in numbers(lines_of(run), 3, share):
         interrupted(run, number)
         bitfuse.accelerate(model).restore()  # finds what is in force, if anything is
         check(model, step, before, expected)
 
 
+@pytest.mark.slow  # tests/test_interrupts.py takes a sample
 def test_a_first_call_of_an_operator(device):
     """The proof itself, of the operator whose battery is the quickest."""
     operator = bitfuse.OPERATORS["gated_residual"]
@@ -193,7 +196,7 @@ def test_a_first_call_of_an_operator(device):
             forget()
             return operator(*args)
 
-        for number in numbers(lines_of(run), 2):
+        for number in numbers(lines_of(run), 2, 5):
             interrupted(run, number)
             assert bitfuse.compare(expected, operator(*args)) is None
             assert operator.route(*args).fused, number

@@ -742,6 +742,18 @@ def test_under_fake_tensors_all_is_stock_and_nothing_of_it_stays(host):
     handle.restore()
 
 
+def test_a_forward_answers_as_the_method_that_it_stands_for(model_and_step):
+    model, _ = model_and_step
+    block = model.transformer_blocks[0]
+    names = ("__name__", "__qualname__", "__code__", "__func__", "__self__", "__defaults__")
+    stock = {name: getattr(block.forward, name) for name in names}
+    with bitfuse.accelerated(model):
+        assert ours_in(block) is block.forward
+        assert {name: getattr(block.forward, name) for name in names} == stock
+        with pytest.raises(AttributeError, match="no_such_thing"):
+            _ = block.forward.no_such_thing
+
+
 def test_a_copy_runs_its_own_modules(model_and_step):
     model, step = model_and_step
     with bitfuse.accelerated(model):

@@ -878,7 +878,7 @@ def graph_forward(model: nn.Module, handle: Any, **options: Any) -> GraphedForwa
     forward.__signature__ = inspect.signature(own.__get__(model))  # type: ignore[attr-defined]
     replay = GraphedForward(model, forward, **options)
     handle.add_graph(replay)
-    around = ours_in(model)
+    around: Any = ours_in(model)
     if around is not None and hasattr(around, "inner"):
         around.inner = replay
     elif plain(model):

@@ -56,6 +56,20 @@ class Forward:
         return bound(self.module)(*args, **kwargs)
 
     @property
+    def __self__(self) -> Any:
+        return self.module
+
+    @property
+    def __func__(self) -> Any:
+        return self.own
+
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of the method that stands here in stock: its name, or its code (`torch.export` does)."""
+        if name in ("__name__", "__qualname__", "__code__", "__defaults__", "__kwdefaults__", "__globals__"):
+            return getattr(self.own, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    @property
     def ended(self) -> bool:
         return False
 
