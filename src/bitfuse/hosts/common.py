@@ -130,22 +130,31 @@ class _UnderWay:
         self.reasons = _NO_REASONS
 
 
-class ModelForward(Forward):
+class _OfModel(Forward):
+    """Base of both: a forward that stands in an accelerated model for as long as that is in force."""
+
+    __slots__ = ("model",)
+
+    def __init__(self, module: Any, model: Model):
+        super().__init__(module)
+        self.model = model
+
+    @property
+    def ended(self) -> bool:
+        return not self.model.handle.on
+
+
+class ModelForward(_OfModel):
     """In place of a whole transformer's forward: it looks once at all that its parts depend on, then runs the host's.
 
     inner    called instead of the host's own, where there is one: a `bitfuse.graphs.GraphedForward`
     """
 
-    __slots__ = ("inner", "model")
+    __slots__ = ("inner",)
 
     def __init__(self, module: Any, model: Model):
-        super().__init__(module)
-        self.model = model
+        super().__init__(module, model)
         self.inner: Callable[..., Any] | None = None
-
-    @property
-    def ended(self) -> bool:
-        return not self.model.handle.on
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -166,7 +175,7 @@ class ModelForward(Forward):
             model.handle.put(module, cls(module, model))
 
 
-class Part(Forward):
+class Part(_OfModel):
     """Base of what stands in place of the forward of a part: a block, an attention, an activation.
 
     `fused` restates the host's forward with operators; `why_stock` says why it may not run.
@@ -174,17 +183,13 @@ class Part(Forward):
     kind    a key of `Model`'s `left_out`
     """
 
-    __slots__ = ("model", "sites")
+    __slots__ = ("sites",)
     kind: str
 
     def __init__(self, module: Any, model: Model, sites: Sequence[Site] = ()):
-        super().__init__(module)
-        self.model, self.sites = model, sites
+        super().__init__(module, model)
+        self.sites = sites
         model.parts += 1
-
-    @property
-    def ended(self) -> bool:
-        return not self.model.handle.on
 
     def fused(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError

@@ -136,9 +136,9 @@ class PreAttention(Seam):
             return
         if self._unchecked:
             reason = next(around(), None) if watched() else _difference(attn)
-            self._unchecked = watched()
             if reason is not None:
                 yield reason
+            self._unchecked = False
         if self._own_batch and attn.rope_type.value == "split":  # tables of another batch are an error there
             for x, (cos, _) in ((q, pe), (k, k_pe or pe)):
                 if cos.shape[0] != x.shape[0]:
