@@ -23,9 +23,10 @@ import torch
 import typer
 from packaging.version import Version
 
-from bitfuse import conformance, runs, seeded
-from bitfuse.machine import machine
-from bitfuse.seeded import HOSTS
+from bitfuse.tools import seeded
+from bitfuse.tools.compare import conformance, runs
+from bitfuse.tools.machine import machine
+from bitfuse.tools.seeded import HOSTS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "benchmarks" / "compatibility.json"

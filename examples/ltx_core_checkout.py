@@ -15,8 +15,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-from bitfuse import conformance, demo, runs
-from bitfuse.kernel import interpreter
+from bitfuse.core.kernel import interpreter
+from bitfuse.tools.compare import conformance, demo, runs
 
 
 def main() -> int:

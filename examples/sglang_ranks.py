@@ -23,11 +23,13 @@ import torch
 from torch import distributed
 
 import bitfuse
-from bitfuse import runs, seeded, seeded_sglang
-from bitfuse.bench import LATENTS
-from bitfuse.kernel import interpreter
-from bitfuse.machine import machine
-from bitfuse.measure import spread
+from bitfuse.core.kernel import interpreter
+from bitfuse.tools import seeded
+from bitfuse.tools.bench.bench import LATENTS
+from bitfuse.tools.bench.measure import spread
+from bitfuse.tools.compare import runs
+from bitfuse.tools.machine import machine
+from bitfuse.tools.seeded import sglang as seeded_sglang
 
 
 def geometry_for(given: argparse.Namespace, device: torch.device) -> seeded.Geometry:

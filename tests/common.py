@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitfuse import OPERATORS, Operator, proof
+from bitfuse import OPERATORS, Operator
+from bitfuse.core import proof
 from bitfuse.ops.rotary_common import RotaryCase
 
 # What all operators share (routes, registration) is tested on one of each file: the first.

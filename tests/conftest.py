@@ -14,7 +14,8 @@ if not torch.cuda.is_available():
 import hypothesis
 import pytest
 
-from bitfuse import OPERATORS, proof
+from bitfuse import OPERATORS
+from bitfuse.core import proof
 from common import references_launched
 
 # What the hosts import is a heap of millions of objects, which Python's collector would walk for a tenth of the time

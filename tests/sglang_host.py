@@ -112,7 +112,8 @@ def alone():
 def ready():
     """SGLang set up as bitfuse's own commands set it up, with nothing of it replaced; skips where that can't be."""
     upstream()
-    from bitfuse import seeded, seeded_sglang
+    from bitfuse.tools import seeded
+    from bitfuse.tools.seeded import sglang as seeded_sglang
 
     try:
         seeded_sglang.need(torch.device("cpu"))

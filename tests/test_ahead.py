@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from bitfuse import ahead, far, mutation
-from bitfuse.contract import Plan
+from bitfuse.core.launch import Plan
 from bitfuse.ops.split_rotary import SPLIT_FP32
+from bitfuse.tools.prove import ahead, far, mutation
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ IN_A_PROCESS_THAT_COMPILES = """
 import os, sys, torch
 from pathlib import Path
 from rich.progress import Progress
-from bitfuse import ahead, ptx
+from bitfuse.tools.prove import ahead, ptx
 from bitfuse.ops.split_rotary import SPLIT_FP32
 
 cache = Path(os.environ["TRITON_CACHE_DIR"])

@@ -18,11 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bitfuse
-from bitfuse import OPERATORS, BitfuseWarning, Handle, NotFused, compare, graphs, proof
-from bitfuse.audit import Auditor, Comparison
-from bitfuse.contract import Tier
-from bitfuse.graphs import GraphedForward
-from bitfuse.hosts.patch import Options, Site
+from bitfuse import OPERATORS, BitfuseWarning, Handle, NotFused, compare
+from bitfuse.core import proof
+from bitfuse.core.bits import BITS, bits_mismatch
+from bitfuse.core.operator import Tier
+from bitfuse.hosts.site import Options, Site
+from bitfuse.run import graphs
+from bitfuse.run.audit import Auditor, Comparison
+from bitfuse.run.graphs import GraphedForward
 from common import ONE_OF_EACH_FILE, small, small_cases
 from test_graphs import Toy, captured, stand_in, x_of
 
@@ -69,7 +72,7 @@ def audited(expected, found):
     if not count:
         return None
     flat = expected.numel() - back
-    return proof.bits_mismatch(tuple(expected.shape), expected.element_size(), flat, a, b, count)
+    return bits_mismatch(tuple(expected.shape), expected.element_size(), flat, a, b, count)
 
 
 # -- the comparison on the device is `compare` -----------------------------------------------------------------------
@@ -119,7 +122,7 @@ def test_one_bit_anywhere_and_the_first_of_several(n, device):
 
 
 def test_many_forms_of_outputs_are_bounded(monkeypatch):
-    monkeypatch.setattr(bitfuse.audit, "_LAUNCHES_KEPT", 3)
+    monkeypatch.setattr(bitfuse.run.audit, "_LAUNCHES_KEPT", 3)
     comparison, record = Comparison(), torch.zeros(4, dtype=torch.int64)
     for n in range(1, 9):
         comparison(torch.ones(n), torch.ones(n), record)
@@ -130,8 +133,8 @@ def test_many_forms_of_outputs_are_bounded(monkeypatch):
 def test_compiled_it_reads_16_bytes_at_a_time_and_writes_by_64_bit_atomics(triton_cache):
     program = """
 import torch
-from bitfuse import ptx
-from bitfuse.audit import Comparison
+from bitfuse.tools.prove import ptx
+from bitfuse.run.audit import Comparison
 for dtype, integers in ((torch.bfloat16, torch.int16), (torch.float32, torch.int32)):
     args = (torch.empty(64, dtype=integers), torch.empty(64, dtype=integers), torch.zeros(4, dtype=torch.int64))
     for plan in Comparison().plans(dtype, 6144 * 4096):
@@ -400,7 +403,7 @@ def test_nothing_is_looked_at_before_its_event_has_passed(wrong):
 
 
 def test_checks_on_their_way_are_bounded(taken_as_proved, monkeypatch):
-    monkeypatch.setattr(bitfuse.audit, "PENDING", 4)
+    monkeypatch.setattr(bitfuse.run.audit, "PENDING", 4)
     auditor, args = Behind(1), inputs(tokens=1)
     site = site_of(auditor)
     for _ in range(9):
@@ -527,7 +530,7 @@ def test_on_a_gpu_an_audited_call_waits_for_nothing(operator, fresh_routes, wait
 def test_on_a_gpu_the_comparison_says_what_compare_says(dtype):
     torch.manual_seed(1)
     for n in (1, 2047, 1 << 20, (1 << 20) + 7):
-        bits = torch.randint(-(2**62), 2**62, (n,), device="cuda").to(proof.BITS[dtype.itemsize])
+        bits = torch.randint(-(2**62), 2**62, (n,), device="cuda").to(BITS[dtype.itemsize])
         a, b = bits.view(dtype), bits.clone()
         assert audited(a, b.view(dtype)) is None
         for place in {n // 3, n // 2, n - 1}:

@@ -18,10 +18,12 @@ from typer.testing import CliRunner
 
 import bitfuse
 import sglang_host
-from bitfuse import bench, measure, seeded, seeded_sglang
 from bitfuse.cli import app
-from bitfuse.graphs import Counts
 from bitfuse.ops.split_rotary import SPLIT_FP32
+from bitfuse.run.graphs import Counts
+from bitfuse.tools import seeded
+from bitfuse.tools.bench import bench, measure
+from bitfuse.tools.seeded import sglang as seeded_sglang
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

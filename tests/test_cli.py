@@ -21,7 +21,9 @@ import torch
 import typer
 
 import bitfuse
-from bitfuse import cli, doctor, seeded, seeded_diffusers
+from bitfuse import cli
+from bitfuse.tools import doctor, seeded
+from bitfuse.tools.seeded import diffusers as seeded_diffusers
 
 COMMANDS = {command.name or command.callback.__name__: command.callback for command in cli.app.registered_commands}
 
@@ -437,7 +439,7 @@ def test_errors_that_come_up_later(error, line, monkeypatch, capfd):
 
 def test_a_switch_that_nobody_knows_gets_one_line(monkeypatch, capfd):
     sentence = "the environment variable BITFUSE is 'yes'; accepted: 0 (off) or 1 (on, the default)"
-    monkeypatch.setattr("bitfuse.contract.switch_error", sentence, raising=False)
+    monkeypatch.setattr("bitfuse.core.conditions.switch_error", sentence, raising=False)
     for command in ("doctor", "verify"):
         found = call(command, monkeypatch=monkeypatch, capfd=capfd)
         assert found == (2, "", f"bitfuse: {sentence}\n")

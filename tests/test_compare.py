@@ -25,12 +25,14 @@ from typer.testing import CliRunner
 
 import bitfuse
 import tiny
-from bitfuse import comparison, comparison_page, comparison_request
 from bitfuse.cli import app
-from bitfuse.comparison_request import ARGUMENTS, Request
-from bitfuse.hosts.patch import Site
+from bitfuse.hosts.site import Site
 from bitfuse.ops.head_gate import HEAD_GATE
-from bitfuse.seeded import CannotRun
+from bitfuse.tools.compare import comparison
+from bitfuse.tools.compare import films as comparison_page
+from bitfuse.tools.compare import request as comparison_request
+from bitfuse.tools.compare.request import ARGUMENTS, Request
+from bitfuse.tools.seeded import CannotRun
 from planted import Plant
 
 PICTURES_AND_SOUNDS = ("decoded frames", "audio samples")

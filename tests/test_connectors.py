@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import bitfuse
-from bitfuse.kernel import interpreter
-from bitfuse.swap import ours_in
+from bitfuse.core.kernel import interpreter
+from bitfuse.run.swap import ours_in
 from test_diffusers import V20, make
 
 upstream = pytest.importorskip("diffusers.pipelines.ltx2.connectors")

@@ -24,10 +24,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bitfuse
-from bitfuse import compare, proof, values, verify
-from bitfuse.contract import Audit, Mutant, Operator, Out, Plan, Tier, fitting, on_meta, outputs_like, plain, runnable
-from bitfuse.kernel import kernel
-from bitfuse.proof import lookalike
+from bitfuse import compare
+from bitfuse.core import proof, values
+from bitfuse.core.conditions import fitting, on_meta, plain, runnable
+from bitfuse.core.evidence import Audit, Evidence, Mutant
+from bitfuse.core.inputs import lookalike
+from bitfuse.core.kernel import kernel
+from bitfuse.core.launch import Out, Plan, outputs_like
+from bitfuse.core.operator import Operator, Tier
+from bitfuse.tools.prove import verify
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -164,30 +169,32 @@ OPERATOR = Operator(
     "made for these tests",
     why_not=_why_not,
     tiers=(Tier("single pass", _single_pass), Tier("ATen's ends", _given_ends)),
-    battery=_battery,
-    cases=CASES,
-    mutants=(
-        Mutant("the weight left out", (("weight_ptr is not None", "WIDTH == 0"),)),
-        Mutant("beyond without the first", (("x - ends", "x - (ends - first)"),)),
-        Mutant("the weight left out", (("weight_ptr is not None", "WIDTH == 0"),), tier=1),
-        Mutant("ends of the row before", (("tl.load(ends_ptr + tl.program_id(0))", "tl.load(ends_ptr)"),), tier=1),
-    ),
-    audits=(
-        Audit(
-            "weighted",
-            {"mul.rn.f32": 2, "add.rn.f32": 1, "cvt.rn.bf16.f32": 1},
-            tier=1,
-            loads={4: 2, 8: 1},
-            stores={4: 1, 8: 1},
+    evidence=Evidence(
+        battery=_battery,
+        cases=CASES,
+        mutants=(
+            Mutant("the weight left out", (("weight_ptr is not None", "WIDTH == 0"),)),
+            Mutant("beyond without the first", (("x - ends", "x - (ends - first)"),)),
+            Mutant("the weight left out", (("weight_ptr is not None", "WIDTH == 0"),), tier=1),
+            Mutant("ends of the row before", (("tl.load(ends_ptr + tl.program_id(0))", "tl.load(ends_ptr)"),), tier=1),
         ),
-        Audit(
-            "no weight",
-            {"mul.rn.f32": 1, "cvt.rn.bf16.f32": 1},
-            per_thread={"cvt.rn.f32.s32": 1},
-            also=("add.rn.f32",),
-            results=2,
-            loads={2: 2, 4: 1},
-            stores={4: 1, 8: 1},
+        audits=(
+            Audit(
+                "weighted",
+                {"mul.rn.f32": 2, "add.rn.f32": 1, "cvt.rn.bf16.f32": 1},
+                tier=1,
+                loads={4: 2, 8: 1},
+                stores={4: 1, 8: 1},
+            ),
+            Audit(
+                "no weight",
+                {"mul.rn.f32": 1, "cvt.rn.bf16.f32": 1},
+                per_thread={"cvt.rn.f32.s32": 1},
+                also=("add.rn.f32",),
+                results=2,
+                loads={2: 2, 4: 1},
+                stores={4: 1, 8: 1},
+            ),
         ),
     ),
 )
@@ -546,7 +553,7 @@ def test_fake_tensors_have_the_right_form(case, device):
 AUDITED = """
 import json
 import test_contract_forms
-from bitfuse import ptx
+from bitfuse.tools.prove import ptx
 for row in ptx.audited([test_contract_forms.OPERATOR], [90]):
     accesses = (row.loads, row.stores) == (row.counts.loads, row.counts.stores)
     print(json.dumps([row.tier, row.counts.rounding, row.as_expected, accesses]))

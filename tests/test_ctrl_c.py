@@ -16,8 +16,10 @@ import torch
 
 import bitfuse
 import sglang_host
-from bitfuse import hosts, proof, seeded
-from bitfuse.contract import Operator
+from bitfuse import hosts
+from bitfuse.core import proof
+from bitfuse.core.operator import Operator
+from bitfuse.tools import seeded
 
 SOURCE = str(Path(bitfuse.__file__).parent)
 pytestmark = pytest.mark.usefixtures("fresh_routes")

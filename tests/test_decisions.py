@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 import bitfuse
-from bitfuse import OPERATORS, compare, contract, proof
-from bitfuse.audit import Auditor, Comparison
-from bitfuse.contract import Operator, Plan, ShapeError
-from bitfuse.hosts.patch import Site
-from bitfuse.kernel import Kernel
+from bitfuse import OPERATORS, compare
+from bitfuse.core import conditions, proof
+from bitfuse.core.conditions import ShapeError
+from bitfuse.core.kernel import Kernel
+from bitfuse.core.launch import Plan
+from bitfuse.core.operator import Operator
+from bitfuse.hosts.site import Site
+from bitfuse.run.audit import Auditor, Comparison
 from common import small
 from test_proof import raising
 
@@ -264,7 +267,7 @@ def test_a_bad_switch_at_the_command_line_is_one_line(monkeypatch):
 def test_a_reason_of_the_switch_is_not_kept(device, short_battery, monkeypatch):
     """Another thread switches off and on again while a layout is decided."""
     args, why_not = small(OPERATOR, device, 2), OPERATOR.why_not
-    monkeypatch.setattr(OPERATOR, "why_not", lambda *args: iter([contract._OFF]))
-    assert OPERATOR.route(*args).reason == contract._OFF
+    monkeypatch.setattr(OPERATOR, "why_not", lambda *args: iter([conditions.OFF]))
+    assert OPERATOR.route(*args).reason == conditions.OFF
     monkeypatch.setattr(OPERATOR, "why_not", why_not)
     assert OPERATOR.route(*args).fused

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 import bitfuse
-from bitfuse import OPERATORS, deep, proof
-from bitfuse.contract import Tier
-from bitfuse.kernel import interpreting
+from bitfuse import OPERATORS
+from bitfuse.core import proof
+from bitfuse.core.bits import compare
+from bitfuse.core.kernel import interpreting
+from bitfuse.core.operator import Tier
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
 from bitfuse.ops.split_rotary import SPLIT_FP32
+from bitfuse.tools.prove import sweeps as deep
 from common import tensors_of
 
 STEPS = {step.name: step for step in deep.STEPS}
@@ -72,7 +75,7 @@ def test_a_pairs_sweep_compares_the_bare_result_of_its_step(name):
     out = OPERATORS[step.operator].reference(*step.arguments(a, b))
     expected = PAIRS[name](a[:, None], b[None, :])
     assert expected.unique().numel() > 50
-    assert proof.compare(expected, out.reshape(40, 128)) is None
+    assert compare(expected, out.reshape(40, 128)) is None
 
 
 @pytest.mark.parametrize(
@@ -90,8 +93,8 @@ def test_a_turned_pair_shows_the_bare_result_of_its_step(step):
     a, b = a[:, None].to(wide), b[None, :].to(wide)
     found = {"x * cos": (a * b, a * b), "x + sin": (a - b, a + b), "x * sin": (-(a * b), a * b)}
     expected = [t.to(torch.bfloat16) for t in found[step.name.split(",")[0]]]
-    assert proof.compare(expected[0], minus.contiguous()) is None
-    assert proof.compare(expected[1], plus.contiguous()) is None
+    assert compare(expected[0], minus.contiguous()) is None
+    assert compare(expected[1], plus.contiguous()) is None
 
 
 def test_all_pairs_means_all_of_them(device):
@@ -227,7 +230,7 @@ def test_random_cases_are_of_shapes_that_the_reference_takes(operator, device):
     reasons = []
     for number, form in enumerate(deep.forms(operator, extent)):
         args, again = (form.arguments(device, random.Random(number)) for _ in range(2))
-        assert proof.compare(tuple(tensors_of(args)), tuple(tensors_of(again))) is None
+        assert compare(tuple(tensors_of(args)), tuple(tensors_of(again))) is None
         reasons.append(next(operator.why_not(*args), None))
     assert None in reasons
     assert all(reason is None or reason.strip() for reason in reasons)

@@ -16,9 +16,10 @@ pytest.importorskip("matplotlib")
 from rich.console import Console
 
 import bitfuse
-from bitfuse import demo, seeded
-from bitfuse.hosts.patch import Site
-from bitfuse.machine import machine
+from bitfuse.hosts.site import Site
+from bitfuse.tools import seeded
+from bitfuse.tools.compare import demo
+from bitfuse.tools.machine import machine
 from planted import Plant
 
 CPU = torch.device("cpu")

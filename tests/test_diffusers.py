@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import bitfuse
-from bitfuse import proof
-from bitfuse.contract import Tier
+from bitfuse.core import proof
+from bitfuse.core.operator import Tier
 from bitfuse.ops.qk_norm import QK_SPLIT_FP32
 from bitfuse.ops.split_rotary import SPLIT_FP32
-from bitfuse.swap import ours_in, plain
+from bitfuse.run.swap import ours_in, plain
 
 diffusers = pytest.importorskip("diffusers", minversion="0.37")
 upstream = pytest.importorskip("diffusers.models.transformers.transformer_ltx2")

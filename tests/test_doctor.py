@@ -17,9 +17,10 @@ from rich.console import Console
 
 import bitfuse
 import sglang_host
-from bitfuse import doctor, proof, seeded
-from bitfuse.contract import Operator, Route
-from bitfuse.doctor import CHECKS, FAILURE, NOTE, NOTHING, OK, VARIABLES, WARNING
+from bitfuse.core.bits import Mismatch
+from bitfuse.core.operator import Operator, Route
+from bitfuse.tools import doctor, seeded
+from bitfuse.tools.doctor import CHECKS, FAILURE, NOTE, NOTHING, OK, VARIABLES, WARNING
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 STATES = {OK, NOTE, WARNING, FAILURE}
@@ -581,7 +582,7 @@ def routed(monkeypatch, reason, mismatch=None):
 
 
 def test_a_kernel_that_differs(monkeypatch):
-    mismatch = proof.Mismatch("differs at [0]: 0x1 where the reference has 0x0", (0,), "0x0", "0x1", 1)
+    mismatch = Mismatch("differs at [0]: 0x1 where the reference has 0x0", (0,), "0x0", "0x1", 1)
     found = routed(monkeypatch, lambda self: mismatch.sentence, mismatch)
     assert (found.state, found.differs) == (FAILURE, True)
     assert found.found.startswith("0 of ")

@@ -17,9 +17,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import bitfuse
-from bitfuse import conformance, document, verify
 from bitfuse.cli import app
-from bitfuse.seeded import CannotRun
+from bitfuse.tools.compare import conformance
+from bitfuse.tools.prove import document, verify
+from bitfuse.tools.seeded import CannotRun
 
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -170,7 +171,7 @@ def test_a_document_of_a_failure_does_not_pass(saved):
 
 def test_nothing_that_is_read_enables_a_kernel(saved, fresh_routes):
     check(saved())
-    assert bitfuse.proof.verdicts() == {}
+    assert bitfuse.core.proof.verdicts() == {}
 
 
 # -- files that are no proof documents ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import stat
 import pytest
 from rich.console import Console
 
-from bitfuse import files, text
+from bitfuse.tools import files, text
 
 # -- writing ---------------------------------------------------------------------------------------------------------
 

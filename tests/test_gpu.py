@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import bitfuse
-from bitfuse import proof, values
+from bitfuse.core import values
+from bitfuse.core.bits import as_tuple
+from bitfuse.core.inputs import poisoned
 from bitfuse.ops.rotary_common import RotaryCase
 from common import ROTARY, tensors_of
 
@@ -131,8 +133,8 @@ def test_graph_capture_and_replay_with_new_inputs(operator, fresh_routes):
     for seed in range(50):
         for static, fresh in zip(tensors_of(args), tensors_of(case.arguments("cuda", seed=seed + 1)), strict=True):
             static.copy_(fresh)
-        for out in proof.as_tuple(captured):
-            proof.poisoned(out)
+        for out in as_tuple(captured):
+            poisoned(out)
         graph.replay()
         mismatch = bitfuse.compare(operator.reference(*args), captured)
         assert mismatch is None, mismatch.sentence

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 import bitfuse
-from bitfuse import graphs, proof, seeded
-from bitfuse.graphs import GraphedForward, graph_forward
-from bitfuse.hosts.constant import Constant, Prelude
-from bitfuse.hosts.patch import Handle
-from bitfuse.kernel import interpreter
+from bitfuse.core.bits import compare
+from bitfuse.core.kernel import interpreter
+from bitfuse.hosts.site import Handle
+from bitfuse.run import graphs
+from bitfuse.run.graphs import GraphedForward, graph_forward
+from bitfuse.run.memo import Constant, Prelude
+from bitfuse.tools import seeded
 
 
 class Stand:
@@ -152,7 +154,7 @@ def x_of(seed, *shape):
 
 
 def assert_equal(expected, found):
-    mismatch = proof.compare(tuple(tensors_in(expected)), tuple(tensors_in(found)))
+    mismatch = compare(tuple(tensors_in(expected)), tuple(tensors_in(found)))
     assert mismatch is None, mismatch.sentence
 
 
@@ -1333,7 +1335,7 @@ def test_a_lora_scale_per_call_replays_once_it_stands_still():
 
 def small_transformer(device):
     pytest.importorskip("diffusers", minversion="0.37")
-    from bitfuse import seeded
+    from bitfuse.tools import seeded
 
     model = seeded.build(seeded.SMALL, torch.device(device), 0)
     return model, seeded.make_inputs(model, seeded.SMALL, torch.device(device), 0)
@@ -1346,7 +1348,7 @@ def transformer():
 
 def steps(model, inputs, count=4):
     """What the transformer returns for changing latents and noise levels."""
-    from bitfuse import seeded
+    from bitfuse.tools import seeded
 
     velocity = seeded.velocity_of(model, inputs)
     generator = torch.Generator().manual_seed(5)
@@ -1428,7 +1430,7 @@ def assert_cuda_is_well():
 @pytest.mark.parametrize("accelerated", [False, True], ids=["stock", "accelerated"])
 def test_on_a_gpu_the_transformer_step_by_step_in_two_shapes(accelerated, fresh_routes):
     model, inputs = small_transformer("cuda")
-    from bitfuse import seeded
+    from bitfuse.tools import seeded
 
     short = dataclasses.replace(seeded.SMALL, frames=2, audio_frames=17)
     both = [inputs, seeded.make_inputs(model, short, torch.device("cuda"), 1)]
@@ -1690,7 +1692,7 @@ def test_what_stays_the_same_is_replayed_only_for_another_text(text_model, text_
     replays = text_replay._cuda.replays
     for given in (text, text, other, text):
         x = torch.randn(3, 8)
-        assert proof.compare(_plain(text_model)(x, given), text_model(x, given)) is None
+        assert compare(_plain(text_model)(x, given), text_model(x, given)) is None
     # one replay each, and the prelude's for the other text and for the first one that came back
     assert text_replay._cuda.replays - replays == 4 + 2
     assert text_model.computed == ["projected", "keys"] * 2
@@ -1709,7 +1711,7 @@ def test_a_text_written_in_place_is_computed_anew(text_model, text_replay):
         text_model(x, text)
     text.mul_(2.0)
     text_model.computed.clear()
-    assert proof.compare(_plain(text_model)(x, text), text_model(x, text)) is None
+    assert compare(_plain(text_model)(x, text), text_model(x, text)) is None
     assert text_model.computed == ["projected", "keys"]
 
 
@@ -1717,7 +1719,7 @@ def test_views_of_a_text_are_followed(text_model, text_replay):
     x, texts = torch.randn(3, 8), torch.randn(2, 3, 8)
     for _ in range(4):
         found = text_model(x, texts[1])
-    assert proof.compare(_plain(text_model)(x, texts[1]), found) is None
+    assert compare(_plain(text_model)(x, texts[1]), found) is None
     assert (text_replay._cuda.captures, text_replay.replays) == (2, 2)
 
 
@@ -1732,7 +1734,7 @@ def test_a_constant_of_something_computed_is_part_of_the_forward():
     x, text = torch.randn(3, 8), torch.randn(3, 8)
     for _ in range(4):
         found = model(x, text)
-    assert proof.compare(_plain(model)(x, text), found) is None
+    assert compare(_plain(model)(x, text), found) is None
     assert (replay._cuda.captures, replay.replays) == (1, 2)  # no prelude
     handle.restore()
 
@@ -1753,7 +1755,7 @@ def test_a_failed_capture_of_the_forward_drops_the_prelude(text_model, text_repl
     text_replay._cuda.corrupt = True
     x, text = torch.randn(3, 8), torch.randn(3, 8)
     for _ in range(3):
-        assert proof.compare(_plain(text_model)(x, text), text_model(x, text)) is None
+        assert compare(_plain(text_model)(x, text), text_model(x, text)) is None
     assert text_replay._cuda.live == 0
     assert any("a replay is not the forward" in reason for reason in text_replay.reasons)
 
@@ -1769,7 +1771,7 @@ def test_the_transformer_replays_its_text_apart():
         (replay,) = handle.graphs
         stand_in(replay)
         for _ in range(3):
-            assert proof.compare(expected, step()) is None
+            assert compare(expected, step()) is None
         (graph,) = (entry.graph for entry in replay._entries.values() if entry.graph)
     assert replay._cuda.replays == 3  # of the prelude once, while the graph was compared
     assert len(graph.prelude.arguments) == 2  # the text of either stream

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import bitfuse
 import sglang_host
 from bitfuse import OPERATORS, Operator
-from bitfuse.proof import as_tuple
-from bitfuse.swap import ours_in
+from bitfuse.core.bits import as_tuple
+from bitfuse.run.swap import ours_in
 from common import small, small_cases
 
 # -- a block's forward, played ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import bitfuse
-from bitfuse.kernel import EXACT
+from bitfuse.core.kernel import EXACT
 
 PACKAGE = Path(bitfuse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import oracle
-from bitfuse import OPERATORS, compare, values
-from bitfuse.interpreter import bf16_from_fp32, fma_fp32
-from bitfuse.kernel import EXACT, interpreting, kernel
-from bitfuse.numerics import addcmul_fuses
+from bitfuse import OPERATORS, compare
+from bitfuse.core import values
+from bitfuse.core.interpreter import bf16_from_fp32, fma_fp32
+from bitfuse.core.kernel import EXACT, interpreting, kernel
+from bitfuse.core.numerics import addcmul_fuses
 from common import ROTARY
 
 if TYPE_CHECKING:

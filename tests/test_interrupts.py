@@ -11,10 +11,13 @@ import warnings
 
 import pytest
 
-from bitfuse import OPERATORS, BitfuseWarning, audit, compare, contract, interpreter, kernel, proof
-from bitfuse.audit import Auditor
-from bitfuse.contract import Tier
-from bitfuse.hosts.patch import Site
+from bitfuse import OPERATORS, BitfuseWarning, compare
+from bitfuse.core import contract, interpreter, kernel, proof
+from bitfuse.core.bits import Mismatch
+from bitfuse.core.operator import Operator, Tier
+from bitfuse.hosts.site import Site
+from bitfuse.run import audit
+from bitfuse.run.audit import Auditor
 from common import small
 
 OPERATOR = OPERATORS["gated_residual"]
@@ -141,7 +144,7 @@ def _wrong(monkeypatch):
 
 def test_a_condemnation_is_made_whole_or_not_at_all(monkeypatch):
     args = _wrong(monkeypatch)
-    parts = [inspect.getsourcelines(f) for f in (Auditor._judge, Auditor._look, contract.Operator.condemn)]
+    parts = [inspect.getsourcelines(f) for f in (Auditor._judge, Auditor._look, Operator.condemn)]
     files = [audit.__file__, audit.__file__, contract.__file__]
     within = {(file, start + n) for (text, start), file in zip(parts, files, strict=True) for n in range(len(text))}
     warnings.simplefilter("ignore", BitfuseWarning)
@@ -154,16 +157,16 @@ def test_a_condemnation_is_made_whole_or_not_at_all(monkeypatch):
     assert len(lines) > 20
     for line in lines:
         forget()
-        auditor, count = Auditor(1), contract.condemned
+        auditor, count = Auditor(1), proof.condemnations()
         assert interrupted(lambda auditor=auditor: once(auditor), line), line
-        known = contract.condemned - count
+        known = proof.condemnations() - count
         assert known in (0, 1), line
         assert OPERATOR.route(*args).fused == (known == 0), line
         if not auditor._pending and not auditor.calls:  # interrupted before there was a check
             once(auditor)
         auditor.settle()
         assert (auditor.calls, auditor.mismatches, len(auditor.condemned)) == (1, 1, 1), line
-        assert contract.condemned - count == 1, line
+        assert proof.condemnations() - count == 1, line
         assert not OPERATOR.route(*args).fused, line
         assert compare(OPERATOR.reference(*args), OPERATOR(*args)) is None
 
@@ -171,28 +174,28 @@ def test_a_condemnation_is_made_whole_or_not_at_all(monkeypatch):
 # -- two threads, as one after the other at the worst moment ---------------------------------------------------------
 
 
-MISMATCH = proof.Mismatch("planted", count=1)
+MISMATCH = Mismatch("planted", count=1)
 
 
 def test_condemned_while_another_thread_decides(short_battery, monkeypatch):
     args = small(OPERATOR, "cpu", 1)
-    route, count, answers = OPERATOR.route(*args), contract.condemned, []
+    route, count, answers = OPERATOR.route(*args), proof.condemnations(), []
     OPERATOR.forget()
-    runner = contract.Operator._runner
+    runner = Operator._runner
 
     def meanwhile(self, plan, args):
         run = runner(self, plan, args)
         answers.append(self.condemn(route, MISMATCH))
         return run
 
-    monkeypatch.setattr(contract.Operator, "_runner", meanwhile)
+    monkeypatch.setattr(Operator, "_runner", meanwhile)
     assert OPERATOR.route(*args).reason == "planted"
     monkeypatch.undo()
     assert OPERATOR.route(*args).reason == "planted"
     assert (route.fused, route.run) == (False, OPERATOR.reference)  # who holds it still is not left with the kernel
     assert answers == [True]
     assert OPERATOR.condemn(route, MISMATCH) is False
-    assert contract.condemned == count + 1
+    assert proof.condemnations() == count + 1
 
 
 def test_condemned_while_another_thread_proves(short_battery, monkeypatch):

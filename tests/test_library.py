@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bitfuse import compare, proof
+from bitfuse import compare
+from bitfuse.core.bits import as_tuple
 from common import ONE_OF_EACH_FILE, ROTARY, on_tensors, small, tensors_of
 
 OPERATORS = ONE_OF_EACH_FILE
@@ -37,7 +38,7 @@ def _leaves(args, wanted):
 
 
 def _backward(outs):
-    reached = [t for t in proof.as_tuple(outs) if t.requires_grad]
+    reached = [t for t in as_tuple(outs) if t.requires_grad]
     torch.autograd.backward(reached, list(map(_cotangent, reached)))
 
 
@@ -132,10 +133,10 @@ def test_gradients_equal_autograd_through_the_reference(operator, name, wanted, 
     results, launched = [], []
     for fn in (operator.reference, op_of(operator)):
         leaves = _leaves(args, wanted)
-        outs = proof.as_tuple(fn(*leaves))
+        outs = as_tuple(fn(*leaves))
         launched.append(any("bitfuse" in out.grad_fn.name() for out in outs if out.requires_grad))
         _backward(outs)
-        assert compare(tuple(t.detach() for t in outs), proof.as_tuple(operator.reference(*args))) is None
+        assert compare(tuple(t.detach() for t in outs), as_tuple(operator.reference(*args))) is None
         results.append([leaf.grad for leaf in tensors_of(leaves)])
     assert launched == [False, True]  # our op's node stands in the graph: the reference is not compared with itself
     for i, (expected, found) in enumerate(zip(*results, strict=True)):
@@ -172,7 +173,7 @@ def test_it_works_under_torch_compile(operator, gradient, device):
     results = []
     for fn in (operator.reference, torch.compile(lambda *a: op(*a), fullgraph=True, backend=spy)):
         leaves = _leaves(args, (0,) if gradient else ())
-        outs = proof.as_tuple(fn(*leaves))
+        outs = as_tuple(fn(*leaves))
         if gradient:
             _backward(outs)
         results.append((tuple(t.detach() for t in outs), leaves[0].grad))
@@ -196,7 +197,7 @@ def test_fake_tensors_have_the_right_form(operator, kind, device):
     args = INPUTS[kind](operator, device)
     with FakeTensorMode() as mode:
         fakes = op_of(operator)(*on_tensors(mode.from_tensor, args))
-    for fake, expected in zip(proof.as_tuple(fakes), proof.as_tuple(op_of(operator)(*args)), strict=True):
+    for fake, expected in zip(as_tuple(fakes), as_tuple(op_of(operator)(*args)), strict=True):
         assert (fake.shape, fake.stride(), fake.dtype, fake.device) == (
             expected.shape,
             expected.stride(),

@@ -27,10 +27,11 @@ from ltx_core.model.transformer.modality import Modality
 from ltx_core.model.transformer.model import LTXModel, LTXModelType, X0Model
 
 import bitfuse
-from bitfuse.hosts import common, ltx_core, ltx_core_block
-from bitfuse.hosts.patch import Handle, Site, source_hash
+from bitfuse.hosts import ltx2 as common
+from bitfuse.hosts import ltx_core, ltx_core_block
+from bitfuse.hosts.site import Handle, Site, source_hash
 from bitfuse.ops.split_rotary import split_rotary_per_op
-from bitfuse.swap import ours_in
+from bitfuse.run.swap import ours_in
 
 SEAMS = ltx_core_block.ops is not None
 VIDEO, AUDIO, TEXT = 24, 5, 7  # tokens

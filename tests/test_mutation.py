@@ -10,12 +10,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bitfuse import OPERATORS, compare, far, mutation, proof, verify
-from bitfuse.contract import Mutant, Out, Plan
-from bitfuse.mutation import DIVISOR, EPS, FOLD, KINDS, MASK, PAST, STATISTIC, STRIDE, WIDTH
+from bitfuse import OPERATORS, compare
+from bitfuse.core import proof
+from bitfuse.core.evidence import Mutant
+from bitfuse.core.inputs import guarded, lookalike
+from bitfuse.core.launch import Out, Plan
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.rms_norm_modulate import RMS_NORM_MODULATE_COMPOSED, RMS_NORM_MODULATE_NATIVE
 from bitfuse.ops.split_rotary import SPLIT_PER_OP
+from bitfuse.tools.prove import far, mutation, verify
+from bitfuse.tools.prove.mutation import DIVISOR, EPS, FOLD, KINDS, MASK, PAST, STATISTIC, STRIDE, WIDTH
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
 CPU = torch.device("cpu")
@@ -161,7 +165,7 @@ def test_a_write_into_an_argument_is_a_mismatch():
 
 
 def test_a_guarded_output_is_aligned_and_laid_out_as_its_own():
-    t = proof.guarded((2, 3, 5), (40, 8, 1), torch.bfloat16, CPU)
+    t = guarded((2, 3, 5), (40, 8, 1), torch.bfloat16, CPU)
     assert t.stride() == (40, 8, 1)
     assert t.data_ptr() % 16 == 0
     assert t.isnan().all()
@@ -209,7 +213,7 @@ def test_some_family_tells_the_strides_of_all_operands_apart(operator):
 
 def test_a_gap_keeps_every_class_of_strides():
     like = torch.zeros(2, 5, 3, 32, dtype=torch.bfloat16).swapaxes(1, 2)
-    dense, wide = (proof.lookalike(like, torch.ones(2, 3, 21, 32, dtype=torch.bfloat16), gap) for gap in (0, 3))
+    dense, wide = (lookalike(like, torch.ones(2, 3, 21, 32, dtype=torch.bfloat16), gap) for gap in (0, 3))
     assert dense.stride() != wide.stride()
     assert [s % 16 for s in dense.stride()] == [s % 16 for s in wide.stride()]
     assert compare(dense.contiguous(), wide.contiguous()) is None
@@ -218,7 +222,7 @@ def test_a_gap_keeps_every_class_of_strides():
 @pytest.mark.parametrize("offset", range(9))
 def test_lookalike_starts_as_far_from_16_bytes(offset):
     like = torch.zeros(64, dtype=torch.bfloat16)[offset:].view(-1)
-    assert proof.lookalike(like, torch.ones(40, dtype=torch.bfloat16)).data_ptr() % 16 == like.data_ptr() % 16
+    assert lookalike(like, torch.ones(40, dtype=torch.bfloat16)).data_ptr() % 16 == like.data_ptr() % 16
 
 
 # -- offsets --------------------------------------------------------------------------------------------------------

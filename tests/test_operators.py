@@ -16,8 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitfuse import OPERATORS, Operator, compare, proof, values
-from bitfuse.contract import Plan, Tier
+from bitfuse import OPERATORS, Operator, compare
+from bitfuse.core import proof, values
+from bitfuse.core.bits import as_tuple
+from bitfuse.core.inputs import poisoned
+from bitfuse.core.launch import Plan
+from bitfuse.core.operator import Tier
 from bitfuse.ops.rotary_common import RotaryCase
 from common import ONE_OF_EACH_FILE, ROTARY, on_tensors, small_cases, tensors_of
 
@@ -52,7 +56,7 @@ def made(case, device: torch.device) -> tuple[Any, ...]:
 
 def run(plan: Plan, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """One launch, into outputs of NaNs: an element that no program writes can't pass for a right one."""
-    outs = tuple(map(proof.poisoned, plan.empty(args[0].device)))
+    outs = tuple(map(poisoned, plan.empty(args[0].device)))
     plan.bind(args, outs)(*args, *outs)
     return outs
 
@@ -63,7 +67,7 @@ def form(t: Tensor) -> tuple:
 
 def specification(operator: Operator, tier: Tier, device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
     chain = operator.specification(operator.tiers.index(tier), device)
-    return lambda *args: proof.as_tuple(chain(*args))
+    return lambda *args: as_tuple(chain(*args))
 
 
 def small(

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from bitfuse import OPERATORS, proof
-from bitfuse.contract import Tier
+from bitfuse import OPERATORS
+from bitfuse.core import proof
+from bitfuse.core.bits import compare
+from bitfuse.core.operator import Tier
 from common import references_launched, small
 from planted import Plant, same_bits
 
@@ -102,7 +104,7 @@ def test_where_references_are_launched_calls_count_as_fused_and_nothing_of_it_st
     before = proof.verdicts()
     with references_launched():
         assert operator.route(*args).fused
-        assert proof.compare(operator.reference(*args), operator(*args)) is None
+        assert compare(operator.reference(*args), operator(*args)) is None
         assert len(proof.verdicts()) == 1
     assert proof.verdicts() == before
     assert not operator.route(*args).fused, "the wrong kernel is proved, and refused"

@@ -20,10 +20,12 @@ from torch.nn.utils import parametrize
 
 import bitfuse
 import sglang_host
-from bitfuse import hosts, proof, seeded
-from bitfuse.contract import Operator
-from bitfuse.hosts.patch import Options, Site
-from bitfuse.swap import ours_in, plain
+from bitfuse import hosts
+from bitfuse.core import proof
+from bitfuse.core.operator import Operator
+from bitfuse.hosts.site import Options, Site
+from bitfuse.run.swap import ours_in, plain
+from bitfuse.tools import seeded
 
 HOSTS = [name for name in seeded.HOSTS if name in seeded.installed()]
 diffusers = pytest.importorskip("diffusers")
@@ -373,7 +375,7 @@ def test_tables_may_be_written_into(model_and_step):
 
 def test_the_modulation_follows_a_timestep_embedding_with_other_data():
     """Views of it are kept within a step, by the tensor: one that was given other memory is another."""
-    from bitfuse.hosts.common import Values
+    from bitfuse.hosts.ltx2 import Values
 
     values, temb = Values(), torch.arange(12.0).view(1, 2, 6)
     first = values.of(temb, 2)

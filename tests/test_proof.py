@@ -9,8 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitfuse import OPERATORS, compare, proof
-from bitfuse.contract import Mutant, Plan, Tier
+from bitfuse import OPERATORS, compare
+from bitfuse.core import proof
+from bitfuse.core.evidence import Mutant
+from bitfuse.core.inputs import lookalike, poisoned
+from bitfuse.core.launch import Plan
+from bitfuse.core.operator import Tier
 
 NAN = float("nan")
 SPLIT = OPERATORS["split_rotary_per_op"]
@@ -113,8 +117,8 @@ def test_one_flipped_bit_is_found(data):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_poison_is_nan_and_covers_all(dtype, device):
-    assert proof.poisoned(torch.zeros(7, 3, dtype=dtype, device=device)).isnan().all()
-    assert proof.poisoned(torch.zeros(0, 3, dtype=dtype, device=device)).shape == (0, 3)
+    assert poisoned(torch.zeros(7, 3, dtype=dtype, device=device)).isnan().all()
+    assert poisoned(torch.zeros(0, 3, dtype=dtype, device=device)).shape == (0, 3)
 
 
 # -- lookalike ----------------------------------------------------------------------------------------------------
@@ -144,7 +148,7 @@ def test_lookalike_holds_the_values_and_looks_alike(data):
     # batteries keep inner sizes and the residue of the token count modulo 16, in which strides keep their class
     sizes = [n + 16 * data.draw(st.integers(0, 2)) for n in shape]
     values = torch.randn(sizes).to(torch.bfloat16)
-    made = proof.lookalike(like, values)
+    made = lookalike(like, values)
 
     assert made.dtype == like.dtype
     assert (made.data_ptr() % 16 == 0) == (like.data_ptr() % 16 == 0)

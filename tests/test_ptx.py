@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from bitfuse import OPERATORS, ptx
-from bitfuse.kernel import interpreter
+from bitfuse import OPERATORS
+from bitfuse.core.kernel import interpreter
+from bitfuse.tools.prove import ptx
 from common import ONE_OF_EACH_FILE
 
 AUDITS = {(o.name, audit.case, o.tiers[audit.tier].name): audit for o in OPERATORS.values() for audit in o.audits}
@@ -129,7 +130,7 @@ def test_the_environment_does_change_a_kernel_that_does_not_say(tmp_path):
 import sys
 from dataclasses import replace
 import bitfuse
-from bitfuse import ptx
+from bitfuse.tools.prove import ptx
 operator = bitfuse.OPERATORS["interleaved_rotary_fp32"]
 tensors = operator.cases[0].arguments("cpu", tokens=16)
 plan = replace(operator.plan(*tensors), options={})

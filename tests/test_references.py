@@ -10,7 +10,7 @@ import torch
 
 import oracle
 from bitfuse import OPERATORS, compare
-from bitfuse.numerics import addcmul_fuses
+from bitfuse.core.numerics import addcmul_fuses
 from common import ROTARY
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import bitfuse
-from bitfuse import OPERATORS, proof, seeded
-from bitfuse.contract import Plan
-from bitfuse.hosts import patch
-from bitfuse.hosts.common import Rehearsal
+from bitfuse import OPERATORS
+from bitfuse.core import proof
+from bitfuse.core.launch import Plan
+from bitfuse.hosts import site as patch
+from bitfuse.hosts.ltx2 import Rehearsal
+from bitfuse.tools import seeded
 
 pytestmark = pytest.mark.usefixtures("fresh_routes")
 HOSTS = [name for name in ("diffusers", "ltx-core") if name in seeded.installed()]

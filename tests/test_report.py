@@ -17,9 +17,10 @@ import torch
 from rich.console import Console
 
 import bitfuse
-from bitfuse import OPERATORS, Handle, NotFused, Report, proof
-from bitfuse.audit import Auditor
-from bitfuse.hosts.patch import Options, Site, Times, measure
+from bitfuse import OPERATORS, Handle, NotFused, Report
+from bitfuse.core import proof
+from bitfuse.hosts.site import Options, Site, Times, measure
+from bitfuse.run.audit import Auditor
 from common import small
 
 SPLIT = OPERATORS["split_rotary_per_op"]

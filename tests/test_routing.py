@@ -25,8 +25,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitfuse
-from bitfuse import contract, proof
-from bitfuse.kernel import Kernel
+from bitfuse.core import conditions, proof
+from bitfuse.core import operator as operator_module
+from bitfuse.core.bits import as_tuple
+from bitfuse.core.kernel import Kernel
+from bitfuse.core.operator import Tier
 from bitfuse.ops import rotary_common
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32, INTERLEAVED_PER_OP
 from bitfuse.ops.split_rotary import SPLIT_FP32, SPLIT_PER_OP
@@ -69,7 +72,7 @@ def assert_same(expected, found):
     if isinstance(expected, Raised):
         assert found == expected
         return
-    for a, b in zip(proof.as_tuple(expected), proof.as_tuple(found), strict=True):
+    for a, b in zip(as_tuple(expected), as_tuple(found), strict=True):
         _assert_same(a, b)
 
 
@@ -217,7 +220,7 @@ def _leaves(args, wanted):
 
 def _gradients(fn, args, wanted):
     leaves = _leaves(args, wanted)
-    outs = proof.as_tuple(fn(*leaves))
+    outs = as_tuple(fn(*leaves))
     reached = [t for t in outs if t.requires_grad]
     cotangents = [torch.linspace(-2, 2, t.numel(), device=t.device).reshape(t.shape).to(t.dtype) for t in reached]
     torch.autograd.backward(reached, cotangents)
@@ -247,7 +250,7 @@ def test_a_forward_mode_tangent_is_not_lost(operator, device):
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, torch.ones_like(x))
         assert not operator.route(dual, *others).fused
-        chain, ours = (proof.as_tuple(fn(dual, *others)) for fn in (operator.reference, operator))
+        chain, ours = (as_tuple(fn(dual, *others)) for fn in (operator.reference, operator))
         tangents = []
         for expected, found in zip(map(forward_ad.unpack_dual, chain), map(forward_ad.unpack_dual, ours), strict=True):
             assert_same(expected.primal, found.primal)
@@ -268,7 +271,7 @@ TRANSFORMS = {
 
 
 def _first(result):
-    return proof.as_tuple(result)[0]
+    return as_tuple(result)[0]
 
 
 def _with_others(fn, args, tensors):
@@ -462,14 +465,14 @@ def test_nothing_is_asked_of_the_device_during_a_capture(operator, device, fresh
     """A GPU test captures for real; this one shows, anywhere, that no probe and no battery starts, or is kept."""
     tensors = inputs(operator, device)
     capturing = [True]
-    monkeypatch.setattr(contract, "_capturing", lambda t: capturing[0])
+    monkeypatch.setattr(conditions, "capturing", lambda t: capturing[0])
     for name in ("run_battery", "compare_live"):
         monkeypatch.setattr(proof, name, lambda *args: pytest.fail("a battery started"))
     monkeypatch.setattr(rotary_common, "addcmul_fuses", lambda *args: pytest.fail("a probe started"))
     assert_falls_back(operator, tensors, "a CUDA graph is being captured")
     monkeypatch.undo()
     assert_fuses(operator, tensors)  # the capture's answer was not kept
-    monkeypatch.setattr(contract, "_capturing", lambda t: capturing[0])
+    monkeypatch.setattr(conditions, "capturing", lambda t: capturing[0])
     assert operator.route(*tensors).fused  # and what was decided before a capture holds in it
     assert bitfuse.explain(operator, *tensors) == []
 
@@ -717,7 +720,7 @@ def test_another_layout_is_decided_anew(operator, change, device, monkeypatch):
 
 @each
 def test_the_dictionary_of_routes_is_bounded(operator, monkeypatch):
-    monkeypatch.setattr(contract, "_ROUTES_KEPT", 8)
+    monkeypatch.setattr(operator_module, "_ROUTES_KEPT", 8)
     for tokens in range(1, 50):
         operator(*on_tensors(torch.Tensor.double, inputs(operator, tokens=tokens)))
         assert len(operator._routes) <= 8
@@ -860,7 +863,7 @@ def test_apply_ltx2_split_rotary_emb_launches_and_nothing_else(device, monkeypat
     x, cos, sin = _seed_inputs(device)
     mutant = next(m for m in SPLIT_PER_OP.mutants if m.name == "the sine's sign swapped")
     stock = types.SimpleNamespace(tiers=SPLIT_PER_OP.tiers)
-    monkeypatch.setattr(SPLIT_PER_OP, "tiers", (contract.Tier("wrong", lambda *args: mutant.plan(stock, *args)),))
+    monkeypatch.setattr(SPLIT_PER_OP, "tiers", (Tier("wrong", lambda *args: mutant.plan(stock, *args)),))
     found = bitfuse.apply_ltx2_split_rotary_emb(x, cos, sin)
     assert bitfuse.compare(SPLIT_PER_OP.reference(x, cos, sin), found) is not None
     assert bitfuse.compare(SPLIT_PER_OP.reference(x, cos, -sin), found) is None

@@ -18,11 +18,14 @@ from typer.testing import CliRunner
 
 import bitfuse
 import sglang_host
-from bitfuse import comparison, conformance, demo, document, runs, seeded, sites, verify
 from bitfuse.cli import app
-from bitfuse.comparison_request import Request
-from bitfuse.hosts.patch import Site
-from bitfuse.kernel import interpreter
+from bitfuse.core.kernel import interpreter
+from bitfuse.hosts.site import Site
+from bitfuse.tools import explain as sites
+from bitfuse.tools import seeded
+from bitfuse.tools.compare import comparison, conformance, demo, runs
+from bitfuse.tools.compare.request import Request
+from bitfuse.tools.prove import document, verify
 from planted import Plant
 
 CPU = torch.device("cpu")
@@ -381,7 +384,7 @@ def test_one_rank_that_is_not_as_promised_fails_them_all(monkeypatch, part):
 @pytest.mark.parametrize(("version", "ranks", "name"), [("2.0", 3, "frames"), ("2.3", 4, "audio_frames")])
 def test_a_clip_that_does_not_divide_among_the_ranks_is_refused(monkeypatch, version, ranks, name):
     sglang_host.ready()
-    from bitfuse import seeded_sglang
+    from bitfuse.tools.seeded import sglang as seeded_sglang
 
     monkeypatch.setattr(seeded_sglang, "ranks", lambda: ranks)
     g = geometry("sglang", version, frames=4)

@@ -13,10 +13,10 @@ from torch import nn
 import bitfuse
 import sglang_host
 from bitfuse import OPERATORS
+from bitfuse.core.kernel import interpreter
 from bitfuse.hosts import sglang_plugin
-from bitfuse.kernel import interpreter
 from bitfuse.ops.modulate import MODULATE
-from bitfuse.swap import ours_in
+from bitfuse.run.swap import ours_in
 from sglang_host import V23, feed, make
 
 BF16 = torch.bfloat16

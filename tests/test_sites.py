@@ -14,8 +14,10 @@ pytest.importorskip("diffusers")
 from rich.console import Console
 
 import bitfuse
-from bitfuse import seeded, seeded_diffusers, sites
 from bitfuse.hosts import diffusers as adapter
+from bitfuse.tools import explain as sites
+from bitfuse.tools import seeded
+from bitfuse.tools.seeded import diffusers as seeded_diffusers
 
 CPU = torch.device("cpu")
 
@@ -56,7 +58,7 @@ def test_what_it_says_is_what_the_model_does():
     said = {(kind.name, kind.operator): kind for kind in sites.explain(small("2.0"), tokens=24).kinds}
     geometry = dataclasses.replace(seeded.SMALL, frames=2, height=3, width=4)
     model = seeded.build(geometry, CPU, seed=0)
-    with bitfuse.accelerated(model) as handle, bitfuse.kernel.interpreter():
+    with bitfuse.accelerated(model) as handle, bitfuse.core.kernel.interpreter():
         seeded.one_step(model, seeded.make_inputs(model, geometry, CPU, seed=0))()
         done = {(kind["name"], kind["operator"]): kind for kind in handle.report().kinds()}
     assert said.keys() == done.keys()

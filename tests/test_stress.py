@@ -16,10 +16,13 @@ import pytest
 import torch
 
 import bitfuse
-from bitfuse import hosts, proof, seeded
-from bitfuse.contract import Operator
-from bitfuse.hosts.patch import Site
-from bitfuse.swap import ours_in
+from bitfuse import hosts
+from bitfuse.core import proof
+from bitfuse.core.bits import Mismatch
+from bitfuse.core.operator import Operator
+from bitfuse.hosts.site import Site
+from bitfuse.run.swap import ours_in
+from bitfuse.tools import seeded
 
 pytest.importorskip("diffusers.models.transformers.transformer_ltx2")
 
@@ -81,7 +84,7 @@ def condemn(dice):
     operator = dice.choice(list(bitfuse.OPERATORS.values()))
     routes = [route for route in list(operator._routes.values()) if route.fused]
     if routes:
-        operator.condemn(dice.choice(routes), proof.Mismatch("planted", count=1))
+        operator.condemn(dice.choice(routes), Mismatch("planted", count=1))
 
 
 def request(model, step, expected, dice):

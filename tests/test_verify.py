@@ -11,10 +11,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import bitfuse
-from bitfuse import cli, mutation, verify
-from bitfuse.contract import Tier
+from bitfuse import cli
+from bitfuse.core.operator import Tier
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.split_rotary import SPLIT_FP32
+from bitfuse.tools.prove import mutation, verify
 
 NAME = SPLIT_FP32.name
 

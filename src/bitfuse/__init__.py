@@ -5,10 +5,12 @@ print(handle.report())  # what was fused, what was not and why
 handle.restore()  # and `with bitfuse.accelerated(pipe): ...`
 """
 
+import importlib
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
-from bitfuse.contract import switch_error
+from bitfuse.core.conditions import switch_error
 
 if switch_error is not None:  # said once, in a line of its own where bitfuse was called as a command
     run_as_module = sys.argv[:1] == ["-m"] and any(word.split(".")[0] == "bitfuse" for word in sys.orig_argv)
@@ -18,13 +20,16 @@ if switch_error is not None:  # said once, in a line of its own where bitfuse wa
     raise ValueError(switch_error)
 
 import bitfuse.ops  # noqa: F401  (defines the operators)
-from bitfuse.audit import BitfuseWarning
-from bitfuse.contract import OPERATORS, Operator, ShapeError, disable, enable, explain
-from bitfuse.divergence import Divergence, trace
+from bitfuse import moved
+from bitfuse.core.bits import Mismatch, compare
+from bitfuse.core.conditions import ShapeError
+from bitfuse.core.operator import OPERATORS, Operator, disable, enable, explain
 from bitfuse.hosts import accelerate, accelerated
-from bitfuse.hosts.patch import Handle, NotFused, Report
+from bitfuse.hosts.site import Handle, NotFused, Report
 from bitfuse.ops.split_rotary import _ltx2_split_rotary_kernel, apply_ltx2_split_rotary_emb, apply_split_rotary_emb
-from bitfuse.proof import Mismatch, compare
+from bitfuse.run.audit import BitfuseWarning
+
+moved.install()
 
 __version__ = "0.1.0"
 
@@ -49,3 +54,19 @@ __all__ = [
     "explain",
     "trace",
 ]
+
+# Tools: they are loaded when they are asked for
+if TYPE_CHECKING:
+    from bitfuse.tools.compare.trace import Divergence, trace
+
+_TOOLS = {"Divergence": "bitfuse.tools.compare.trace", "trace": "bitfuse.tools.compare.trace"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _TOOLS:
+        return getattr(importlib.import_module(_TOOLS[name]), name)
+    raise AttributeError(f"module 'bitfuse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TOOLS})

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from bitfuse import files, text
+from bitfuse.tools import files, text
 
 app = typer.Typer(
     help="LTX-2, faster, with output identical to the last bit, and proof of it on this machine.",
@@ -113,9 +113,9 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(**options: Any) -> None:
         try:
-            from bitfuse import contract
+            from bitfuse.core import conditions
 
-            if wrong := getattr(contract, "switch_error", None):
+            if wrong := conditions.switch_error:
                 raise typer.Exit(_fail(wrong))
             function(**options)
         except KeyboardInterrupt:
@@ -149,10 +149,10 @@ def verify(
 
     Example: `bitfuse verify --deep --json proof.json --html proof.html`, then `bitfuse verify --check proof.json`
     """
-    from bitfuse import document
-    from bitfuse import verify as verification
-    from bitfuse.contract import OPERATORS
-    from bitfuse.seeded import CannotRun
+    from bitfuse.core.operator import OPERATORS
+    from bitfuse.tools.prove import document
+    from bitfuse.tools.prove import verify as verification
+    from bitfuse.tools.seeded import CannotRun
 
     _check_device(device)
     if check is not None and (op or case or deep or host or html_file):
@@ -184,7 +184,7 @@ def verify(
 
 
 def _compare_document(given: dict[str, Any], device: str | None, json_file: Path | None) -> int:
-    from bitfuse import document
+    from bitfuse.tools.prove import document
 
     items, console = document.compare(given, device), Console()
     for item in items:
@@ -211,7 +211,7 @@ def demo(
 
     Example: `bitfuse demo --steps 8 --out out/demo`
     """
-    from bitfuse import demo as demonstration
+    from bitfuse.tools.compare import demo as demonstration
 
     _check_device(device)
     _check_host(host)
@@ -250,9 +250,9 @@ def compare(
 
     Example: `bitfuse compare Lightricks/LTX-2 --prompt "Waves on black rocks" --steps 20 --out out/compare`
     """
-    from bitfuse import comparison
-    from bitfuse.comparison_request import Request, check
-    from bitfuse.seeded import CannotRun
+    from bitfuse.tools.compare import comparison
+    from bitfuse.tools.compare.request import Request, check
+    from bitfuse.tools.seeded import CannotRun
 
     _check_device(device)
     made = {f"the {name} of --out": out / name for name in comparison.NAMES}
@@ -308,9 +308,9 @@ def bench(
     """
     import torch
 
-    from bitfuse import bench as benchmark
-    from bitfuse.contract import OPERATORS
-    from bitfuse.seeded import VERSIONS, CannotRun
+    from bitfuse.core.operator import OPERATORS
+    from bitfuse.tools.bench import bench as benchmark
+    from bitfuse.tools.seeded import VERSIONS, CannotRun
 
     if unknown := [part for part in only or [] if part not in benchmark.PARTS]:
         raise typer.Exit(_fail(f"--only {unknown[0]} is not a part; accepted: {', '.join(benchmark.PARTS)}"))
@@ -364,7 +364,7 @@ def explain(
 
     Example: `bitfuse explain Lightricks/LTX-2`, or without a model: `bitfuse explain --random-weights ltx-2.3`
     """
-    from bitfuse import sites
+    from bitfuse.tools import explain as sites
 
     if dtype not in sites.DTYPES:
         raise typer.Exit(_fail(f"--dtype {dtype} is not accepted; accepted: {', '.join(sites.DTYPES)}"))
@@ -397,7 +397,7 @@ def doctor(json_file: JsonFile = None) -> None:
 
     Example: `bitfuse doctor --json doctor.json`
     """
-    from bitfuse import doctor as examination
+    from bitfuse.tools import doctor as examination
 
     diagnosis = examination.run(Console())
     _write(json_file, diagnosis.as_dict())
@@ -432,7 +432,7 @@ def _check_device(device: str | None) -> None:
 
 
 def _check_host(host: str) -> None:
-    from bitfuse.seeded import HOSTS
+    from bitfuse.tools.seeded import HOSTS
 
     if host not in HOSTS:
         raise typer.Exit(_fail(f"--host {host} is not a host; accepted: {', '.join(HOSTS)}"))

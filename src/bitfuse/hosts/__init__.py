@@ -10,8 +10,8 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from bitfuse.hosts.patch import Handle, Options, Site, lock
-from bitfuse.swap import named
+from bitfuse.hosts.site import Handle, Options, Site, lock
+from bitfuse.run.swap import named
 
 _log = logging.getLogger("bitfuse")
 # An adapter has NAME, transformers(target) -> list of models to be accelerated, accelerate(model, handle), and

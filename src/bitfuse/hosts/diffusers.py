@@ -1,6 +1,6 @@
 """diffusers' LTX-2 transformer and text connectors (0.37 to 0.42.1): their attentions, and what is beside the blocks.
 
-Each module that is taken over keeps its class and its place, and gets a `forward` of its own (`bitfuse.swap`). An
+Each module that is taken over keeps its class and its place, and gets a `forward` of its own (`bitfuse.run.swap`). An
 attention's restates upstream's and its processor's, with Q/K norms, rotary embedding and head gate fused; the processor
 stays where it is, and is asked for its attention backend. Ours stand in only for upstream code whose hash is listed
 here; any other is left in place, and the report says why. The rest of a block is in `diffusers_block.py`, that of a
@@ -20,10 +20,9 @@ from diffusers.models import activations
 from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
-from bitfuse.contract import around
-from bitfuse.graphs import graph_forward
-from bitfuse.hosts import constant, diffusers_block
-from bitfuse.hosts.common import (
+from bitfuse.core.conditions import around
+from bitfuse.hosts import diffusers_block
+from bitfuse.hosts.ltx2 import (
     Entry,
     Model,
     ModelForward,
@@ -35,13 +34,15 @@ from bitfuse.hosts.common import (
     watched,
     weights_of,
 )
-from bitfuse.hosts.constant import Constant, Prelude
-from bitfuse.hosts.patch import Handle, Site, source_hash, why_norms_are_called, why_not_stock
+from bitfuse.hosts.site import Handle, Site, source_hash, why_norms_are_called, why_not_stock
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_RMS_NORM, QK_SPLIT_FP32
 from bitfuse.ops.split_rotary import SPLIT_FP32
-from bitfuse.swap import hooked, innermost, named, ours_in
+from bitfuse.run import memo as constant
+from bitfuse.run.graphs import graph_forward
+from bitfuse.run.memo import Constant, Prelude
+from bitfuse.run.swap import hooked, innermost, named, ours_in
 
 NAME = f"diffusers {diffusers.__version__}"
 

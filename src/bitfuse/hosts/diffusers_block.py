@@ -2,7 +2,7 @@
 
 The forward below restates `LTX2VideoTransformerBlock.forward`: the same modules called in the same order (hooks, LoRA
 and dropout notice the order), and between them operators, each of which equals its chain bit for bit or runs it. A
-block gets it as an attribute of its own (`bitfuse.swap`).
+block gets it as an attribute of its own (`bitfuse.run.swap`).
 """
 
 from __future__ import annotations
@@ -16,28 +16,13 @@ from diffusers.models import normalization
 from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
-from bitfuse.hosts.common import (
-    ABSENT,
-    Ada,
-    Beside,
-    Block,
-    Model,
-    Norms,
-    Quiet,
-    Rehearsal,
-    Values,
-    calls_of,
-    modulation,
-)
-from bitfuse.hosts.patch import Site, own_method, ways, why_not_stock
+from bitfuse.hosts.ltx2 import ABSENT, Ada, Beside, Block, Model, Norms, Quiet, Rehearsal, Values, calls_of, modulation
+from bitfuse.hosts.site import Site, own_method, ways, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
-from bitfuse.ops.residual_rms_norm import (
-    RESIDUAL_RMS_NORM_MODULATE_COMPOSED,
-    RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED,
-)
+from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_COMPOSED, RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED
 from bitfuse.ops.rms_norm_modulate import RMS_NORM_MODULATE_COMPOSED
-from bitfuse.swap import named
+from bitfuse.run.swap import named
 
 _Stock: Any = upstream.LTX2VideoTransformerBlock
 

@@ -15,10 +15,10 @@ import torch
 from diffusers.pipelines.ltx2 import connectors as upstream
 from torch import Tensor
 
-from bitfuse.hosts.common import ABSENT, Model, Norms, Part
-from bitfuse.hosts.patch import Site, ways, why_not_stock
+from bitfuse.hosts.ltx2 import ABSENT, Model, Norms, Part
+from bitfuse.hosts.site import Site, ways, why_not_stock
 from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_NATIVE
-from bitfuse.swap import named
+from bitfuse.run.swap import named
 
 _Stock: Any = upstream.LTX2TransformerBlock1d
 

@@ -3,7 +3,7 @@
 From 1.1.4 on ltx-core has seams: an attention calls its `preattention_function` (Q/K norms and rotary embedding) and
 its `gated_attention_function` (the head gate), which `TransformerOpsConfig.from_functions` or anybody else fills. The
 two callables below go in there. Before 1.1.4 there are none: there an attention gets a forward of its own
-(`bitfuse.swap`), which restates upstream's with the same two callables. They stand in only for upstream code whose
+(`bitfuse.run.swap`), which restates upstream's with the same two callables. They stand in only for upstream code whose
 hash is listed here; any other is left in place, and the report says why. The rest of a block is in `ltx_core_block.py`.
 """
 
@@ -21,10 +21,9 @@ import torch
 from ltx_core.model.transformer import attention, model, rope, transformer_args
 from torch import Tensor
 
-from bitfuse.contract import around
-from bitfuse.graphs import graph_forward
+from bitfuse.core.conditions import around
 from bitfuse.hosts import ltx_core_block
-from bitfuse.hosts.common import (
+from bitfuse.hosts.ltx2 import (
     Entry,
     Model,
     ModelForward,
@@ -36,19 +35,12 @@ from bitfuse.hosts.common import (
     weights_of,
 )
 from bitfuse.hosts.ltx_core_block import Seam, ops, why_seam_stays
-from bitfuse.hosts.patch import (
-    Handle,
-    Site,
-    not_own,
-    source_hash,
-    why_norms_are_called,
-    why_not_read,
-    why_not_stock,
-)
+from bitfuse.hosts.site import Handle, Site, not_own, source_hash, why_norms_are_called, why_not_read, why_not_stock
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_PER_OP, QK_RMS_NORM, QK_SPLIT_PER_OP
 from bitfuse.ops.split_rotary import SPLIT_PER_OP
+from bitfuse.run.graphs import graph_forward
 
 
 def _name() -> str:

@@ -2,7 +2,7 @@
 
 The forward below restates `BasicAVTransformerBlock.forward`: the same modules called in the same order (hooks, LoRA
 and dropout notice the order), and between them operators, each of which equals its chain bit for bit or runs it. A
-block gets it as an attribute of its own (`bitfuse.swap`). A later block, whose forward was not read, still gets its two
+block gets it as an attribute of its own (`run.swap`). A later block, whose forward was not read, still gets its two
 seams filled, `ada_zero_function` and `post_sa_function`, where those hold ltx-core's own functions.
 """
 
@@ -23,16 +23,13 @@ from ltx_core.guidance.perturbations import BatchedPerturbationConfig, Perturbat
 from ltx_core.model.transformer import attention, transformer
 from torch import Tensor
 
-from bitfuse.hosts.common import ABSENT, ENDED, Ada, Beside, Block, Entry, Model, Quiet, Rehearsal, Values, modulation
-from bitfuse.hosts.patch import Site, own_method, source_hash, why_not_stock
+from bitfuse.hosts.ltx2 import ABSENT, ENDED, Ada, Beside, Block, Entry, Model, Quiet, Rehearsal, Values, modulation
+from bitfuse.hosts.site import Site, own_method, source_hash, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.modulate import MODULATE
-from bitfuse.ops.residual_rms_norm import (
-    RESIDUAL_RMS_NORM_MODULATE_NATIVE,
-    RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE,
-)
+from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_NATIVE, RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE
 from bitfuse.ops.rms_norm_modulate import RMS_NORM_MODULATE_NATIVE
-from bitfuse.swap import named
+from bitfuse.run.swap import named
 
 ops: Any = None
 with contextlib.suppress(ImportError):

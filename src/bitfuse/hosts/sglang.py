@@ -1,6 +1,6 @@
 """SGLang's LTX-2 transformer (0.5.12 to 0.5.23): its attentions and blocks, and the functions of its module.
 
-An attention gets a forward of its own (`bitfuse.swap`), which restates upstream's with Q/K norms, rotary embedding and
+An attention gets a forward of its own (`run.swap`), which restates upstream's with Q/K norms, rotary embedding and
 head gate as operators; `sglang_block.py` does the same for the rest of a block, and says how it
 goes under SGLang's autocast. The rotary function of the model, and `_ltx2_modulate` of the output norm, are replaced in
 SGLang's module: whoever else calls them there gets them too, an attention that is left alone, say. The last restore
@@ -24,11 +24,11 @@ from sglang.multimodal_gen.runtime.models.dits import ltx_2 as upstream
 from sglang.version import __version__
 from torch import Tensor
 
-from bitfuse.contract import OPERATORS, Operator
+from bitfuse.core.operator import OPERATORS, Operator
 from bitfuse.hosts import sglang_block
-from bitfuse.hosts.common import ENDED, Model, ModelForward, Part, models_in, of_operators, rotary_difference, watched
-from bitfuse.hosts.patch import Handle, Site, source_hash, why_norms_are_called, why_not_read, why_not_stock
+from bitfuse.hosts.ltx2 import ENDED, Model, ModelForward, Part, models_in, of_operators, rotary_difference, watched
 from bitfuse.hosts.sglang_block import call, unaffected, why_autocast
+from bitfuse.hosts.site import Handle, Site, source_hash, why_norms_are_called, why_not_read, why_not_stock
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
 from bitfuse.ops.modulate import MODULATE

@@ -2,7 +2,7 @@
 
 The forward below restates `LTX2TransformerBlock.forward`: the same modules called in the same order, and between them
 operators, each of which equals SGLang's PyTorch chain bit for bit or runs it. A block gets it as an attribute of its
-own (`bitfuse.swap`).
+own (`bitfuse.run.swap`).
 
 SGLang runs under bf16 autocast, which operators decline. Its chains are of two kinds: the norms stand in
 `autocast(enabled=False)` in SGLang's own code (from 0.5.18), and the rest are ops that autocast leaves alone. The first
@@ -19,10 +19,10 @@ import torch
 from sglang.multimodal_gen.runtime.models.dits import ltx_2 as upstream
 from torch import Tensor
 
-from bitfuse import proof
-from bitfuse.contract import Operator
-from bitfuse.hosts.common import ABSENT, Ada, Block, Entry, Model, Values, calls_of, modulation
-from bitfuse.hosts.patch import Site, own_method, source_hash, ways, why_not_stock
+from bitfuse.core.bits import compare
+from bitfuse.core.operator import Operator
+from bitfuse.hosts.ltx2 import ABSENT, Ada, Block, Entry, Model, Values, calls_of, modulation
+from bitfuse.hosts.site import Site, own_method, source_hash, ways, why_not_stock
 from bitfuse.ops.gated_residual import GATED_RESIDUAL
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
@@ -30,7 +30,7 @@ from bitfuse.ops.modulate import MODULATE
 from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_NATIVE, RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE
 from bitfuse.ops.rms_norm_modulate import RMS_NORM_MODULATE_NATIVE
 from bitfuse.ops.split_rotary import SPLIT_PER_OP
-from bitfuse.swap import hooked, named
+from bitfuse.run.swap import hooked, named
 
 _Stock: Any = upstream.LTX2TransformerBlock
 _Norm: Any = getattr(upstream, "RMSNormNoWeight", None)  # up to 0.5.13 a function, rms_norm
@@ -104,7 +104,7 @@ def _changed_by_autocast(device: torch.device, dtype: torch.dtype, guarded: bool
             on = operator.reference(*args)
             with torch.autocast(device.type, enabled=False):
                 off = operator.reference(*args)
-        if mismatch := proof.compare(off, on):
+        if mismatch := compare(off, on):
             return f"autocast to {dtype} changes what {operator.name} computes: {mismatch.sentence}"
     return None
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfuse import values
-from bitfuse.contract import Mutant, flushed
+from bitfuse.core import values
+from bitfuse.core.evidence import Mutant, flushed
+from bitfuse.core.inputs import lookalike
 from bitfuse.ops.adaln_common import FLOATS, battery_shape, role
-from bitfuse.proof import lookalike
 
 # -- what a wrong kernel trips over ------------------------------------------------------------------------------------
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bitfuse.contract import Plan, fitting, on_meta, outputs_like, plain, runnable
-from bitfuse.kernel import interpreting, kernel, power_of_2
-from bitfuse.numerics import round_to
-from bitfuse.proof import strides
+from bitfuse.core.conditions import fitting, on_meta, plain, runnable
+from bitfuse.core.kernel import interpreting, kernel, power_of_2
+from bitfuse.core.launch import Plan, outputs_like, strides
+from bitfuse.core.numerics import round_to
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -263,5 +263,5 @@ def mask_stride(mask: Tensor | None) -> tuple[int]:
 def battery_shape(batch: int, tokens: int, few: bool = False) -> tuple[int, int]:
     """(B, T) of a battery: 126 rows of two samples, whatever the call's own shape, as its signature also serves calls
     of more samples and tokens; with `few`, as few as the call's own below 16, where ATen's mean adds up in another
-    order (`bitfuse.reduction`)."""
+    order (`bitfuse.core.reduction`)."""
     return (batch, tokens) if few and batch * tokens < 16 else (2, 63)

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bitfuse.contract import Audit, Operator, Plan, Tier
-from bitfuse.kernel import kernel
+from bitfuse.core.evidence import Audit, Evidence
+from bitfuse.core.kernel import kernel
+from bitfuse.core.launch import Plan
+from bitfuse.core.operator import Operator, Tier
 from bitfuse.ops import adaln_cases as geometry
 from bitfuse.ops import adaln_common as common
 from bitfuse.ops.adaln_common import add_residual, residual_sum, rows_plan, tile_of_rows
@@ -70,10 +72,12 @@ GATED_RESIDUAL = Operator(
     "diffusers 0.37-0.42.1, ltx-core, SGLang: residual + output * gate",
     why_not=_why_not,
     tiers=(Tier("single pass", _plan),),
-    battery=partial(geometry.families, names=tuple(common.named(gated_residual, ()))),
-    cases=geometry.cases(_of),
-    mutants=geometry.residual_mutants(in_norm=False),
     # r1, r4; r2. Four operands of 32 elements, 8 at a time
-    audits=(Audit("video, 768x512x121", {"add.rn.f32": 2, "mul.rn.f32": 1, "cvt.rn.bf16.f32": 3}, loads={16: 16}),),
-    retiled=common.retiled,
+    evidence=Evidence(
+        battery=partial(geometry.families, names=tuple(common.named(gated_residual, ()))),
+        cases=geometry.cases(_of),
+        mutants=geometry.residual_mutants(in_norm=False),
+        audits=(Audit("video, 768x512x121", {"add.rn.f32": 2, "mul.rn.f32": 1, "cvt.rn.bf16.f32": 3}, loads={16: 16}),),
+        retiled=common.retiled,
+    ),
 )

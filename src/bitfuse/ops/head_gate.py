@@ -21,23 +21,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bitfuse import values
-from bitfuse.contract import (
-    Audit,
-    Mutant,
-    Operator,
-    Plan,
-    Tier,
-    fitting,
-    flushed,
-    on_meta,
-    outputs_like,
-    plain,
-    runnable,
-)
-from bitfuse.kernel import interpreting, kernel, power_of_2
-from bitfuse.numerics import divide, exponential, negate, round_to
-from bitfuse.proof import lookalike
+from bitfuse.core import values
+from bitfuse.core.conditions import fitting, on_meta, plain, runnable
+from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed
+from bitfuse.core.inputs import lookalike
+from bitfuse.core.kernel import interpreting, kernel, power_of_2
+from bitfuse.core.launch import Plan, outputs_like
+from bitfuse.core.numerics import divide, exponential, negate, round_to
+from bitfuse.core.operator import Operator, Tier
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -160,33 +151,35 @@ HEAD_GATE = Operator(
     "diffusers 0.38-0.42.1, ltx-core, SGLang: gated attention",
     why_not=_why_not,
     tiers=(Tier("single pass", _plan),),
-    battery=_battery,
-    cases=(
-        HeadGateCase("video, 768x512x121", 6144, 32, 128, real=True),
-        HeadGateCase("video, guidance", 6144, 32, 128, batch=2, real=True),
-        HeadGateCase("audio to video", 6144, 32, 64, real=True),
-        HeadGateCase("audio, 5 s", 126, 32, 64, real=True),
-        HeadGateCase("video, 1536x1024x121", 24576, 32, 128, real=True),
-        HeadGateCase("small", 19, 4, 16, batch=2),
-        HeadGateCase("head size 40", 5, 3, 40),
-        HeadGateCase("one token", 1, 32, 128),
+    evidence=Evidence(
+        battery=_battery,
+        cases=(
+            HeadGateCase("video, 768x512x121", 6144, 32, 128, real=True),
+            HeadGateCase("video, guidance", 6144, 32, 128, batch=2, real=True),
+            HeadGateCase("audio to video", 6144, 32, 64, real=True),
+            HeadGateCase("audio, 5 s", 126, 32, 64, real=True),
+            HeadGateCase("video, 1536x1024x121", 24576, 32, 128, real=True),
+            HeadGateCase("small", 19, 4, 16, batch=2),
+            HeadGateCase("head size 40", 5, 3, 40),
+            HeadGateCase("one token", 1, 32, 128),
+        ),
+        mutants=(
+            Mutant("the sigmoid not rounded", (("round_to(divide(1.0, 1.0 + exponential(negate(logit))), dtype)", "divide(1.0, 1.0 + exponential(negate(logit)))"),)),  # noqa: E501
+            Mutant("the sigmoid of the negative", (("exponential(negate(logit))", "exponential(logit)"),)),
+            Mutant("not doubled", (("2.0 * sigmoid", "sigmoid"),)),
+            Mutant("subnormals flushed", (("(x * (2.0 * sigmoid)", f"({flushed('x')} * (2.0 * sigmoid)"),)),
+            Mutant("the last lane not written", (("lane < HEAD_DIM", "lane < HEAD_DIM - 1"),)),
+        ),
+        audits=(Audit(
+            "video, 768x512x121",
+            {"mul.rn.f32": 1, "cvt.rn.bf16.f32": 1},  # r2
+            # A thread's elements are of four heads. For each: e^-logit by libdevice, 1 + e^-logit, the division, r1.
+            # What is flushed in the exponential vanishes against 1.
+            per_thread={"ex2.approx.ftz.f32": 4, "fma.rm.ftz.f32": 4, "fma.rn.ftz.f32": 12, "add.rn.f32": 12,
+                        "mul.rn.f32": 4, "div.rn.f32": 4, "cvt.rn.bf16.f32": 4},
+            also=("cvt.ftz.sat.f32.f32",),
+            loads={16: 4, 2: 4},
+        ),),
+        retiled=_retiled,
     ),
-    mutants=(
-        Mutant("the sigmoid not rounded", (("round_to(divide(1.0, 1.0 + exponential(negate(logit))), dtype)", "divide(1.0, 1.0 + exponential(negate(logit)))"),)),  # noqa: E501
-        Mutant("the sigmoid of the negative", (("exponential(negate(logit))", "exponential(logit)"),)),
-        Mutant("not doubled", (("2.0 * sigmoid", "sigmoid"),)),
-        Mutant("subnormals flushed", (("(x * (2.0 * sigmoid)", f"({flushed('x')} * (2.0 * sigmoid)"),)),
-        Mutant("the last lane not written", (("lane < HEAD_DIM", "lane < HEAD_DIM - 1"),)),
-    ),
-    audits=(Audit(
-        "video, 768x512x121",
-        {"mul.rn.f32": 1, "cvt.rn.bf16.f32": 1},  # r2
-        # A thread's elements are of four heads. For each: e^-logit by libdevice, 1 + e^-logit, the division, r1. What
-        # is flushed in the exponential vanishes against 1.
-        per_thread={"ex2.approx.ftz.f32": 4, "fma.rm.ftz.f32": 4, "fma.rn.ftz.f32": 12, "add.rn.f32": 12,
-                    "mul.rn.f32": 4, "div.rn.f32": 4, "cvt.rn.bf16.f32": 4},
-        also=("cvt.ftz.sat.f32.f32",),
-        loads={16: 4, 2: 4},
-    ),),
-    retiled=_retiled,
 )  # fmt: skip

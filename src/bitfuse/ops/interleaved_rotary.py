@@ -22,8 +22,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bitfuse.contract import Audit, Mutant, Operator, Plan, Tier, flushed, on_meta, outputs_like
-from bitfuse.kernel import kernel, power_of_2, triton_dtype
+from bitfuse.core.conditions import on_meta
+from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed
+from bitfuse.core.inputs import lookalike
+from bitfuse.core.kernel import kernel, power_of_2, triton_dtype
+from bitfuse.core.launch import Plan, outputs_like, strides
+from bitfuse.core.operator import Operator, Tier
 from bitfuse.ops.rotary_common import (
     WARPS,
     Reference,
@@ -36,7 +40,6 @@ from bitfuse.ops.rotary_common import (
     turn_neighbours,
     why_not,
 )
-from bitfuse.proof import lookalike, strides
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -189,11 +192,13 @@ def _operator(reference: Reference, source: str, in_fp32: bool) -> Operator:
         source,
         why_not=partial(why_not, reference=reference, in_fp32=in_fp32, misfit=interleaved_misfit),
         tiers=(Tier("one kernel", partial(_plan, reference=reference, in_fp32=in_fp32)),),
-        battery=_battery,
-        cases=cases(in_fp32, interleaved=True),
-        mutants=_mutants(in_fp32),
-        audits=_audits(in_fp32),
-        retiled=_retiled,
+        evidence=Evidence(
+            battery=_battery,
+            cases=cases(in_fp32, interleaved=True),
+            mutants=_mutants(in_fp32),
+            audits=_audits(in_fp32),
+            retiled=_retiled,
+        ),
     )
 
 

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.contract import Audit, Operator, Plan, Tier
-from bitfuse.kernel import kernel
+from bitfuse.core.evidence import Audit, Evidence
+from bitfuse.core.kernel import kernel
+from bitfuse.core.launch import Plan
+from bitfuse.core.operator import Operator, Tier
 from bitfuse.ops import adaln_cases as geometry
 from bitfuse.ops import adaln_common as common
 from bitfuse.ops.adaln_common import modulated, rows_plan, store_modulated, tile_of_rows
@@ -128,12 +130,16 @@ def _operator(reference: Any, source: str, tier: str) -> Operator:
         source,
         why_not=partial(_why_not, reference=reference),
         tiers=(Tier(tier, partial(_plan, reference=reference)),),
-        battery=partial(geometry.families, names=tuple(common.named(reference, ()))),
-        cases=geometry.cases(_of),
-        mutants=geometry.modulation_mutants(normed=reference is layer_norm_modulate),
         # r1 twice, r2, r4; r3. Five operands of 32 elements, 8 at a time
-        audits=(Audit("video, 768x512x121", {"add.rn.f32": 4, "mul.rn.f32": 1, "cvt.rn.bf16.f32": 5}, loads={16: 20}),),
-        retiled=common.retiled,
+        evidence=Evidence(
+            battery=partial(geometry.families, names=tuple(common.named(reference, ()))),
+            cases=geometry.cases(_of),
+            mutants=geometry.modulation_mutants(normed=reference is layer_norm_modulate),
+            audits=(
+                Audit("video, 768x512x121", {"add.rn.f32": 4, "mul.rn.f32": 1, "cvt.rn.bf16.f32": 5}, loads={16: 20}),
+            ),
+            retiled=common.retiled,
+        ),
     )
 
 

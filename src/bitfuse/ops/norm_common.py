@@ -1,7 +1,7 @@
 """What the operators with an RMSNorm share: the two norms, their plans and tiers, their mutants.
 
 `native` is one call of `F.rms_norm` (ltx-core, SGLang), `composed` is diffusers' own norm of seven ops: `float`,
-`pow`, `mean`, `+ eps`, `rsqrt`, `*`, `to`. They add up a row in different orders (`bitfuse.reduction`). Where the
+`pow`, `mean`, `+ eps`, `rsqrt`, `*`, `to`. They add up a row in different orders (`bitfuse.core.reduction`). Where the
 statistic of the single pass is not ATen's (an order that is not known, a CPU), ATen computes it and the rest is fused.
 """
 
@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.contract import Audit, Mutant, Operator, Out, Plan, Tier, flushed
+from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed
+from bitfuse.core.launch import Out, Plan, in_vectors
+from bitfuse.core.operator import Operator, Tier
+from bitfuse.core.reduction import GIVEN, LAYER_NORM, MEAN, layer_norm_mean_square, mean_lanes, mean_mean_square
 from bitfuse.ops import adaln_cases as geometry
 from bitfuse.ops import adaln_common as common
 from bitfuse.ops.adaln_common import HALVES, modulated, residual_sum, rows_plan
-from bitfuse.proof import in_vectors
-from bitfuse.reduction import GIVEN, LAYER_NORM, MEAN, layer_norm_mean_square, mean_lanes, mean_mean_square
 
 _Norm = Callable[[Tensor, float], Tensor]
 
@@ -223,12 +224,14 @@ def operator(
             Tier("single pass", partial(plan, order=LAYER_NORM if native else MEAN)),
             Tier("ATen's statistic", partial(plan, order=GIVEN)),
         ),
-        battery=partial(geometry.families, names=names, few=not native),
-        cases=geometry.cases(of, HALVES),
-        mutants=mutants(native, "y" in names),
-        audits=(_audit(native, "y" in names, 2 if "scale2" in names else 1),),
-        emulated=partial(_emulated, reference=reference, rstd=_EMULATED_RSTD[native]),
-        witness=partial(_statistic, reference=reference, rstd=_RSTD[native]),
-        emulated_witness=partial(_statistic, reference=reference, rstd=_EMULATED_RSTD[native]),
-        retiled=common.retiled,
+        evidence=Evidence(
+            battery=partial(geometry.families, names=names, few=not native),
+            cases=geometry.cases(of, HALVES),
+            mutants=mutants(native, "y" in names),
+            audits=(_audit(native, "y" in names, 2 if "scale2" in names else 1),),
+            emulated=partial(_emulated, reference=reference, rstd=_EMULATED_RSTD[native]),
+            witness=partial(_statistic, reference=reference, rstd=_RSTD[native]),
+            emulated_witness=partial(_statistic, reference=reference, rstd=_EMULATED_RSTD[native]),
+            retiled=common.retiled,
+        ),
     )

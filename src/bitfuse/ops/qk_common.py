@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfuse.contract import Audit, Mutant, fitting, flushed, plain, runnable
-from bitfuse.numerics import addcmul_fuses
+from bitfuse.core.conditions import fitting, plain, runnable
+from bitfuse.core.evidence import Audit, Mutant, flushed
+from bitfuse.core.inputs import lookalike
+from bitfuse.core.numerics import addcmul_fuses
 from bitfuse.ops.adaln_cases import DRAWS
 from bitfuse.ops.adaln_common import HALVES, battery_shape, named
 from bitfuse.ops.norm_common import fold_mutants
 from bitfuse.ops.rotary_common import RotaryCase
-from bitfuse.proof import lookalike
 
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -6,7 +6,7 @@ so that the tables of a token are read from memory once and found in the cache t
 
 Roundings, in order:
     r1  weight * (rstd * x), to x's dtype; rstd = rsqrt.approx(mean square + eps) in fp32, mean square in ATen's
-        order LAYER_NORM (`bitfuse.reduction`)
+        order LAYER_NORM (`bitfuse.core.reduction`)
     then r1 to r3 of `split_rotary` or `interleaved_rotary`
 
 NaN and infinities spread over their row as in the chain; signed zeros and subnormals are kept.
@@ -23,16 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.contract import Operator, Out, Plan, Tier, on_meta, outputs_like
-from bitfuse.kernel import kernel, power_of_2, triton_dtype
-from bitfuse.numerics import addcmul_fuses, round_to
+from bitfuse.core.conditions import on_meta
+from bitfuse.core.evidence import Evidence
+from bitfuse.core.kernel import kernel, power_of_2, triton_dtype
+from bitfuse.core.launch import Out, Plan, in_vectors, outputs_like, strides
+from bitfuse.core.numerics import addcmul_fuses, round_to
+from bitfuse.core.operator import Operator, Tier
+from bitfuse.core.reduction import GIVEN, LAYER_NORM, layer_norm_mean_square, row_rstd
 from bitfuse.ops.adaln_common import WARPS, named, rows_per_program
 from bitfuse.ops.interleaved_rotary import interleaved_rotary_fp32, interleaved_rotary_per_op
 from bitfuse.ops.qk_common import Form, Turn, audits, battery, cases, mutants, why_not
 from bitfuse.ops.rotary_common import interleaved_misfit, split_misfit, turn_halves, turn_neighbours
 from bitfuse.ops.split_rotary import split_rotary_fp32, split_rotary_per_op
-from bitfuse.proof import in_vectors, strides
-from bitfuse.reduction import GIVEN, LAYER_NORM, layer_norm_mean_square, row_rstd
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -301,14 +303,16 @@ def _operator(reference: Callable[..., Any], source: str, form: Form) -> Operato
             Tier("single pass", partial(plan, order=LAYER_NORM)),
             Tier("ATen's statistic", partial(plan, order=GIVEN)),
         ),
-        battery=partial(battery, reference=reference),
-        cases=cases(form),
-        mutants=mutants(form),
-        audits=audits(form),
-        emulated=partial(_emulated, reference=reference, form=form),
-        witness=partial(_statistics, reference=reference, rstd=_rstd),
-        emulated_witness=partial(_statistics, reference=reference, rstd=_emulated_rstd),
-        retiled=_retiled,
+        evidence=Evidence(
+            battery=partial(battery, reference=reference),
+            cases=cases(form),
+            mutants=mutants(form),
+            audits=audits(form),
+            emulated=partial(_emulated, reference=reference, form=form),
+            witness=partial(_statistics, reference=reference, rstd=_rstd),
+            emulated_witness=partial(_statistics, reference=reference, rstd=_emulated_rstd),
+            retiled=_retiled,
+        ),
     )
 
 

@@ -5,7 +5,7 @@
 
 Roundings, in order, all to x's dtype:
     r1  x * rstd, where rstd = rsqrt.approx(mean square + eps) in fp32, mean square in ATen's order: LAYER_NORM for
-        `native`, MEAN for `composed` (`bitfuse.reduction`)
+        `native`, MEAN for `composed` (`bitfuse.core.reduction`)
     r2  table + scale, table + shift      r3  1 + scale      r4  n * (1 + scale)      r5  ... + shift
 
 NaN and infinities spread over their row as in the chain; signed zeros and subnormals are kept.
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bitfuse.kernel import kernel
-from bitfuse.numerics import round_to
+from bitfuse.core.kernel import kernel
+from bitfuse.core.numerics import round_to
+from bitfuse.core.reduction import row_rstd
 from bitfuse.ops.adaln_cases import Inputs
 from bitfuse.ops.adaln_common import modulated, store_modulated, tile_of_rows
 from bitfuse.ops.norm_common import composed, native, operator
-from bitfuse.reduction import row_rstd
 
 if TYPE_CHECKING:
     import triton.language as tl

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bitfuse import values
-from bitfuse.contract import Plan, fitting, plain, runnable
-from bitfuse.kernel import interpreting, kernel
-from bitfuse.numerics import addcmul_fuses, multiply_add, negate, round_to
+from bitfuse.core import values
+from bitfuse.core.conditions import fitting, plain, runnable
+from bitfuse.core.kernel import interpreting, kernel
+from bitfuse.core.launch import Plan
+from bitfuse.core.numerics import addcmul_fuses, multiply_add, negate, round_to
 
 if TYPE_CHECKING:
     import triton.language as tl

@@ -25,9 +25,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bitfuse.contract import Audit, Mutant, Operator, Plan, Tier, flushed, on_meta, outputs_like
-from bitfuse.kernel import kernel, power_of_2, triton_dtype
-from bitfuse.numerics import addcmul_fuses
+from bitfuse.core.conditions import on_meta
+from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed
+from bitfuse.core.inputs import lookalike
+from bitfuse.core.kernel import kernel, power_of_2, triton_dtype
+from bitfuse.core.launch import Plan, outputs_like, strides
+from bitfuse.core.numerics import addcmul_fuses
+from bitfuse.core.operator import Operator, Tier
 from bitfuse.ops.rotary_common import (
     WARPS,
     Reference,
@@ -40,7 +44,6 @@ from bitfuse.ops.rotary_common import (
     turn_halves,
     why_not,
 )
-from bitfuse.proof import lookalike, strides
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -251,11 +254,13 @@ def _operator(reference: Reference, source: str, in_fp32: bool) -> Operator:
         source,
         why_not=partial(why_not, reference=reference, in_fp32=in_fp32, misfit=split_misfit),
         tiers=(Tier("one kernel", partial(_plan, reference=reference, in_fp32=in_fp32)),),
-        battery=_battery,
-        cases=cases(in_fp32, interleaved=False),
-        mutants=_mutants(in_fp32),
-        audits=_audits(in_fp32),
-        retiled=retiled,
+        evidence=Evidence(
+            battery=_battery,
+            cases=cases(in_fp32, interleaved=False),
+            mutants=_mutants(in_fp32),
+            audits=_audits(in_fp32),
+            retiled=retiled,
+        ),
     )
 
 

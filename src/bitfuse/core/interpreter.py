@@ -1,0 +1,327 @@
+"""Triton's interpreter, made to round as the GPU does.
+
+Triton 3.6 to 3.9 interpret kernels with NumPy on the CPU, and three things come out differently from the
+hardware instruction (seen on 3.6.0, 3.7.1 and 3.9.0):
+
+- fp32 -> bf16 truncates, loses subnormals and turns some NaN into infinity; `cvt.rn.bf16.f32` rounds to
+  nearest even and keeps NaN;
+- `tl.fma` on fp32 rounds the product and then the sum before 3.9; `fma.rn.f32` rounds once;
+- bf16 arithmetic works on the bit patterns; kernels here convert to fp32 first, as the hardware does.
+
+`ExactInterpretedFunction` puts the first two right while one of our kernels runs, and puts Triton back after.
+
+It also keeps a launch inside the memory of its tensors (`Memory`): upstream reads and writes at whatever address a
+kernel computes, and a wrong one ends the process. `run_planted` runs single programs of a launch that is too large
+for any memory, to see whether its offsets fit into what they are computed in.
+`tests/test_interpreter.py` holds the two models against torch's CPU conversion and an exact fma.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+import triton.runtime.interpreter as upstream
+
+from bitfuse.core.kernel import Outside
+
+_CANONICAL_NAN = np.uint16(0x7FFF)  # what PTX writes for any NaN in bf16
+_LOCK = threading.RLock()  # the interpreter keeps its grid position in one module-wide object
+
+
+def bf16_from_fp32(bits: np.ndarray) -> np.ndarray:
+    """`cvt.rn.bf16.f32` on bit patterns: uint32 -> uint16, to nearest even, NaN to the canonical NaN."""
+    low_bit = (bits >> np.uint32(16)) & np.uint32(1)
+    with np.errstate(over="ignore"):  # only a NaN pattern can wrap around, and it is replaced below
+        rounded = ((bits + np.uint32(0x7FFF) + low_bit) >> np.uint32(16)).astype(np.uint16)
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.where(is_nan, _CANONICAL_NAN, rounded)
+
+
+def fma_fp32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """`fma.rn.f32`: a * b + c with one rounding.
+
+    The product of two fp32 is exact in fp64. The sum is rounded to fp64 "to odd" (TwoSum gives the error; an
+    inexact sum with an even last bit moves towards the error), so that the final rounding to fp32 sees on
+    which side of a tie the exact value lies.
+    """
+    with np.errstate(all="ignore"):
+        product = a.astype(np.float64) * b.astype(np.float64)
+        addend = np.broadcast_to(c.astype(np.float64), product.shape)
+        total = product + addend
+        back = total - product
+        error = (product - (total - back)) + (addend - back)
+        bits = np.ascontiguousarray(total).view(np.int64)
+        inexact = (error != 0) & np.isfinite(total) & ((bits & 1) == 0)
+        away_from_zero = (error > 0) == (total > 0)
+        bits = np.where(inexact, np.where(away_from_zero, bits + 1, bits - 1), bits)
+        return bits.view(np.float64).astype(np.float32)
+
+
+def _convert_float(data, source, target, rounding, *, otherwise):
+    if source == tl.float32 and target == tl.bfloat16:
+        return bf16_from_fp32(np.ascontiguousarray(data).view(np.uint32))
+    if source == tl.bfloat16 and target == tl.float32:
+        return np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << np.uint32(16)
+    return otherwise(data, source, target, rounding)
+
+
+def _create_fma(builder, x, y, z, *, otherwise):
+    if z.data.dtype == np.float32:
+        return upstream.TensorHandle(fma_fp32(x.data, y.data, z.data), z.dtype.scalar)
+    return otherwise(builder, x, y, z)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Zone:
+    """Bytes of one tensor: `first` to `end` hold its elements, `allowed` are those of its whole allocation."""
+
+    name: str
+    first: int
+    end: int
+    allowed: tuple[int, int]
+
+
+class Memory:
+    """What the tensors of a launch own. What is read must lie between a tensor's first and last element; a write may
+    also land in its allocation around them, where a proof has its guard zones. Anything else is left untouched and
+    remembered in `fault`, the first as a sentence."""
+
+    def __init__(self, tensors: dict[str, Any]):
+        self.zones = [_zone(name, t) for name, t in tensors.items() if t.numel()]
+        self.fault: str | None = None
+
+    def inside(self, addresses: np.ndarray, mask: np.ndarray, size: int, write: bool) -> np.ndarray:
+        """The mask of what may be touched, of accesses of `size` bytes."""
+        if not mask.any():
+            return mask
+        lowest, highest = self._ends(addresses, mask)
+        for zone in self.zones:
+            first, end = zone.allowed if write else (zone.first, zone.end)
+            if first <= lowest and highest + size <= end:
+                return mask
+        good = np.zeros_like(mask)
+        for zone in self.zones:
+            first, end = zone.allowed if write else (zone.first, zone.end)
+            good |= (addresses >= np.uint64(first)) & (addresses + np.uint64(size) <= np.uint64(end))
+        stray = mask & ~good
+        if stray.any() and self.fault is None:
+            self.fault = self._sentence(int(addresses[stray].flat[0]), int(stray.sum()), size, write)
+        return mask & good
+
+    @staticmethod
+    def _ends(addresses: np.ndarray, mask: np.ndarray) -> tuple[int, int]:
+        active = addresses if mask.all() else addresses[mask]
+        return int(active.min()), int(active.max())
+
+    def _sentence(self, address: int, count: int, size: int, write: bool) -> str:
+        def distance(zone: Zone) -> int:
+            return max(zone.first - address, address + size - zone.end)
+
+        zone = min(self.zones, key=distance)
+        place = "after the end" if address >= zone.first else "before the start"
+        what = "written" if write else "read"
+        return f"{count} elements are {what} outside of every tensor, one {distance(zone)} bytes {place} of {zone.name}"
+
+
+def _zone(name: str, t: Any) -> Zone:
+    first, size = t.data_ptr(), t.element_size()
+    span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    storage = t.untyped_storage()
+    return Zone(name, first, first + span * size, (storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+
+
+@dataclass
+class Planted:
+    """A tensor too large for memory, of which a window is there: `values[i]` stands `offsets[i]` elements behind the
+    start of it, which has the address `base`. `offsets` are in ascending order."""
+
+    name: str
+    dtype: tl.dtype
+    base: int
+    offsets: np.ndarray
+    values: np.ndarray
+
+
+@dataclass
+class PlantedMemory:
+    """The windows of planted tensors; an access to anything else is left undone and remembered in `fault`."""
+
+    tensors: list[Planted]
+    fault: str | None = field(default=None)
+
+    def load(self, addresses: np.ndarray, mask: np.ndarray, other: np.ndarray) -> np.ndarray:
+        found = np.broadcast_to(other, addresses.shape).copy()
+        for tensor, at, here in self._found(addresses, mask, "read"):
+            found[here] = tensor.values[at[here]]
+        return found
+
+    def store(self, addresses: np.ndarray, mask: np.ndarray, values: np.ndarray) -> None:
+        values = np.broadcast_to(values, addresses.shape)
+        for tensor, at, here in self._found(addresses, mask, "written"):
+            tensor.values[at[here]] = values[here].view(tensor.values.dtype)
+
+    def _found(
+        self, addresses: np.ndarray, mask: np.ndarray, what: str
+    ) -> list[tuple[Planted, np.ndarray, np.ndarray]]:
+        left, found = mask.copy(), []
+        for tensor in self.tensors:
+            size = tensor.values.itemsize
+            offset = (addresses - np.uint64(tensor.base)).view(np.int64)
+            element = offset // size
+            at = np.minimum(np.searchsorted(tensor.offsets, element), tensor.offsets.size - 1)
+            here = left & (tensor.offsets[at] == element) & (offset % size == 0)
+            if here.any():
+                found.append((tensor, at, here))
+                left &= ~here
+        if left.any() and self.fault is None:
+            address = int(addresses[left].flat[0])
+            tensor = min(self.tensors, key=lambda t: abs(address - t.base - int(t.offsets[0]) * t.values.itemsize))
+            place = (address - tensor.base) // tensor.values.itemsize
+            self.fault = (
+                f"{int(left.sum())} elements are {what} where no tensor is, one at offset {place} of {tensor.name}, "
+                f"whose elements stand at {tensor.offsets[0]} to {tensor.offsets[-1]} there"
+            )
+        return found
+
+
+def _masked_load(builder, ptrs, mask, other, *rest, otherwise, memory):
+    element = ptrs.get_element_ty()
+    dtype = upstream._get_np_dtype(element)
+    if other is None:
+        other = upstream.TensorHandle(np.zeros_like(ptrs.data, dtype=dtype), element)
+    if isinstance(memory, PlantedMemory):
+        return upstream.TensorHandle(memory.load(ptrs.data, mask.data, other.data), element)
+    inside = memory.inside(ptrs.data, mask.data, np.dtype(dtype).itemsize, write=False)
+    return otherwise(
+        builder, ptrs, mask if inside is mask.data else upstream.TensorHandle(inside, tl.int1), other, *rest
+    )
+
+
+def _masked_store(builder, ptrs, value, mask, *rest, otherwise, memory):
+    if isinstance(memory, PlantedMemory):
+        memory.store(ptrs.data, mask.data, value.data)
+        return None
+    inside = memory.inside(ptrs.data, mask.data, value.data.itemsize, write=True)
+    return otherwise(
+        builder, ptrs, value, mask if inside is mask.data else upstream.TensorHandle(inside, tl.int1), *rest
+    )
+
+
+# What a launch replaces in Triton, as it was: (owner, its attributes). None where nothing is replaced.
+_before: list[tuple[Any, dict[str, Any]]] | None = None
+
+
+def _stand_in(memory: Memory | PlantedMemory) -> None:
+    """Make the interpreter round as the hardware does and keep to this memory, until `_put_back`."""
+    global _before
+    builder = upstream.InterpreterBuilder
+    convert, fma = upstream._convert_float, builder.create_fma
+    load, store = builder.create_masked_load, builder.create_masked_store
+    # A helper of Triton's own, `tl.zeros` say, patches its language at each call and leaves it so; ours do not
+    owners = (tl, tl.core, tl.math, tl.dtype, tl.core.tensor, tl.core.tensor_descriptor_base)
+    built = {"create_fma": fma, "create_masked_load": load, "create_masked_store": store}
+    ours = [(upstream, {"_convert_float": convert}), (builder, built)]
+    _before = [*ours, *((owner, dict(vars(owner))) for owner in owners)]
+    upstream._convert_float = lambda *args: _convert_float(*args, otherwise=convert)
+    builder.create_fma = lambda *args: _create_fma(*args, otherwise=fma)
+    builder.create_masked_load = lambda *args: _masked_load(*args, otherwise=load, memory=memory)
+    builder.create_masked_store = lambda *args: _masked_store(*args, otherwise=store, memory=memory)
+
+
+def _put_back() -> None:
+    """Leave Triton as it was before the launch. Done again from the start where it was interrupted."""
+    global _before
+    if _before is None:
+        return
+    for place, (owner, before) in enumerate(_before):
+        for name, value in list(vars(owner).items()):
+            if name not in before:
+                if place > 1:  # of the first two only the named attributes are held
+                    delattr(owner, name)
+            elif value is not before[name]:
+                setattr(owner, name, before[name])
+    _before = None
+
+
+class ExactInterpretedFunction(upstream.InterpretedFunction):
+    """A kernel that runs in Triton's interpreter under exact rounding."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As a helper, called by a kernel that runs. Triton would patch its language for it again, as it did for the
+        kernel: a tenth of a test's time (2026-11-25)."""
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise upstream.InterpreterError(repr(error)) from error
+
+    def run(self, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
+        """Launch; Outside where it reached for memory that is no tensor's of its own."""
+        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        memory = Memory({name: t for name, t in named.items() if hasattr(t, "untyped_storage")})
+        launch = super().run
+        result = _exactly(memory, lambda: launch(*args, grid=grid, warmup=warmup, **kwargs))
+        if memory.fault is not None:
+            raise Outside(memory.fault)
+        return result
+
+    def run_planted(
+        self,
+        pointers: Sequence[Planted | None],
+        scalars: Sequence[Any],
+        grid: tuple[int, ...],
+        programs: Sequence[tuple[int, int, int]],
+    ) -> str | None:
+        """Run these programs of a launch over planted tensors; None, or a sentence on what they reached for elsewhere.
+
+        scalars    the kernel's parameters after the pointers, its constants among them
+        """
+        memory = PlantedMemory([p for p in pointers if p is not None])
+
+        def run() -> None:
+            executor = upstream.GridExecutor(self.rewrite(), self.arg_names, grid)
+            args: dict[str, Any] = dict(zip(self.arg_names, [*map(_pointer, pointers), *scalars], strict=True))
+            given = len(pointers)
+            for number, name in enumerate(self.arg_names):
+                if number >= given and name not in executor.constexprs:
+                    args[name] = upstream._implicit_cvt(args[name])
+            patched = upstream._patch_lang(self.fn)
+            try:
+                upstream.interpreter_builder.set_grid_dim(*grid)
+                for program in programs:
+                    upstream.interpreter_builder.set_grid_idx(*program)
+                    executor.fn(**args)
+            finally:
+                patched.restore()
+
+        _exactly(memory, run)
+        return memory.fault
+
+
+def _exactly(memory: Memory | PlantedMemory, run: Callable[[], Any]) -> Any:
+    # In one line: an interrupt between two lines, which a debugger may raise, could leave the lock held.
+    with _LOCK: return _alone_exactly(memory, run)  # fmt: skip  # noqa: E701
+
+
+def _alone_exactly(memory: Memory | PlantedMemory, run: Callable[[], Any]) -> Any:
+    _put_back()  # what an interrupted launch has left
+    try:
+        _stand_in(memory)
+        # inf - inf is data here, not a mistake
+        with np.errstate(all="ignore"): return run()  # fmt: skip  # noqa: E701
+    finally:
+        _put_back()
+
+
+def _pointer(planted: Planted | None) -> Any:
+    if planted is None:
+        return None
+    kind = tl.pointer_type(planted.dtype)
+    return tl.tensor(upstream.TensorHandle(np.array([planted.base], dtype=np.uint64), kind), kind)

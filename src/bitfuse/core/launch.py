@@ -1,0 +1,186 @@
+"""One launch of a kernel, prepared once: what it is compiled for, what it is given, what its outputs are.
+
+A `Plan` is everything about a launch that the shapes, strides and dtypes of a call fix; its `signature` is all that the
+bits may depend on, in classes that the number of tokens is not part of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitfuse.core.bits import Outputs, as_tuple
+from bitfuse.core.kernel import EXACT, Kernel, interpreting
+
+
+class Out(NamedTuple):
+    """The form of one output."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def empty(self, device: torch.device) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+
+
+def outputs_like(result: Outputs) -> tuple[Out, ...]:
+    """The forms of what a reference returned, on meta for one: `outputs_like(on_meta(reference, x, weight, eps))`."""
+    return tuple(Out(tuple(t.shape), t.stride(), t.dtype) for t in as_tuple(result))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch, except for its pointers: everything that is fixed by the shapes, strides and dtypes of a call.
+
+    The kernel's parameters are, in this order: the call's tensors (None for an optional one that is absent or
+    omitted; floats and ints of the call are not passed on), the `extras`, the witnesses, the outputs, `scalars`,
+    `constants`.
+
+    outputs    their forms, those of what the reference returns; one output is returned as it is, several as a tuple
+    before     called with the call's arguments before each launch: statistics, say, computed by ATen. Returns the
+               extras: fresh dense tensors
+    extras     their dtypes
+    witnesses  forms of what the kernel writes besides, for the proof alone to see: a row's statistic in fp32 shows a
+               wrong order of additions that the rounded outputs hide. A call drops them
+    """
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    scalars: tuple[Any, ...]  # ints and floats
+    constants: dict[str, Any]
+    num_warps: int
+    outputs: tuple[Out, ...]
+    before: Callable[..., tuple[Tensor, ...]] | None = None
+    extras: tuple[torch.dtype, ...] = ()
+    witnesses: tuple[Out, ...] = ()
+    options: dict[str, Any] = field(default_factory=lambda: dict(EXACT))
+
+    def signature(self, args: tuple[Any, ...]) -> tuple:
+        """Everything the bits and the outputs' form may depend on, as classes: token counts are not in it.
+
+        What selects the compiled kernel; which strides are 0, so that one row serves many; and in which order the
+        dimensions of each tensor lie in memory, by which PyTorch lays out the outputs.
+        """
+        pointers = tuple(
+            t if t is None else (t.dtype, t.data_ptr() % 16 == 0, _order(t.shape, t.stride()))
+            for t in self.pointers(args)
+        )
+        outs = tuple((out.dtype, _order(out.shape, out.strides)) for out in (*self.witnesses, *self.outputs))
+        names = self.kernel.parameters[-len(self.scalars) - len(self.constants) :]
+        scalars = tuple(
+            _specialisation(value, self.kernel.fn.__annotations__.get(name), name in self.kernel.do_not_specialize)
+            for value, name in zip(self.scalars, names, strict=False)
+        )
+        constants = tuple((name, str(value)) for name, value in self.constants.items())
+        kernel = (self.kernel.fn.__qualname__, constants, self.num_warps, tuple(self.options.items()))
+        return (kernel, args[0].device, pointers, self.extras, outs, scalars)
+
+    def pointers(self, args: tuple[Any, ...]) -> list[Tensor | None]:
+        """The call's tensors, those that it omits as None."""
+        given = [a for a in args if a is None or isinstance(a, Tensor)]
+        others = len(self.extras) + len(self.witnesses) + len(self.outputs) + len(self.scalars) + len(self.constants)
+        return given + [None] * (len(self.kernel.parameters) - others - len(given))
+
+    def empty(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Witnesses and outputs, to be written."""
+        return tuple(out.empty(device) for out in (*self.witnesses, *self.outputs))
+
+    def compile(self, args: tuple[Any, ...]) -> None:
+        """Compile the kernel and load it onto the arguments' device, in any thread: `bind` then finds it."""
+        with on_device(args[0]):
+            extras = (torch.empty(16, dtype=dtype, device=args[0].device) for dtype in self.extras)
+            self._compiled((*self.pointers(args), *extras, *self.empty(args[0].device)))
+
+    def bind(self, args: tuple[Any, ...], outs: tuple[Tensor, ...]) -> Callable[..., Any]:
+        """Compile for these arguments; returns launch(*args, *outs), good for every call with the same layout."""
+        before = self.before
+        extras = before(*args) if before else ()
+        if (found := tuple(t.dtype for t in extras)) != self.extras:
+            raise TypeError(f"what comes before the launch gave {found}, not {self.extras}")
+        pointers = self.pointers(args)
+        run = self._compiled((*pointers, *extras, *outs))
+        n, kept = len(args), [i for i, a in enumerate(args) if a is None or isinstance(a, Tensor)]
+        omitted = [None] * (len(pointers) - len(kept))
+        if before is None and not omitted and len(kept) == n:
+            return run  # every argument is a pointer
+
+        def launch(*given: Any) -> Any:
+            extras = before(*given[:n]) if before else ()
+            return run(*[given[i] for i in kept], *omitted, *extras, *given[n:])
+
+        return launch
+
+    def _compiled(self, pointers: tuple[Tensor | None, ...]) -> Callable[..., Any]:
+        tail = (*self.scalars, *self.constants.values())
+        if interpreting():
+            interpreted = self.kernel.interpreted[self.grid]
+            return lambda *pointers: interpreted(*pointers, *tail)
+        compiled = self.kernel.compiled.warmup(
+            *pointers, *self.scalars, grid=self.grid, **self.constants, num_warps=self.num_warps, **self.options
+        )
+        # The compiled kernel's own runner skips the JIT's argument inspection, and addresses skip its inspection
+        # of tensors: the route's key already fixes all that they would look at.
+        runner = compiled[self.grid]
+        return lambda *pointers: runner(*[None if t is None else t.data_ptr() for t in pointers], *tail)
+
+
+def _specialisation(value: int | float, annotation: str | None, by_width_alone: bool) -> str:
+    """A float itself; of an integer, the class into which Triton's JIT puts it: one kernel is compiled per class.
+
+    0 is a multiple of 16 to Triton, and here a class of its own: as a stride it reads one row for many.
+    """
+    if isinstance(value, float):
+        return repr(value)
+    width = "i32" if annotation is None and -(2**31) <= value < 2**31 else "i64"
+    if by_width_alone:
+        return width
+    if value in (0, 1):
+        return str(int(value))
+    return width + ("/16" if value % 16 == 0 else "")
+
+
+def _order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(dimensions from the innermost in memory to the outermost, those that are expanded), as `lookalike` keeps them.
+
+    The stride of a dimension of size 1, which may be anything, counts as what it would be in a dense tensor. The first
+    dimension, the batch, is then the outermost, in whichever order the others are.
+    """
+    strides = list(stride)
+    for dim in reversed(range(len(shape))):
+        if shape[dim] == 1:
+            strides[dim] = strides[dim + 1] * shape[dim + 1] if dim + 1 < len(shape) else 1
+    if shape[:1] == (1,):
+        strides[0] = 1 + max((s * n for s, n in zip(strides[1:], shape[1:], strict=True)), default=0)
+    expanded = tuple(dim for dim, n in enumerate(strides) if n == 0 and shape[dim] > 1)
+    order = sorted(set(range(len(shape))).difference(expanded), key=lambda dim: (strides[dim], -dim))
+    return tuple(order), expanded
+
+
+def on_device(t: Tensor) -> Any:
+    """Within this block the tensor's device is the current one, on which Triton launches."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def in_vectors(t: Tensor) -> bool:
+    """Whether it starts at a multiple of four elements, as ATen's kernels ask of rows that they read in vectors of
+    four. A tensor without memory is taken to."""
+    return hasattr(t, "fake_mode") or t.data_ptr() % (4 * t.element_size()) == 0
+
+
+def strides(t: Tensor) -> tuple[int, ...]:
+    """The strides, those of dimensions of size 1 replaced by what they would be in a dense tensor.
+
+    PyTorch lets the stride of such a dimension be anything; a launch that took it at its word would compile
+    one kernel more for each whim.
+    """
+    found = list(t.stride())
+    for dim in reversed(range(t.ndim)):
+        if t.shape[dim] == 1:
+            found[dim] = found[dim + 1] * t.shape[dim + 1] if dim + 1 < t.ndim else 1
+    return tuple(found)

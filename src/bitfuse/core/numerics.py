@@ -1,0 +1,108 @@
+"""How an instruction rounds: Triton primitives, one instruction each, and what ATen's own ops were seen to do.
+
+The primitives let a kernel read like the eager chain that it equals.
+None of them leaves a rounding or a contraction to the compiler. `tests/test_ptx.py` counts the instructions
+they become for compute capability 80, 90, 100 and 120; `bitfuse.core.interpreter` makes their interpreted form
+round alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from bitfuse.core.kernel import kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@kernel
+def round_to(value, dtype: tl.constexpr):
+    """fp32 -> dtype -> fp32: `cvt.rn.bf16.f32` (never an integer trick, which loses NaN); nothing for fp32."""
+    return value.to(dtype).to(tl.float32)
+
+
+@kernel
+def negate(value):
+    """-value with the sign of zero kept: Triton's unary minus is 0 - value, which gives +0 for +0 (3.6.0)."""
+    return value * -1.0
+
+
+@kernel
+def multiply_add(a, b, c, FUSED: tl.constexpr):
+    """a * b + c as ATen's addcmul rounds it: once (`fma.rn.f32`) when FUSED, else the product and then the sum."""
+    return tl.fma(a, b, c) if FUSED else a * b + c
+
+
+def _reciprocal_root_twin(value):
+    return 1.0 / tl.sqrt(value)
+
+
+@kernel(twin=_reciprocal_root_twin)
+def reciprocal_root(value):
+    """fp32 -> 1 / sqrt(value) as CUDA's `rsqrtf` and so ATen has it: `rsqrt.approx.f32`, subnormals kept.
+
+    `tl.rsqrt` would flush them (`rsqrt.approx.ftz.f32`, Triton 3.6). Interpreted: two roundings, as ATen on the CPU.
+    """
+    return tl.inline_asm_elementwise(
+        "rsqrt.approx.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@kernel
+def divide(a, b):
+    """a / b in fp32, rounded to nearest: `div.rn.f32`, where `/` would be the approximate `div.full.f32`."""
+    return tl.div_rn(a, b)
+
+
+def _exponential_twin(value):
+    return tl.exp(value)
+
+
+@kernel(twin=_exponential_twin)
+def exponential(value):
+    """e^value in fp32 by CUDA's `expf` (libdevice), which ATen calls; `tl.exp` is a shorter approximation."""
+    return tl.extra.cuda.libdevice.exp(value)
+
+
+def _sum_of_two_twin(pairs):
+    first, second = tl.split(tl.trans(pairs, (0, 2, 1)))
+    return first + second
+
+
+@kernel(twin=_sum_of_two_twin)
+def sum_of_two(pairs):
+    """[R, 2, S] -> [R, S]: one addition each, so the order of `tl.sum` is no question; between lanes a shuffle.
+
+    Written with `tl.split` instead, every thread folds all lanes itself: 91 % of a copy where this gives 96 %
+    (RMSNorm and modulation, 6144 x 4096, H100, 2026-11-23).
+    """
+    return tl.sum(pairs, axis=1)
+
+
+@functools.cache
+def addcmul_fuses(device: torch.device, dtype: torch.dtype) -> bool | None:
+    """Whether `out.addcmul_(a, b)` on this device rounds a * b + out once: a probe of the running torch.
+
+    CUDA builds fuse from torch 2.11 on (`ATen/native/cuda/DeviceAddCmulCdiv.cuh`) and CPU builds where the
+    processor has fma, but no version string is trusted. None: neither form, so no kernel here can equal it.
+    """
+    if dtype == torch.float16:
+        return True  # a product of two fp16 is exact in fp32, and in its range: both forms give the same bits
+    if dtype == torch.float32:  # (1 + 2^-12)^2 needs 25 bits; the fp32 product drops the last one
+        a, b, out = 1 + 2**-12, 1 + 2**-12, -(1 + 2**-11)
+        fused, separate = 2.0**-24, 0.0
+    else:  # products of bf16 are exact in fp32 while in range: inf - inf tells, where the fused form has no inf
+        a, b, out = 2.0**127, 4.0, -math.inf
+        fused, separate = -math.inf, math.nan
+    n = 67  # past the vector body of any implementation, into its tail
+    got = torch.full((n,), out, dtype=dtype, device=device)
+    got.addcmul_(torch.full_like(got, a), torch.full_like(got, b))
+    for form, value in ((True, fused), (False, separate)):
+        if torch.equal(torch.nan_to_num(got, nan=7.0), torch.nan_to_num(torch.full_like(got, value), nan=7.0)):
+            return form
+    return None

@@ -1,0 +1,283 @@
+"""Proof: run a battery, remember the verdict for as long as the process lives.
+
+Nothing here reads a file: what is written down (by `bitfuse verify`) is a document for people, never a
+permission. A verdict belongs to one signature, so a mismatch condemns that compiled kernel and no other.
+
+The stores below are shared by threads without a lock, which an interrupt could leave held: what must not be torn is one
+operation on a dictionary. A mismatch has stores of its own, which are asked first and never evicted from, so that no
+verdict of another thread can cover it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from bitfuse.core.bits import Mismatch, Outputs, as_tuple, compare, form_mismatch, of_output
+from bitfuse.core.inputs import changed, guarded, kept, trespass
+from bitfuse.core.kernel import Outside
+from bitfuse.core.launch import Plan
+
+
+class Named(Protocol):
+    """An operator or a tier, of which a verdict remembers the name alone."""
+
+    @property
+    def name(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a battery found for one signature. `final` is False where an error of the moment hid it.
+
+    failed    the kernel could not be built or run, though the tier had nothing against these arguments
+    """
+
+    equal: bool
+    sentence: str
+    families: int = 0
+    elements: int = 0
+    seconds: float = 0.0
+    mismatch: Mismatch | None = None
+    final: bool = True
+    failed: bool = False
+
+
+_KEPT = 4096  # verdicts, and failures; a render needs some dozens
+_FREE_SECONDS = 1.0  # in which a kernel that fails by an error of the moment is tried at every call
+_SHARE = 20  # beyond them, its tries may take one in so many seconds
+
+_Key = tuple[str, str, tuple]  # names of operator and tier, signature
+
+_verdicts: dict[_Key, Verdict] = {}  # what batteries found, in the order of the proofs
+refuted: dict[_Key, Verdict] = {}  # those of them that found a mismatch
+condemned: dict[_Key, Verdict] = {}  # kernels that were seen to differ after their battery had passed
+_failures: dict[_Key, Patience] = {}  # errors of the moment
+_forgotten = 0  # condemnations that `forget` dropped
+
+
+class Patience:
+    """When to try again what failed by an error of the moment, such as a full disk or a full device.
+
+    At every call until the failed tries have taken a second; then so seldom that they take a twentieth of the time, as
+    an expensive try at every call would slow down a process whose disk stays full.
+    """
+
+    def __init__(self) -> None:
+        self.spent = 0.0  # seconds
+        self.verdict = Verdict(False, "not tried yet", final=False)
+        self._not_before = 0.0
+
+    def failed(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+        self.spent += verdict.seconds
+        if self.spent > _FREE_SECONDS:
+            self._not_before = time.monotonic() + _SHARE * self.spent
+
+    @property
+    def waiting(self) -> bool:
+        return time.monotonic() < self._not_before
+
+
+def remember(store: dict[Any, Any], key: Any, value: Any, most: int) -> None:
+    """Keep the value; where there are `most` already, without the older half of them."""
+    if len(store) >= most:
+        for old in list(store)[: -(-most // 2)]:
+            store.pop(old, None)
+    store[key] = value
+
+
+def key_of(operator: Named, tier: Named | str, signature: tuple) -> _Key:
+    return operator.name, tier if isinstance(tier, str) else tier.name, signature
+
+
+def known(operator: Named, tier: Named, signature: tuple) -> Verdict | None:
+    """The verdict for this signature, if there is one. A mismatch stands, whatever else was found."""
+    key = key_of(operator, tier, signature)
+    return condemned.get(key) or refuted.get(key) or _verdicts.get(key)
+
+
+def waiting(operator: Named, tier: Named, signature: tuple) -> Verdict | None:
+    """What this signature failed by when it was last tried, where it is too early to try it again."""
+    patience = _failures.get(key_of(operator, tier, signature))
+    return patience.verdict if patience is not None and patience.waiting else None
+
+
+def verdicts() -> dict[tuple, Verdict]:
+    """Every verdict of this process, by the names of operator and tier and the signature."""
+    return {**_verdicts, **refuted, **condemned}
+
+
+def forget() -> None:
+    """Drop every verdict (for tests and measurements: each signature is proved again before use)."""
+    global _forgotten
+    _forgotten += len(condemned)
+    for store in (_verdicts, refuted, condemned, _failures):
+        store.clear()
+
+
+def condemn(operator: Named, tier: Named, signature: tuple, mismatch: Mismatch) -> Verdict:
+    """Never use this signature's kernel again in this process. `Operator.condemn` also drops the routes to it."""
+    return condemned.setdefault(key_of(operator, tier, signature), condemning(mismatch))
+
+
+def condemning(mismatch: Mismatch) -> Verdict:
+    return Verdict(False, mismatch.sentence, mismatch=mismatch)
+
+
+def condemnations() -> int:
+    """How many kernels were condemned after their proof, in this process."""
+    return _forgotten + len(condemned)
+
+
+def prove(
+    operator: Named,
+    tier: Named,
+    signature: tuple,
+    reference: Callable[..., Outputs],
+    plan_of: Callable[..., Plan | str],
+    battery: Iterable[tuple[str, tuple[Any, ...]]],
+) -> Verdict:
+    """`run_battery` for this signature of an operator's tier, whose verdict is remembered.
+
+    An interrupt leaves none behind. Where another thread has found a mismatch meanwhile, that is the verdict.
+    """
+    verdict = run_battery(reference, plan_of, battery, signature)
+    key = key_of(operator, tier, signature)
+    if verdict.mismatch is not None:
+        refuted.setdefault(key, verdict)
+    if verdict.final:
+        remember(_verdicts, key, verdict, _KEPT)
+        _failures.pop(key, None)
+    else:
+        postpone(operator, tier, signature, verdict)
+    return known(operator, tier, signature) or verdict
+
+
+def postpone(operator: Named, tier: Named, signature: tuple, failure: Verdict) -> None:
+    """Note an error of the moment, which the next try may not meet (`Patience`)."""
+    key = key_of(operator, tier, signature)
+    patience = _failures.get(key) or Patience()
+    patience.failed(failure)
+    remember(_failures, key, patience, _KEPT)
+
+
+def of_the_moment(error: BaseException) -> bool:
+    """Whether an error says nothing of the kernel, only of the machine just now: no memory, no disk, no permission.
+
+    Also where such an error is the cause of the given one, as Triton's compiler and interpreter raise their own.
+    """
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, _MOMENTARY) or type(cause).__module__ == "subprocess":
+            return True
+        if isinstance(cause, RuntimeError) and any(words in str(cause).lower() for words in _NO_MEMORY):
+            return True
+        seen.add(id(cause))
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return False
+
+
+# How deep the caller's stack is, is of the moment, too; a compiler that was killed or had no disk raises an error of
+# Python's `subprocess`, which no module here imports.
+_MOMENTARY = (torch.OutOfMemoryError, MemoryError, OSError, RecursionError)
+_NO_MEMORY = ("allocate memory", "defaultcpuallocator", "out of memory", "not enough memory", "cannot allocate")
+
+
+def failure(error: Exception, seconds: float, doing: str) -> Verdict:
+    """The verdict where a kernel raised this while it was `doing` ("being proved"): not final where it may pass."""
+    final = not of_the_moment(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return Verdict(False, f"the device ran out of memory while it was {doing}", seconds=seconds, final=False)
+    sentence = f"the kernel can't be built or run here ({said(error)})"
+    return Verdict(False, sentence, seconds=seconds, final=final, failed=True)
+
+
+def said(error: Exception) -> str:
+    """The type of an error and its text, shortened to one line."""
+    lines = str(error).strip().splitlines() or [""]  # Triton names the place first and the error last
+    what = " ".join(dict.fromkeys((lines[0], lines[-1])))[:200]
+    return f"{type(error).__name__}: {what}" if what else type(error).__name__
+
+
+def run_battery(
+    reference: Callable[..., Outputs],
+    plan_of: Callable[..., Plan | str],
+    battery: Iterable[tuple[str, tuple[Any, ...]]],
+    signature: tuple | None = None,
+) -> Verdict:
+    """Kernel against reference on every family of inputs, into guarded outputs; stops at the first mismatch.
+
+    A write outside of an output, into the gaps between its elements or into an input is a mismatch too.
+    Exceptions of a kernel are caught: one that can't be built here is a reason to run the reference, not a failure of
+    the user's program. Errors of the device (`torch.AcceleratorError`) pass.
+    """
+    start, families, elements = time.perf_counter(), 0, 0
+
+    def differing(mismatch: Mismatch, family: str) -> Verdict:
+        sentence = f"{mismatch.sentence}, on the battery's '{family}' inputs"
+        return Verdict(False, sentence, families, elements, time.perf_counter() - start, mismatch)
+
+    try:
+        for family, args in battery:
+            plan = plan_of(*args)
+            if isinstance(plan, str):
+                return Verdict(False, f"{plan} (the battery's '{family}' inputs)")
+            if signature is not None and plan.signature(args) != signature:
+                return Verdict(False, f"the battery has no '{family}' inputs of this layout, so it stays unproved")
+            given = kept(args)
+            outs = tuple(guarded(*out, args[0].device) for out in (*plan.witnesses, *plan.outputs))
+            try:
+                plan.bind(args, outs)(*args, *outs)
+            except Outside as error:
+                return differing(Mismatch(str(error)), family)
+            if mismatch := changed(given):  # before the reference reads what it changed
+                return differing(mismatch, family)
+            expected = reference(*args)
+            families, elements = families + 1, elements + sum(t.numel() for t in as_tuple(expected))
+            if mismatch := compare(expected, outs if len(outs) > 1 else outs[0]) or trespass(outs):
+                return differing(mismatch, family)
+    except torch.AcceleratorError:  # an asynchronous error of the device is never hidden by a fallback
+        raise
+    except Exception as error:
+        return failure(error, time.perf_counter() - start, "being proved")
+    return Verdict(True, "equal", families, elements, time.perf_counter() - start)
+
+
+def compare_live(reference: Callable[..., Outputs], run: Any, args: tuple[Any, ...]) -> Mismatch | None:
+    """The call that asked for a proof, as further evidence: kernel against reference on the user's own tensors."""
+    try:
+        with torch.no_grad():
+            return compare(reference(*args), run(*args))
+    except Exception as error:
+        if of_the_moment(error):  # the battery has passed; a full device is no mismatch
+            return None
+        raise
+
+
+def compare_forms(reference: Callable[..., Outputs], plan: Plan, args: tuple[Any, ...]) -> Mismatch | None:
+    """The form of the plan's outputs against what the reference returns for these very arguments.
+
+    A plan takes the form from the reference on meta, where PyTorch may lay out the same operation otherwise than on a
+    device. Where there is no memory for the reference's steps, the forms of the battery's inputs, whose dimensions
+    have the same order in memory, are all the evidence.
+    """
+    try:
+        with torch.no_grad():
+            expected = as_tuple(reference(*args))
+    except Exception as error:
+        if of_the_moment(error):
+            return None
+        raise
+    if len(expected) != len(plan.outputs):
+        return Mismatch(f"there are {len(plan.outputs)} outputs where the reference has {len(expected)}")
+    for i, (t, out) in enumerate(zip(expected, plan.outputs, strict=True)):
+        here = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        if (mismatch := form_mismatch(here, out.empty(here.device))) is not None:
+            return of_output(i, mismatch) if len(expected) > 1 else mismatch
+    return None

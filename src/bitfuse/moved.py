@@ -1,0 +1,112 @@
+"""Modules that had another name until 0.1: an import by the old name still works, with a DeprecationWarning.
+
+`import bitfuse` puts `Finder` at the end of `sys.meta_path`. It is asked for what nobody else has found, and answers
+for the names in `MOVED` alone. Where one module became several, the old name stands for all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+MOVED: dict[str, tuple[str, ...]] = {
+    "contract": ("core.operator", "core.conditions", "core.launch", "core.evidence", "core.proof"),
+    "proof": ("core.proof", "core.bits", "core.inputs", "core.launch"),
+    "kernel": ("core.kernel",),
+    "interpreter": ("core.interpreter",),
+    "numerics": ("core.numerics",),
+    "reduction": ("core.reduction",),
+    "values": ("core.values",),
+    "originals": ("core.originals",),
+    "graphs": ("run.graphs",),
+    "audit": ("run.audit",),
+    "swap": ("run.swap",),
+    "hosts.constant": ("run.memo",),
+    "hosts.patch": ("hosts.site",),
+    "hosts.common": ("hosts.ltx2",),
+    "verify": ("tools.prove.verify",),
+    "deep": ("tools.prove.sweeps",),
+    "mutation": ("tools.prove.mutation",),
+    "far": ("tools.prove.far",),
+    "ptx": ("tools.prove.ptx",),
+    "ahead": ("tools.prove.ahead",),
+    "document": ("tools.prove.document",),
+    "comparison": ("tools.compare.comparison",),
+    "comparison_request": ("tools.compare.request",),
+    "comparison_page": ("tools.compare.films",),
+    "page": ("tools.page",),
+    "divergence": ("tools.compare.trace",),
+    "bits": ("tools.compare.bits",),
+    "demo": ("tools.compare.demo",),
+    "runs": ("tools.compare.runs",),
+    "conformance": ("tools.compare.conformance",),
+    "bench": ("tools.bench.bench",),
+    "measure": ("tools.bench.measure",),
+    "seeded": ("tools.seeded",),
+    "seeded_diffusers": ("tools.seeded.diffusers",),
+    "seeded_ltx_core": ("tools.seeded.ltx_core",),
+    "seeded_sglang": ("tools.seeded.sglang",),
+    "doctor": ("tools.doctor",),
+    "sites": ("tools.explain",),
+    "machine": ("tools.machine",),
+    "files": ("tools.files",),
+    "text": ("tools.text",),
+}
+
+
+class _Several(types.ModuleType):
+    """A module that became several: an attribute is that of the first of them that has it."""
+
+    def __init__(self, name: str, modules: list[types.ModuleType]):
+        super().__init__(name)
+        self.__dict__["_modules"] = modules
+
+    def __getattr__(self, name: str) -> Any:
+        for module in self._modules:
+            if hasattr(module, name):
+                return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+class _Loader(importlib.abc.InspectLoader):
+    def __init__(self, names: list[str]):
+        self._names = names
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        warnings.warn(f"{spec.name} is now {' and '.join(self._names)}", DeprecationWarning, stacklevel=2)
+        modules = [importlib.import_module(name) for name in self._names]
+        self._own = modules[0].__spec__
+        return modules[0] if len(modules) == 1 else _Several(spec.name, modules)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        if not isinstance(module, _Several):
+            module.__spec__ = self._own  # the import system has just put the old name's there
+
+    def get_source(self, fullname: str) -> str | None:
+        """For `python -m`: the source to run under the old name."""
+        found = importlib.util.find_spec(self._names[0])
+        loader = found.loader if found else None
+        return loader.get_source(self._names[0]) if isinstance(loader, importlib.abc.InspectLoader) else None
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, old = fullname.partition(".")
+        if package != "bitfuse" or old not in MOVED:
+            return None
+        return importlib.util.spec_from_loader(fullname, _Loader([f"bitfuse.{name}" for name in MOVED[old]]))
+
+
+def install() -> None:
+    """Answer for the old names in this process, once."""
+    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.append(Finder())

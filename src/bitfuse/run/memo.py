@@ -1,0 +1,218 @@
+"""What doesn't change from step to step, computed once: a result is kept while its inputs are the same.
+
+"The same" means the same tensor object at the same address, of the same PyTorch version counter (every in-place op
+counts it up), and weights of the same storage and version: a fact that costs no wait for the device. It is not the
+whole truth: writes through `.data`, numpy, DLPack, shared memory and `torch.distributed.broadcast` count up no version.
+So nothing is kept by default; what is here serves `keep_text=True`, where the user says that there are no such writes.
+A result is dropped when its input is freed, when it was written into, when two newer ones have come, and on
+`restore()`. Nothing is kept or used where a tensor has no version counter (inference mode), a CUDA graph is captured
+(it must not remember an address that may be freed), or somebody watches the ops. For graphs there is `Prelude`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef  # its storage's address is not given to another meanwhile
+
+from bitfuse.core.bits import as_tuple
+from bitfuse.core.conditions import around
+from bitfuse.run.graphs import flat, stand_in
+from bitfuse.run.swap import hooked
+
+_KEPT = 2  # results of one function: the conditional and the unconditional prompt, say
+_here = threading.local()  # .prelude: whoever notes, or hands out, the constants of this thread's forward
+
+
+class Constant:
+    """Results of one function of one tensor, by the tensor. `hits` and `misses` count its calls."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[weakref.ref, Hashable, Any, tuple[int, ...]]] = []
+        self.hits = self.misses = 0
+
+    @classmethod
+    def until_restored(cls, handle: Any) -> Constant:
+        """A new one, which is emptied when the handle is restored; the handle does not keep it alive."""
+        constant = cls()
+        clear = weakref.WeakMethod(constant.clear)
+        handle.on_restore(lambda: (found := clear()) is not None and found())
+        return constant
+
+    def of(self, x: Tensor, extra: Hashable, compute: Callable[[Tensor], Any]) -> Any:
+        """compute(x), or what it gave for this tensor and this `extra` before. `extra` None: compute it.
+
+        compute    a function of x alone, and of what `extra` stands for
+        """
+        prelude: Prelude | None = getattr(_here, "prelude", None)
+        if prelude is not None and (handed := prelude.handed_out(self, x)) is not None:
+            return handed
+        stamp = None if extra is None else _stamp(x)
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if stamp is None or capturing or next(around(), None) is not None:
+            return compute(x)
+        value = self._kept_or_computed(stamp, extra, x, compute)
+        if prelude is not None:
+            prelude.note(self, x, compute, value)
+        return value
+
+    def _kept_or_computed(self, stamp: tuple, extra: Hashable, x: Tensor, compute: Callable[[Tensor], Any]) -> Any:
+        root, key = stamp[0], (*stamp[1:], extra)
+        for ref, kept_key, value, versions in self._kept:
+            if ref() is root and kept_key == key and _versions(value) == versions:
+                self.hits += 1
+                return value
+        self.misses += 1
+        value = compute(x)
+        if not torch.is_grad_enabled():
+            entry = (weakref.ref(root, self._drop), key, value, _versions(value))
+            self._kept = [*self._kept[1 - _KEPT :], entry]
+        return value
+
+    def clear(self) -> None:
+        self._kept = []
+
+    def _drop(self, dead: weakref.ref) -> None:
+        self._kept = [entry for entry in self._kept if entry[0] is not dead]
+
+
+def _versions(value: Any) -> tuple[int, ...]:
+    """How often each tensor of a result was written into."""
+    return tuple(t._version for t in as_tuple(value) if not t.is_inference())
+
+
+def _stamp(x: Tensor) -> tuple[Tensor, Any, Any, Any, Any, Any, Any] | None:
+    """(the tensor that owns the memory, its version, which part of it x is), or None where that can't be told."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference():
+        return None
+    root = x if x._base is None else x._base
+    return root, x._version, x.data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype
+
+
+def weights(*linears: Any) -> Hashable:
+    """What the result of these linear layers depends on besides their input; None where one can't be looked into."""
+    found: list[Hashable] = []
+    for linear in linears:
+        if type(linear) is not torch.nn.Linear or hooked(linear):
+            return None
+        for p in (linear.weight, linear.bias):
+            if p is not None and (type(p) is not torch.nn.Parameter or p.is_inference()):
+                return None
+            found.append(None if p is None else (StorageWeakRef(p.untyped_storage()), p.storage_offset(), p._version))
+    return tuple(found)
+
+
+# -- beside a CUDA graph -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Noted:
+    """One call of a `Constant`. `x`, `value` and `memory` are the forward's at first, then those that stay."""
+
+    constant: Constant
+    x: Tensor
+    compute: Callable[[Tensor], Any]
+    value: Any
+    memory: list[Tensor]
+
+
+class Prelude:
+    """What a forward computes of arguments that are the same from step to step: for a graph of it, apart.
+
+    A graph of the whole forward would compute that at every replay. So the calls of `Constant`s in an eager forward are
+    noted (`noting`). Their results get memory that stays (`lay_out`), in which `fill` computes them: a graph of its
+    own, to be replayed only when such an argument is another than the last time (`stale`). While the forward is
+    captured, that memory is handed out (`serving`); a call that is not as noted is computed in its place.
+    """
+
+    def __init__(self) -> None:
+        self.arguments: list[int] = []  # those that the noted calls read, by their position in `lay_out`
+        self._calls: list[_Noted] = []
+        self._results: dict[tuple, Any] | None = None  # that stay, by constant and x; None while they are noted
+        self._filled: list[tuple] = []  # what the arguments were
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        _here.prelude = self
+        try:
+            yield
+        finally:
+            _here.prelude = None
+
+    serving = noting  # whichever it is: results are handed out once they are laid out
+
+    def note(self, constant: Constant, x: Tensor, compute: Callable[[Tensor], Any], value: Any) -> None:
+        if self._results is None and not torch.is_grad_enabled():
+            self._calls.append(_Noted(constant, x, compute, value, []))
+
+    def handed_out(self, constant: Constant, x: Tensor) -> Any:
+        return None if self._results is None else self._results.get((id(constant), *_place(x)))
+
+    def lay_out(self, arguments: list[Tensor], own: list[Tensor]) -> None:
+        """Give every noted result memory, and every noted x its place in that or in `own`, the graph's arguments.
+
+        Calls of which x is a view of neither an argument nor an earlier result are dropped: they stay in the forward.
+        """
+        stay = [(i, argument, twin) for i, (argument, twin) in enumerate(zip(arguments, own, strict=True))]
+        calls, self._calls = self._calls, []
+        for call in calls:
+            views = ((i, _same_view(call.x, was, twin)) for i, was, twin in stay)
+            index, x = next(((i, view) for i, view in views if view is not None), (-1, None))
+            if x is None:
+                continue
+            call.x = x
+            if index >= 0 and index not in self.arguments:
+                self.arguments.append(index)
+            results = as_tuple(call.value)
+            twins = [stand_in(t) for t in results]
+            stay += [(-1, was, twin) for was, (twin, _) in zip(results, twins, strict=True)]
+            call.memory = [memory for _, memory in twins]
+            call.value = twins[0][0] if isinstance(call.value, Tensor) else tuple(twin for twin, _ in twins)
+            call.constant.clear()  # kept here from now on
+            self._calls.append(call)
+        self._results = {(id(call.constant), *_place(call.x)): call.value for call in self._calls}
+
+    def fill(self) -> list[Tensor]:
+        """Compute every result from the arguments as they are now; the memory that holds them."""
+        for call in self._calls:
+            for memory, into, t in zip(call.memory, as_tuple(call.value), as_tuple(call.compute(call.x)), strict=True):
+                if (t.shape, t.stride(), t.dtype) != (into.shape, into.stride(), into.dtype):
+                    raise RuntimeError("what is the same at every step came out in another form")
+                memory.copy_(flat(t))
+        return [memory for call in self._calls for memory in call.memory]
+
+    def stale(self, arguments: list[Tensor]) -> bool:
+        """Whether an argument is another than when `filled` was called last."""
+        now = [_stamp(arguments[i]) for i in self.arguments]
+        return len(self._filled) != len(now) or not all(
+            stamp is not None and ref() is stamp[0] and seen == stamp[1:]
+            for (ref, seen), stamp in zip(self._filled, now, strict=True)
+        )
+
+    def filled(self, arguments: list[Tensor]) -> None:
+        stamps = [_stamp(arguments[i]) for i in self.arguments]
+        self._filled = [(weakref.ref(stamp[0]), stamp[1:]) for stamp in stamps if stamp is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(memory.nbytes for call in self._calls for memory in call.memory)
+
+
+def _place(x: Tensor) -> tuple:
+    return x.data_ptr(), x.shape, x.stride(), x.dtype
+
+
+def _same_view(x: Tensor, of: Tensor, twin: Tensor) -> Tensor | None:
+    """The view of `twin` that x is of its likeness `of`; None where x is none, or reaches beyond it."""
+    roots = [t if t._base is None else t._base for t in (x, of)]
+    at = x.storage_offset() - of.storage_offset()
+    if roots[0] is not roots[1] or x.dtype != of.dtype or at < 0 or at + flat(x).numel() > flat(of).numel():
+        return None
+    return twin.as_strided(x.shape, x.stride(), twin.storage_offset() + at)

@@ -1,0 +1,398 @@
+"""What would be fused where, in a given LTX-2 transformer, without its weights and without a GPU: `bitfuse explain`.
+
+The transformer is built from its config on PyTorch's meta device, where tensors have a shape and no memory. The host's
+adapter takes it over as it would take over the real one, and one forward is run for its shapes alone: each operator
+that is called is then asked for every reason against those arguments. What that can't tell is whether a kernel is
+proved equal: that is found out on the GPU, at the kernel's first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bitfuse import hosts
+from bitfuse.core.conditions import runnable
+from bitfuse.core.operator import OPERATORS, Operator, Tier
+from bitfuse.tools import files, seeded
+from bitfuse.tools.machine import machine
+from bitfuse.tools.text import cell, one_line, say, visible
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MAX_TOKENS, MAX_LAYERS = 1 << 18, 512
+
+FUSED, CHAIN, LEFT_ALONE, NOT_CALLED = "to be fused", "PyTorch chain", "left alone", "not called"
+UNSEEN = "not looked at"
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_CLASS = "LTX2VideoTransformer3DModel"
+_SIZES = (
+    "num_layers",
+    *(
+        f"{side}{name}"
+        for side in ("", "audio_")
+        for name in ("in_channels", "num_attention_heads", "attention_head_dim", "cross_attention_dim")
+    ),
+)
+_MAX_SIZE = 1 << 20
+
+
+@dataclass(frozen=True)
+class SiteKind:
+    """Sites that differ in their block's number only: what is called there, and which way it would go.
+
+    name         the sites' name, the block's number as *
+    operator     the operator's name, and `source` whose chain it is
+    state        "to be fused", "PyTorch chain", "left alone" (not taken over), "not called" (in this forward), "not
+                 looked at" (a function, called with tensors without values, which it gives back to the host)
+    arguments    of the call, by name: shape, dtype, and strides where they are not a dense tensor's
+    tier         the way to fuse it that is tried first, None where it would not be fused
+    then         the ways that are tried after it, where it is not proved equal
+    passed_over  why the tiers before it can't take these arguments
+    reasons      every reason why it would not be fused
+    count        how many sites are alike
+    """
+
+    name: str
+    operator: str
+    source: str
+    state: str
+    arguments: dict[str, str] = field(default_factory=dict)
+    tier: str | None = None
+    then: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. `here` says why nothing would be fused on this very machine, where that is so."""
+
+    model: str
+    host: str
+    geometry: str
+    kinds: list[SiteKind]
+    here: list[str]
+
+    @property
+    def seen(self) -> int:
+        return sum(kind.count for kind in self.kinds)
+
+    @property
+    def fused(self) -> int:
+        return sum(kind.count for kind in self.kinds if kind.state == FUSED)
+
+    def as_dict(self) -> dict[str, Any]:
+        found = {"machine": machine(), "sites_seen": self.seen, "sites_to_be_fused": self.fused}
+        return {**asdict(self), **found}
+
+
+# -- the model, on meta ----------------------------------------------------------------------------------------------
+
+
+def from_config(model: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The transformer of a pipeline or of itself, on the meta device: only its config is read.
+
+    model    a folder written by `save_pretrained` (of a pipeline or of its transformer), or an id on the Hub
+    Raises ValueError for anything else, and where the config is not that of an LTX-2 transformer.
+    """
+    cls = _transformer_class()
+    config = _read_folder(Path(model)) if os.path.exists(model) else _read_hub(cls, model)
+    if (kind := config.get("_class_name")) != _CLASS:
+        raise ValueError(f"MODEL {model}: its config is of a {str(kind)[:80]}; accepted: {_CLASS}")
+    for size in _SIZES:
+        given = config.get(size, 1)  # left out, it has upstream's default
+        most = MAX_LAYERS if size == "num_layers" else _MAX_SIZE
+        if type(given) is not int or not 1 <= given <= most:
+            raise ValueError(f"MODEL {model}: {size} in its config is {given!r:.40}; accepted: 1 to {most}")
+    parameters = inspect.signature(cls).parameters
+    try:
+        with torch.device("meta"):
+            built = cls(**{name: value for name, value in config.items() if name in parameters})
+    except Exception as error:  # whatever a wrong config makes of the host's own code
+        raise ValueError(
+            f"MODEL {model}: no {_CLASS} can be built from its config ({_in_words(error)}); accepted: what "
+            "`save_pretrained` writes"
+        ) from error
+    return torch.nn.Module.to(built, dtype).eval().requires_grad_(False)
+
+
+def from_version(version: str, layers: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """diffusers' transformer of LTX-2.0, 2.3 or 2.5 (also written ltx-2.0), on the meta device; else ValueError."""
+    return from_geometry(of_version(version, layers), dtype)
+
+
+def of_version(version: str, layers: int, host: str = "diffusers") -> seeded.Geometry:
+    """The real sizes of LTX-2.0, 2.3 or 2.5 (also written ltx-2.0), with so many layers. ValueError for any other."""
+    named = version.removeprefix("ltx-")
+    if named not in seeded.VERSIONS:
+        accepted = ", ".join(f"ltx-{name}" for name in seeded.VERSIONS)
+        raise ValueError(f"--random-weights {version} is not a version; accepted: {accepted}")
+    if not 1 <= layers <= MAX_LAYERS:
+        raise ValueError(f"--layers is {layers}; accepted: 1 to {MAX_LAYERS}")
+    return replace(seeded.REAL, version=named, layers=layers, host=host)
+
+
+def from_geometry(geometry: seeded.Geometry, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The transformer of these sizes, of its host, on the meta device. ValueError where the host has none."""
+    if geometry.host != "diffusers" and dtype != torch.bfloat16:
+        raise ValueError(f"--dtype {dtype} goes with --host diffusers; accepted for {geometry.host}: bfloat16")
+    if geometry.host == "diffusers":
+        _transformer_class()
+    try:
+        seeded.of_host(geometry.host).need(torch.device("meta"))
+        built = seeded._on_meta(geometry)
+    except seeded.CannotRun as why:
+        raise ValueError(str(why)) from None
+    built = torch.nn.Module.to(built, dtype).eval().requires_grad_(False)
+    if geometry.host == "sglang":  # it switches autocast off around its norms, and the meta device has none
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            built = built.to_empty(device="cpu")
+    return built
+
+
+def _transformer_class() -> Any:
+    try:
+        from diffusers import LTX2VideoTransformer3DModel
+    except ImportError as error:  # of diffusers itself, or of the class in an old one
+        raise ValueError(f"diffusers 0.37 or newer is needed ({error}): pip install 'bitfuse[diffusers]'") from None
+    return LTX2VideoTransformer3DModel
+
+
+def _read_folder(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ValueError(
+            f"MODEL {path} is a file; accepted: a folder with model_index.json or config.json, or a Hub id"
+        )
+    for folder in (path / "transformer", path):
+        if (file := folder / "config.json").is_file():
+            return _read(file)
+    raise ValueError(f"MODEL {path} holds no config; accepted: a folder with transformer/config.json or config.json")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    accepted = "an object, as save_pretrained writes"
+    config = files.read_json(file, str(file), accepted)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a {type(config).__name__}; accepted: {accepted}")
+    return config
+
+
+def _read_hub(cls: Any, model: str) -> dict[str, Any]:
+    if not _HUB_ID.fullmatch(model):
+        raise ValueError(
+            f"MODEL {model} is no folder here; accepted: a pipeline's or transformer's folder, or a Hub id"
+        )
+    failures = []
+    for subfolder in ("transformer", None):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return dict(cls.load_config(model, subfolder=subfolder))
+        except Exception as error:  # no such id, no network, no right: the hub's client has many ways to say so
+            failures.append(_in_words(error))
+    raise ValueError(f"MODEL {model} is no folder here, and its config can't be had from the Hub: {failures[0]}")
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error, 200)}"
+
+
+# -- what would happen -----------------------------------------------------------------------------------------------
+
+
+def explain(
+    model: Any,
+    tokens: int = 6144,
+    image_to_video: bool = False,
+    name: str = "the model",
+    geometry: seeded.Geometry | None = None,
+) -> Explanation:
+    """Which sites of a transformer on the meta device would be fused, and every reason why others would not.
+
+    model             from `from_config`, `from_version` or `from_geometry`; left as it was
+    geometry          what the model was made from; by default diffusers' config of the model says it
+    tokens            video tokens of the forward that is looked at, 1 to 262144; audio and text as for 5 seconds
+    image_to_video    the first frame is given: timesteps are per token
+    Raises ValueError for `tokens` out of range, and where the host itself can't run such a forward.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is {model!r:.80}; accepted: a transformer, as from_config or from_version builds it")
+    if type(tokens) is not int:
+        raise TypeError(f"tokens is {tokens!r:.80}; accepted: a whole number, 1 to {MAX_TOKENS}")
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise ValueError(f"--tokens is {tokens}; accepted: 1 to {MAX_TOKENS}")
+    calls: dict[str, list[tuple[Operator, tuple[Any, ...], str | None]]] = {}
+    weight = next(model.parameters())
+    without_values = getattr(weight, "fake_mode", contextlib.nullcontext())  # the meta device needs no mode
+    handle = hosts.accelerate(model)
+    try:
+        for site in handle.sites:
+            calls[site.name] = []
+            site.observers = (lambda s, op, route, args, _: calls[s.name].append((op, args, route.reason)),)
+        geometry = geometry or _geometry(model.config)
+        # one token a frame: the coordinates' values don't matter
+        geometry = replace(geometry, frames=tokens, height=1, width=1, image_to_video=image_to_video)
+        with without_values:
+            no_values = set(runnable({"x": torch.empty(1, device=weight.device)}))
+        called = _InItsDtype(model) if geometry.host == "diffusers" else model
+        try:
+            with without_values:
+                seeded.one_step(called, seeded.make_inputs(model, geometry, weight.device, seed=0))()
+        except Exception as error:
+            why = f"a forward of {tokens} tokens fails in {handle.host} ({_in_words(error)})"
+            raise ValueError(f"{name}: {why}; accepted: a model that runs") from error
+    finally:
+        handle.restore()
+    kinds: dict[Any, SiteKind] = {}
+    for site in handle.sites:
+        routed = {reason for _, _, reason in calls[site.name]}
+        own = [reason for reason in site.fallen if reason not in routed]  # the adapter's, who then called no operator
+        for kind in _kinds(site, calls[site.name], own, no_values):
+            key = (*(getattr(kind, f) for f in ("name", "operator", "state", "tier", "reasons")), str(kind.arguments))
+            kinds[key] = replace(kind, count=kinds[key].count + 1) if key in kinds else kind
+    sentence = f"{tokens} video, {geometry.audio_frames} audio and {geometry.text_tokens} text tokens, {weight.dtype}"
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    reasons = list(runnable({"x": torch.empty(1, device=here)}))
+    return Explanation(name, handle.host, sentence, list(kinds.values()), reasons)
+
+
+class _InItsDtype:
+    """The model, called with bf16 arguments, which are what the demo's are, in its own dtype."""
+
+    def __init__(self, model: Any):
+        self.model, self.forward = model, model.forward
+
+    def __call__(self, **given: Any) -> Any:
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+                given[name] = value.to(self.model.dtype)
+        return self.model(**given)
+
+
+def _geometry(config: Any) -> seeded.Geometry:
+    """The sizes of a model of diffusers and of a forward of it, audio and text as in the demo."""
+    version = "2.0" if config.get("use_prompt_embeddings", True) else "2.3"
+    if config.get("use_keyframes_abs_pos_embedding", False):
+        version = "2.5"
+    return replace(
+        seeded.REAL,
+        heads=config["num_attention_heads"],
+        head_dim=config["attention_head_dim"],
+        audio_heads=config["audio_num_attention_heads"],
+        audio_head_dim=config["audio_attention_head_dim"],
+        channels=config["in_channels"],
+        audio_channels=config["audio_in_channels"],
+        caption_channels=config["caption_channels"],
+        version=version,
+    )
+
+
+def _kinds(
+    site: Any, calls: list[tuple[Operator, tuple[Any, ...], str | None]], own: list[str], no_values: set[str]
+) -> Iterator[SiteKind]:
+    name = ".".join("*" if part.isdigit() else part for part in site.name.split("."))
+    planned = OPERATORS[site.operator]
+    bare = SiteKind(name, planned.name, planned.source, LEFT_ALONE)
+    if site.declined is not None:
+        yield replace(bare, reasons=(site.declined,))
+    elif own and no_values.issuperset(own):
+        yield replace(bare, state=UNSEEN)
+    elif own:
+        yield replace(bare, state=CHAIN, reasons=tuple(own))
+    elif not calls:
+        yield replace(bare, state=NOT_CALLED)
+    for operator, args, _ in calls:
+        yield _decision(replace(bare, operator=operator.name, source=operator.source), operator, args)
+
+
+def _decision(bare: SiteKind, operator: Operator, args: tuple[Any, ...]) -> SiteKind:
+    """Every reason of the operator against these arguments, but for those that speak of tensors without values."""
+    args = tuple(a if not isinstance(a, Tensor) or a.is_meta else _on_meta(a) for a in args)
+    given = dict(zip(inspect.signature(operator.reference).parameters, args, strict=False))
+    arguments = {name: _form(t) for name, t in given.items() if isinstance(t, Tensor)}
+    with torch.no_grad():
+        of_device = set(runnable(given))
+        reasons = [reason for reason in operator.why_not(*args) if reason not in of_device]
+        sentences = {tier.name: _plan_sentence(tier, args) for tier in operator.tiers} if not reasons else {}
+    open_tiers = [tier for tier, sentence in sentences.items() if sentence is None]
+    passed_over = tuple(f"{tier}: {sentence}" for tier, sentence in sentences.items() if sentence is not None)
+    if not open_tiers:
+        return replace(bare, state=CHAIN, arguments=arguments, reasons=(*reasons, *passed_over))
+    tier, *then = open_tiers
+    return replace(bare, state=FUSED, arguments=arguments, tier=tier, then=tuple(then), passed_over=passed_over)
+
+
+def _plan_sentence(tier: Tier, args: tuple[Any, ...]) -> str | None:
+    """Why the tier can't take these arguments, None where nothing is known against it."""
+    try:
+        plan = tier.plan(*args)
+    except NotImplementedError:  # it asks the device how an op rounds there, and meta computes nothing
+        return None
+    return plan if isinstance(plan, str) else None
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def _form(t: Tensor) -> str:
+    strides = "" if t.is_contiguous() else f", strides {list(t.stride())}"
+    return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}{strides}"
+
+
+# -- what is printed -------------------------------------------------------------------------------------------------
+
+_COLOURS = {FUSED: "green", CHAIN: "yellow", LEFT_ALONE: "yellow", NOT_CALLED: "dim", UNSEEN: "dim"}
+
+
+def show(console: Console, found: Explanation) -> None:
+    """Print an explanation as a table, one row for sites that differ in their block's number only."""
+    table = Table(
+        Column("sites of transformer_blocks.*", overflow="fold"),
+        Column("operator, first argument", overflow="fold"),
+        "what would happen, and why",
+        title=cell(found.model),
+    )
+    for kind in found.kinds:
+        first = next(iter(kind.arguments.items()), None)
+        operator = kind.operator if first is None else f"{kind.operator}\n{first[0]} {first[1]}"
+        name = f"{kind.count} x {kind.name.removeprefix('transformer_blocks.*.')}"
+        table.add_row(cell(name), Text(visible(operator, "\n")), cell(_verdict(kind), _COLOURS[kind.state]))
+    console.print(table)
+    sources = {kind.operator: kind.source for kind in found.kinds}
+    for operator, source in sources.items():
+        say(console, f"{operator}: bit for bit the chain of {source}")
+    sentence = (
+        f"{found.fused} of {found.seen} sites of {found.host} would be fused ({found.geometry}). Nothing was loaded or "
+        "computed: each kernel is still to be proved equal on the GPU, at its first use, and where it is not, the next "
+        "way is tried and the PyTorch chain is the last. `handle.report()` then says which way each call went."
+    )
+    console.print(cell(sentence))
+    for reason in found.here:
+        console.print(cell(f"On this machine, here and now, nothing is fused: {reason}", "yellow"))
+
+
+def _verdict(kind: SiteKind) -> str:
+    if kind.tier is None:
+        if kind.state == UNSEEN:
+            return f"{kind.state}: the function gets its arguments only when there is something to compute"
+        return f"{kind.state}: {'; '.join(kind.reasons)}" if kind.reasons else f"{kind.state} in such a forward"
+    then = f", else by {', '.join(kind.then)}" if kind.then else ""
+    passed = f" (not by {'; '.join(kind.passed_over)})" if kind.passed_over else ""
+    return f"{kind.state} by {kind.tier}{then}{passed}"
