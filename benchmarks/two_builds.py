@@ -57,32 +57,29 @@ def _spread(ms: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(ms), "p10": tenths[0], "p90": tenths[-1], "rounds": len(ms)}
 
 
-def operators(builds: list[Build], tokens: int, rounds: int) -> Iterator[dict[str, Any]]:
+def operators(builds: list[Build], rounds: int) -> Iterator[dict[str, Any]]:
     """Microseconds of every operator's real cases, in both builds, with a cold L2."""
     new = builds[-1]
     with new.loaded():
         from bitfuse.tools.bench.measure import interleaved
+
+        work = [(o, case) for o in new.bitfuse.OPERATORS.values() for case in o.cases if case.real]
     device = torch.device("cuda")
-    for name, operator in new.bitfuse.OPERATORS.items():
-        for case in operator.cases:
-            if not case.real or case.tokens > tokens:
-                continue
-            args = case.arguments(device, seed=0)
-            expected = operator.reference(*args)
-            calls, mismatch = {}, None
-            for build in builds:
-                if (there := build.bitfuse.OPERATORS.get(name)) is None:
-                    continue
-                with build.loaded():
-                    route = there.route(*args)
-                    found = new.bitfuse.compare(expected, route.run(*args))
-                mismatch = mismatch or (found and found.sentence) or (None if route.fused else route.reason)
-                calls[build.name] = functools.partial(route.run, *args)
-            row = {"operator": name, "case": case.name, "equal": mismatch is None, "mismatch": mismatch}
-            if mismatch is None:
-                row["us"] = interleaved(calls, device, rounds)
-                row["new / old"] = row["us"]["new"]["median"] / row["us"]["old"]["median"]
-            yield row
+    for operator, case in work:
+        args = case.arguments(device, seed=0)
+        expected = operator.reference(*args)
+        calls, mismatch = {}, None
+        for build in builds:
+            with build.loaded():
+                route = build.bitfuse.OPERATORS[operator.name].route(*args)
+                found = new.bitfuse.compare(expected, route.run(*args))
+            mismatch = mismatch or (found and found.sentence) or (None if route.fused else route.reason)
+            calls[build.name] = functools.partial(route.run, *args)
+        row = {"operator": operator.name, "case": case.name, "equal": mismatch is None, "mismatch": mismatch}
+        if mismatch is None:
+            row["us"] = interleaved(calls, device, rounds)
+            row["new / old"] = row["us"]["new"]["median"] / row["us"]["old"]["median"]
+        yield row
 
 
 def steps(builds: list[Build], tokens: int, layers: int, rounds: int, version: str) -> dict[str, Any]:
@@ -142,7 +139,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--version", default="2.0")
-    parser.add_argument("--operators", type=int, default=0, metavar="TOKENS", help="also operators, of up to so many")
+    parser.add_argument("--operators", action="store_true", help="also every operator, on its real cases")
     asked = parser.parse_args()
     builds = [Build("old", asked.old), Build("new", Path(__file__).resolve().parents[1] / "src")]
     with builds[-1].loaded():
@@ -160,7 +157,7 @@ def main() -> None:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         asked.out.write_text(json.dumps(found, indent=1))
 
-    for row in operators(builds, asked.operators, 15) if asked.operators else ():
+    for row in operators(builds, 25) if asked.operators else ():
         found["operators"].append(row)
         ratio = f"{row['new / old']:.3f}" if row["equal"] else row["mismatch"]
         print(f"{row['operator']:48} {row['case'][:40]:40} new / old {ratio}", flush=True)
