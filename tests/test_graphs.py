@@ -112,7 +112,7 @@ class Toy(nn.Module):
         self.inner = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
         self.table = nn.Parameter(torch.randn(8))
         self.register_buffer("shift", torch.randn(8))
-        self.factor = 2.0
+        self.factor, self.zero, self.one = 2.0, 0.0, True
         self.calls = []  # what each run of the forward was handed
 
     def forward(self, x, scale=1.0, flag=None, extra=None, mask=None):
@@ -561,6 +561,8 @@ SURROUNDINGS = {
 
 @pytest.mark.parametrize("sentence", SURROUNDINGS)
 def test_surroundings_in_which_no_graph_is_used(replay, sentence):
+    with SURROUNDINGS[sentence]():
+        torch.ones(1) + 1  # a first dispatch mode imports torch._dynamo, which puts another torch.manual_seed in place
     captured(replay, x_of(0))
     with SURROUNDINGS[sentence]():
         assert sentence in reason_of(replay, x_of(0))
@@ -932,6 +934,22 @@ def drop_bias(toy):
     toy.inner[0].bias = None
 
 
+def change_sign_of_zero(toy):
+    toy.zero = -0.0
+
+
+def change_type_of_number(toy):
+    toy.one = 1
+
+
+def add_first_buffer(toy):
+    toy.inner[1].register_buffer("first", torch.ones(8))
+
+
+def add_first_child(toy):
+    toy.inner[1].add_module("first", nn.Tanh())
+
+
 CHANGES = {
     change_weight: "inner.0",
     change_weight_data: "inner.0",
@@ -943,6 +961,10 @@ CHANGES = {
     change_object: "the model",
     change_mode: "inner",
     drop_bias: "inner.0",
+    change_sign_of_zero: "the model",
+    change_type_of_number: "the model",
+    add_first_buffer: "the model",
+    add_first_child: "the model",
 }
 
 
@@ -1172,12 +1194,15 @@ def test_the_model_is_freed_without_the_garbage_collector(toy):
     for _ in range(4):
         model(x_of(0))
     assert handle.graphs[0].replays == 2
-    gone = weakref.ref(model)
+    gone = [weakref.ref(model), weakref.ref(model[0])]
     gc.collect()
     gc.disable()
     try:
         del model
-        assert gone() is None  # and the handle, which may be kept globally, is still here
+        assert [reference() for reference in gone] == [
+            None,
+            None,
+        ]  # and the handle, which may be kept globally, is still here
     finally:
         gc.enable()
     handle.restore()

@@ -1,15 +1,14 @@
 """What a captured graph depends on in its model, compared before each replay.
 
 The look is a cost of every step: a 48-layer LTX-2 transformer has 3,700 modules, 3,500 weights and 11,000 attributes.
-So what is read is chosen once, as long flat lists, and read by loops in C: `map` over an operator or a method of a
-type. Nothing is allocated per module that Python's collector would count.
+So what is read is chosen once, and then read and compared by iterators in C, which allocate nothing that stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, compress, repeat
-from operator import getitem, is_
+from operator import eq, getitem, is_
 from typing import Any
 
 import torch
@@ -39,111 +38,165 @@ class Watch:
     reason       why no graph may be used for the model as it is, or None
     devices      of the weights
     functions    those that its forward may call
-    condemned    how many kernels had been seen to differ: graphs captured before the next one may replay it
+    condemned    how many kernels had been seen to differ: a graph of before the next one may replay it
     """
 
     def __init__(self, model: nn.Module, own: object, holds: Callable[[Tensor], bool]):
         named = [(name or "the model", module) for name, module in model.named_modules()]
-        self._holds = holds
         self.devices = {t.device for t in chain(model.parameters(), model.buffers())}
         self.reason = next(_why_not(named, own, holds, self.devices), None)
         self.functions = Functions(module for _, module in named)
         self.condemned = proof.condemnations()
-        self._scripted = any(isinstance(module, torch.jit.ScriptModule) for _, module in named)
-        if self._scripted:  # these keep nothing in a __dict__
-            return
-        every = [name for name, _ in named]
-        self._below = [module for _, module in named[1:]]
-        self._dicts = [vars(module) for module in self._below]
-
-        # What a module has: its children, its weights. Where it has none it stays so, and of a linear layer nothing
-        # but the weights is read: half of all modules are linear layers.
-        self._children = [m._modules for m in self._below if m._modules]
-        self._weights = [d for m in self._below for d in (m._parameters, m._buffers) if d]
-        self._empty = [d for m in self._below for d in (m._forward_hooks, m._forward_pre_hooks)]
-        self._empty += [d["_diffusers_hook"].hooks for d in self._dicts if "_diffusers_hook" in d]
-        others = [m for m in self._below if type(m) is not nn.Linear]
-        self._empty += [d for m in others for d in (m._modules, m._parameters, m._buffers) if not d]
-
-        self._values, self._objects = _Attributes(), _Attributes()
-        self._containers: list[Any] = []  # small dictionaries and lists of values
-        keepers = []  # whose each of them is
-        for name, module in named:
-            own_attributes = _attributes_of(module)
-            for attribute, v in own_attributes.items():
-                (self._values if _is_value(v) else self._objects).add(attribute, name, module, model)
-            kept = [own_attributes.get(n) for n in _LORA]
-            kept.append(getattr(own_attributes.get("processor"), "__dict__", None))  # its attention backend, say
-            kept = [v for v in kept if type(v) in (list, dict)]
-            self._containers += kept
-            keepers += [name] * len(kept)
-
-        weights = self._every_weight(model)
-        self._present = [t is not None for t in weights]
-        children = [name for name, module in named for _ in module._modules]
-        owners = [name for name, m in named for _ in chain(m._parameters, m._buffers)]
-        self._owners = [every, every, children, ["the model"], keepers, self._objects.owners, owners]
-        self._owners.append(list(compress(owners, self._present)))
-        self._saved = list(self._read(model))
-        self._saved_values = self._values.read(model)
+        self._looks: list[_Look] = []
+        if not any(isinstance(module, torch.jit.ScriptModule) for _, module in named):  # these keep no __dict__
+            self._looks = [*self._of_modules(model, named), *self._of_weights(model, named, holds)]
+            self._looks += self._of_attributes(model, named)
 
     def changed(self, model: nn.Module) -> str | None:
         """The name of a module that is not as it was, or None."""
-        if self._scripted:
+        if not self._looks:
             return "the model"
         try:
-            for now, then, owners in zip(self._read(model), self._saved, self._owners, strict=True):
-                if now != then:
-                    same = [a == b for a, b in zip(now, then, strict=False)]
-                    at = same.index(False) if False in same else len(same)
-                    return owners[min(at, len(owners) - 1)] if owners else "the model"
-            values = self._values.read(model)
-            if not all(map(is_, values, self._saved_values)):
-                for a, b, owner in zip(values, self._saved_values, self._values.owners, strict=True):
-                    if a is not b and (type(a) is not type(b) or repr(a) != repr(b)):  # 0.0 == -0.0, and 1 == True
-                        return owner
-                self._saved_values = values  # the same by other objects, which are looked for from now on
+            return next(filter(None, (look.changed(model) for look in self._looks)), None)
         except Exception:  # an attribute that is gone, or values that don't compare: not as it was
             return "the model"
-        return None
-
-    def _read(self, model: nn.Module) -> Iterator[list]:
-        """All but the values, to be compared one after the other: each is a list, of which `_owners` has the names."""
-        root = vars(model)
-        registry = root.get("_diffusers_hook")  # of `cache_context` there is an empty one
-        yield list(map(type, chain((model,), self._below)))
-        yield list(map(len, chain((root,), self._dicts)))  # a forward or a hook of accelerate's is put on top
-        yield list(chain.from_iterable(map(dict.values, chain((model._modules,), self._children))))
-        hooks = (model._forward_hooks, model._forward_pre_hooks, getattr(registry, "hooks", None))
-        if self.reason is None:
-            yield [any(hooks) or any(self._empty)]
-        else:
-            yield list(map(bool, chain(hooks, self._empty)))
-        yield [container.copy() for container in self._containers]
-        yield list(map(id, self._objects.read(model)))
-        weights = self._every_weight(model)
-        yield list(map(id, weights))
-        present = compress(weights, self._present)
-        if self.reason is None:
-            yield list(map(Tensor.data_ptr, present))
-        else:  # they may be anything, some without an address; but they may come to the device
-            yield [(t.device, self._holds(t)) for t in present if t is not None]
-
-    def _every_weight(self, model: nn.Module) -> list[Tensor | None]:
-        dicts = chain((model._parameters, model._buffers), self._weights)
-        return list(chain.from_iterable(map(dict.values, dicts)))
 
     def wants_gradient(self, model: nn.Module) -> bool:
-        return any(t is not None and t.requires_grad for t in self._every_weight(model))
+        return any(t is not None and t.requires_grad for t in _weights(model, self._weight_dicts))
+
+    # The model's own comes first everywhere; it is passed to every look and held by none. Nor does a look hold the
+    # watch: in a cycle, the modules below would only be freed by Python's collector.
+
+    def _of_modules(self, model: nn.Module, named: Named) -> Iterator[_Look]:
+        """Which modules there are, of which classes, with how much in them, and whether any has hooks."""
+        below = [module for _, module in named[1:]]
+        dicts = [vars(module) for module in below]  # on top of which a forward is put, or a hook of accelerate's
+        child_dicts = [m._modules for m in below if m._modules]
+        self._weight_dicts = [d for m in below for d in (m._parameters, m._buffers) if d]
+        names = [name for name, _ in named]
+        yield _Look(model, is_, lambda m: map(type, chain((m,), below)), names)
+
+        sized = [*dicts, *child_dicts, *self._weight_dicts]
+        owners = ["the model"] * 4 + names[1:] + [name for name, m in named[1:] if m._modules]
+        owners += [name for name, m in named[1:] for d in (m._parameters, m._buffers) if d]
+
+        def sizes(m: nn.Module) -> Iterator[int]:
+            return map(len, chain((vars(m), m._modules, m._parameters, m._buffers), sized))
+
+        yield _Look(model, eq, sizes, owners)
+        owners = [name for name, module in named for _ in module._modules]
+        yield _Look(model, is_, lambda m: _values_of(chain((m._modules,), child_dicts)), owners)
+
+        # What a module has none of, it shall get none of. A linear layer's forward reads nothing but its weights, and
+        # half of all modules are linear layers.
+        hooks = [d for m in below for d in (m._forward_hooks, m._forward_pre_hooks)]
+        hooks += [d["_diffusers_hook"].hooks for d in dicts if "_diffusers_hook" in d]
+        others = [m for m in below if type(m) is not nn.Linear]
+        nothing = [d for m in others for d in (m._modules, m._parameters, m._buffers) if not d]
+
+        def hooks_of(m: nn.Module) -> tuple:
+            registry = vars(m).get("_diffusers_hook")  # of `cache_context` there is an empty one
+            return m._forward_hooks, m._forward_pre_hooks, getattr(registry, "hooks", None)
+
+        if self.reason is None:
+            yield _Look(model, is_, lambda m: (any(hooks_of(m)) or any(hooks) or any(nothing),), ["the model"])
+        else:  # which hooks these are is what the reason says
+            yield _Look(model, is_, lambda m: map(bool, chain(hooks_of(m), hooks, nothing)), repeat("the model"))
+
+    def _of_weights(self, model: nn.Module, named: Named, holds: Callable[[Tensor], bool]) -> Iterator[_Look]:
+        """Which weights there are, and where."""
+        dicts = self._weight_dicts
+        owners = [name for name, m in named for _ in chain(m._parameters, m._buffers)]
+        yield _Look(model, eq, lambda m: map(id, _weights(m, dicts)), owners)
+        present = [t is not None for t in _weights(model, dicts)]
+        place: Callable[[Tensor], Any] = Tensor.data_ptr
+        if self.reason is not None:  # they may be anything, some without an address; but they may come to the device
+
+            def place(t: Tensor) -> Any:
+                return t.device, holds(t)
+
+        def places(m: nn.Module) -> Iterator[Any]:
+            return map(place, compress(_weights(m, dicts), present))
+
+        yield _Look(model, eq, places, list(compress(owners, present)))
+
+    def _of_attributes(self, model: nn.Module, named: Named) -> Iterator[_Look]:
+        """The modules' numbers and names, which other objects they hold, and what is in the small ones of these."""
+        values, objects = _Attributes(), _Attributes()
+        dictionaries: list[tuple[str, dict]] = []
+        lists: list[tuple[str, list]] = []
+        for name, module in named:
+            attributes = _attributes_of(module)
+            for attribute, v in attributes.items():
+                (values if _is_value(v) else objects).add(attribute, name, module, model)
+            kept = [attributes.get(n) for n in _LORA]
+            kept.append(getattr(attributes.get("processor"), "__dict__", None))  # its attention backend, say
+            dictionaries += [(name, v) for v in kept if type(v) is dict]
+            lists += [(name, v) for v in kept if type(v) is list]
+        yield _Look(model, is_, values.read, values.owners)
+        yield _Look(model, eq, lambda m: map(id, objects.read(m)), objects.owners)
+
+        containers = [v for _, v in (*dictionaries, *lists)]
+        keepers = [name for name, _ in (*dictionaries, *lists)]
+        yield _Look(model, eq, lambda m: map(len, containers), keepers)
+        entries = [name for name, v in (*dictionaries, *lists) for _ in v]
+        yield _Look(model, is_, lambda m: chain.from_iterable(containers), entries)
+        entries = [name for name, v in dictionaries for _ in v]
+        found = [v for _, v in dictionaries]
+        yield _Look(model, is_, lambda m: _values_of(found), entries)
+
+
+class _Look:
+    """Things of a model, compared one by one.
+
+    same      the comparison that is quick: where it says that two differ, `_same` has the last word
+    read      given the model, iterates over them; as many as there were, unless an earlier look has found a change
+    owners    the name of the module of each
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        same: Callable[[Any, Any], bool],
+        read: Callable[[nn.Module], Iterable[Any]],
+        owners: Iterable[str],
+    ):
+        self._same, self._read, self._owners = same, read, owners
+        self._then = list(read(model))
+
+    def changed(self, model: nn.Module) -> str | None:
+        """The owner of the first that is not as it was, or None."""
+        if all(map(self._same, self._read(model), self._then)):
+            return None
+        now = list(self._read(model))
+        for a, b, owner in zip(now, self._then, self._owners, strict=False):
+            if not _same(a, b):
+                return owner
+        self._then = now  # the same values in other objects, which are looked for from now on
+        return None
+
+
+def _values_of(dicts: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, dicts))
+
+
+def _weights(model: nn.Module, below: list[dict[str, Any]]) -> Iterator[Any]:
+    """All parameters and buffers, tensors or None, given the dictionaries of the modules below."""
+    return _values_of(chain((model._parameters, model._buffers), below))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether a computation with one is a computation with the other: 0.0 == -0.0 and 1 == True, which are not."""
+    return a is b or (type(a) is type(b) and (repr(a) == repr(b) if _is_value(a) else bool(a == b)))
 
 
 class _Attributes:
-    """Chosen attributes of a model's modules; those of the model come first, and its dictionary is not held."""
+    """Chosen attributes of a model's modules. The model's own come first."""
 
     def __init__(self) -> None:
         self.owners: list[str] = []
         self._names: list[str] = []
-        self._dicts: list[dict[str, Any]] = []  # where the names are looked up, but the model's first ones
+        self._dicts: list[dict[str, Any]] = []  # where the names are looked up, but those of the model
 
     def add(self, attribute: str, owner: str, module: nn.Module, model: nn.Module) -> None:
         self.owners.append(owner)
@@ -151,9 +204,9 @@ class _Attributes:
         if module is not model:
             self._dicts.append(vars(module))
 
-    def read(self, model: nn.Module) -> list[Any]:
+    def read(self, model: nn.Module) -> Iterator[Any]:
         of_model = len(self._names) - len(self._dicts)
-        return list(map(getitem, chain(repeat(vars(model), of_model), self._dicts), self._names))
+        return map(getitem, chain(repeat(vars(model), of_model), self._dicts), self._names)
 
 
 def _attributes_of(module: nn.Module) -> dict[str, Any]:
