@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfuse.core import values
 from bitfuse.core.evidence import Mutant, flushed
 from bitfuse.core.inputs import lookalike
-from bitfuse.ops.adaln_common import FLOATS, battery_shape, role
+from bitfuse.core.values import ROW_FAMILIES, battery_shape
+from bitfuse.ops.adaln_common import FLOATS, role
+
+DRAWS = ROW_FAMILIES
 
 # -- what a wrong kernel trips over ------------------------------------------------------------------------------------
 
@@ -27,7 +29,7 @@ def families(*args: Any, names: tuple[str, ...], few: bool = False) -> Iterator[
     dtype, device = x.dtype, x.device
     batch, tokens = battery_shape(x.shape[0], x.shape[1], few)
     generator = torch.Generator(device).manual_seed(21)
-    for family, draw in DRAWS.items():
+    for family, draw in ROW_FAMILIES.items():
         found: list[Any] = []
         for place, (arg, argument) in enumerate(zip(args, names, strict=False)):
             if not isinstance(arg, Tensor):
@@ -38,114 +40,10 @@ def families(*args: Any, names: tuple[str, ...], few: bool = False) -> Iterator[
                 if arg.ndim == 3
                 else list(arg.shape)
             )
-            drawn = draw(role(argument), shape, dtype, generator, device)
+            drawn = draw(role(argument), shape, dtype, generator)
             strided = family != "special rows" and role(argument) in ("value", "mask")
             found.append(lookalike(arg, drawn.to(dtype), place + 1 if strided else 0))
         yield family, tuple(found)
-
-
-def _normal(shape: list[int], generator: torch.Generator, device: torch.device) -> Tensor:
-    return torch.randn(shape, generator=generator, device=device)
-
-
-def _mask(shape: list[int], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Zeros and ones; by turns where there is one for each sample, so that no two neighbours are alike."""
-    if list(shape[1:]) == [1, 1]:
-        return (torch.arange(shape[0], device=device) % 2).float().view(shape)
-    return torch.randint(0, 2, shape, generator=generator, device=device).float()
-
-
-def _some(shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Special values, drawn one by one: zeros of both signs, subnormals, the largest values, infinities, NaN."""
-    few = values.specials(dtype, device)
-    return few[torch.randint(few.numel(), shape, generator=generator, device=device)]
-
-
-def _live(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Tensor:
-    if what == "mask":
-        return _mask(shape, generator, device)
-    return _normal(shape, generator, device) * (1.0 if what in "xy" else 0.5)
-
-
-def _wide(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Elements, rows and values of very different sizes; a mask that is no mere yes or no."""
-    if what == "mask":
-        return 1 + _normal(shape, generator, device)
-    exponent = torch.randint(-12, 13, shape, generator=generator, device=device)
-    if what in "xy" and dtype != torch.float16:
-        exponent = exponent + torch.randint(-20, 21, [*shape[:-1], 1], generator=generator, device=device)
-    return torch.ldexp(_normal(shape, generator, device), exponent)
-
-
-def _absorption(
-    what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device
-) -> Tensor:
-    """One element of a row so large that what is added after it, one by one, is lost: the order shows."""
-    drawn = _live(what, shape, dtype, generator, device)
-    if what == "x":
-        where = torch.randint(shape[-1], [*shape[:-1], 1], generator=generator, device=device)
-        drawn.scatter_(-1, where, 2.0**12)
-    return drawn
-
-
-def _ties(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Sums and products that end half-way between two values of the dtype."""
-    n, unit = torch.Size(shape).numel(), torch.finfo(dtype).eps
-    if what == "mask":
-        return torch.ones(shape, device=device)
-    if what == "x":  # y * gate is near 1; half a unit of it is a tie
-        return (values.signs(n, generator) * unit / 2).view(shape)
-    if what == "y":
-        return values.significands(dtype, n, generator).view(shape)
-    odd = 2 * torch.randint(0, 64, shape, generator=generator, device=device) + 1
-    return odd * unit / 2  # 1 + this is a tie
-
-
-def _specials(
-    what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device
-) -> Tensor:
-    """Special values and gates on live rows."""
-    if what == "mask":
-        return _mask(shape, generator, device)
-    live = _normal(shape, generator, device).to(dtype)
-    if what == "x":
-        return live
-    return torch.where(_mask(shape, generator, device) > 0, live, _some(shape, dtype, generator, device))
-
-
-def _special_rows(
-    what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device
-) -> Tensor:
-    """Rows of zeros, of subnormals, of the largest values, with one special value; single tokens of everything."""
-    if what == "y":
-        return -torch.zeros(shape, device=device)
-    if what != "x":  # zeros among the shifts let the smallest results through
-        return _live(what, shape, dtype, generator, device) * _mask(shape, generator, device)
-    tiny = torch.finfo(dtype).smallest_normal
-    live = _normal(shape, generator, device)
-    number = torch.arange(shape[0] * shape[1], device=device).view(shape[0], shape[1], 1)
-    kind = number % 8
-    one = torch.zeros(shape, device=device)
-    one[..., 7::61] = 1.0
-    few = values.specials(dtype, device).flip(0)  # each in its turn, NaN first: 32 rows of 128 are for 18 values
-    some = few[(number // 8 * 2 + (kind == 6)) % few.numel()]
-    rows = torch.where(kind == 0, -torch.zeros_like(live), live)
-    rows = torch.where(kind == 1, live * tiny, rows)
-    rows = torch.where(kind == 2, live.sign() * torch.finfo(dtype).max, rows)
-    rows = torch.where(kind == 3, one, rows)
-    rows = torch.where(kind == 4, live * 2.0**-20, rows).to(dtype)
-    at = torch.arange(shape[-1], device=device) == shape[-1] // 3
-    return torch.where(((kind == 5) | (kind == 6)) & at, some, rows)
-
-
-DRAWS: dict[str, Callable[..., Tensor]] = {
-    "live": _live,
-    "wide": _wide,
-    "absorption": _absorption,
-    "ties": _ties,
-    "specials": _specials,
-    "special rows": _special_rows,
-}
 
 
 # -- geometries ------------------------------------------------------------------------------------------------------

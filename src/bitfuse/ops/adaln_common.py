@@ -7,7 +7,6 @@ the timestep's value, rounded to their dtype, which is how the hosts form it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,29 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bitfuse.core.conditions import fitting, on_meta, plain, runnable
-from bitfuse.core.kernel import interpreting, kernel, power_of_2
-from bitfuse.core.launch import Plan, outputs_like, strides
+from bitfuse.core.conditions import FLOATS, HALVES, fitting, on_meta, plain, runnable
+from bitfuse.core.kernel import kernel, power_of_2
+from bitfuse.core.launch import ROW_WARPS, Plan, named, outputs_like, rows_per_program, strides
 from bitfuse.core.numerics import round_to
+from bitfuse.core.values import battery_shape
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-# One row per program and four warps: the row is read once, in 16-byte pieces, and stays in registers; its statistic
-# is read a second time, from the cache, in ATen's order. On an H100 (2026-11-23, 6144 and 24576 rows of 4096, bits
-# equal) that ran at 94 to 97 % of a plain copy of the same bytes; tiles of two and four rows, the statistic first,
-# at 87 to 94 %; rows kept in registers 128 elements at a time took 17 s to compile.
-ROWS, WARPS = 1, 4
-# The interpreter is fastest with few, large programs.
-_INTERPRETED_ROWS = 64
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-HALVES = (torch.bfloat16, torch.float16)
 MAX_WIDTH = 8192
-
-
-def rows_per_program() -> int:
-    return _INTERPRETED_ROWS if interpreting() else ROWS
+WARPS = ROW_WARPS
+__all__ = ["FLOATS", "HALVES", "battery_shape", "named", "rows_per_program"]
 
 
 def rows_plan(
@@ -66,7 +54,7 @@ def rows_plan(
         (-(-rows // per_program), 1, 1),
         (rows, tokens, *scalars, *strides_of),
         {"N": width, "WIDTH": power_of_2(width), "ROWS": per_program, **(constants or {})},
-        WARPS,
+        ROW_WARPS,
         outputs_like(on_meta(reference, *args)),
         **more,
     )
@@ -164,13 +152,6 @@ def store_modulated(
 # -- arguments by name and by role -----------------------------------------------------------------------------------
 
 
-def named(reference: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any]:
-    """The arguments by the names of the reference's parameters, omitted ones by their defaults (None without one)."""
-    parameters = inspect.signature(reference).parameters.values()
-    defaults = {p.name: None if p.default is p.empty else p.default for p in parameters}
-    return defaults | dict(zip(defaults, args, strict=False))
-
-
 def role(name: str) -> str:
     """What the argument of this name is: x (rows that are normed), y (rows to add), value, table, mask, other."""
     if name in ("x", "y", "mask"):
@@ -258,10 +239,3 @@ def row_strides(value: Tensor | None, x: Tensor) -> tuple[int, int]:
 def mask_stride(mask: Tensor | None) -> tuple[int]:
     """Batch stride of a perturbation mask, 0 where one serves all."""
     return (0 if mask is None or mask.shape[0] == 1 else mask.stride(0),)
-
-
-def battery_shape(batch: int, tokens: int, few: bool = False) -> tuple[int, int]:
-    """(B, T) of a battery: 126 rows of two samples, whatever the call's own shape, as its signature also serves calls
-    of more samples and tokens; with `few`, as few as the call's own below 16, where ATen's mean adds up in another
-    order (`bitfuse.core.reduction`)."""
-    return (batch, tokens) if few and batch * tokens < 16 else (2, 63)

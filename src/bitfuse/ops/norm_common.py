@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitfuse.core import evidence
 from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed
 from bitfuse.core.launch import Out, Plan, in_vectors
 from bitfuse.core.operator import Operator, Tier
@@ -109,59 +110,7 @@ def _why_not(*args: Any, reference: Callable[..., Any]) -> Iterator[str]:
 
 
 def fold_mutants(native: bool) -> tuple[Mutant, ...]:
-    halves = "sum_of_two(tl.reshape(values, (ROWS, 2, {0})))"
-    neighbours = "sum_of_two(tl.trans(tl.reshape(values, (ROWS, {0}, 2)), (0, 2, 1)))"
-
-    def folded_otherwise(*sizes: int) -> tuple[tuple[str, str], ...]:
-        return tuple((halves.format(n), neighbours.format(n)) for n in sizes)
-
-    if native:
-        orders = (
-            Mutant(
-                "a vector's squares added up first",
-                (
-                    ("lane_sum = square0 if step == 0 else lane_sum + square0", "before = lane_sum if step else 0.0"),
-                    (
-                        "((lane_sum + square1) + square2) + square3",
-                        "before + (((square0 + square1) + square2) + square3)",
-                    ),
-                ),
-                case="1920 wide",
-            ),
-            Mutant(
-                "a product with 1/N for the division by N",
-                (("divide(fold(tl.reshape(warp_sum, (ROWS, 4)), ROWS, 4), N * 1.0)",
-                  "fold(tl.reshape(warp_sum, (ROWS, 4)), ROWS, 4) * (1.0 / N)"),),
-                case="1920 wide",
-            ),
-        )  # fmt: skip
-    else:
-        orders = (
-            Mutant(
-                "the four sums of a lane added in pairs",
-                (("((sum0 + sum1) + sum2) + sum3", "(sum0 + sum1) + (sum2 + sum3)"),),
-            ),
-            Mutant(
-                "a division by N for the product with 1/N",
-                (
-                    (
-                        "total * divide(rows.to(tl.float32), (rows.to(tl.int64) * N).to(tl.float32))",
-                        "divide(total, N * 1.0)",
-                    ),
-                ),
-                case="1920 wide",
-            ),
-        )
-    return (
-        Mutant("the lanes folded neighbours first", folded_otherwise(16, 8, 4, 2)),
-        Mutant("one fold of neighbours", folded_otherwise(8)),
-        *orders,
-        Mutant(
-            "1 / sqrt for rsqrt",
-            (("reciprocal_root(square + eps)", "(1.0 / tl.sqrt(square + eps))"),),
-            compiled_only=True,
-        ),
-    )
+    return evidence.fold_mutants(LAYER_NORM if native else MEAN)
 
 
 def mutants(native: bool, residual: bool) -> tuple[Mutant, ...]:

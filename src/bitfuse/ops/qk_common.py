@@ -112,16 +112,16 @@ def battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, tu
             samples, tokens = shapes[name[0]]
             strided = family != "special rows" and name.endswith(("_cos", "_sin"))  # in the last family they are dense
             if name in ("q", "k"):
-                drawn = draw("x", [samples, tokens, t.shape[2]], t.dtype, generator, device)
+                drawn = draw("x", [samples, tokens, t.shape[2]], t.dtype, generator)
             elif t.ndim == 1:
-                drawn = draw("value", list(t.shape), t.dtype, generator, device)
+                drawn = draw("value", list(t.shape), t.dtype, generator)
             else:
                 # tables that are one sample's of one, or one token's of one, are each sample's and each token's own
                 shape, one = list(t.shape), given[name[0]].shape[1] == 1
                 if t.ndim > 2:
                     shape[0] = samples if t.shape[0] == batch else 1
                 shape[-2] = tokens if t.shape[-2] > 1 or one else 1
-                drawn = draw("value", shape, t.dtype, generator, device)
+                drawn = draw("value", shape, t.dtype, generator)
                 if family in ("live", "absorption", "special rows"):
                     angle = 1e3 * torch.randn(shape, generator=generator, device=device)
                     drawn = angle.cos() if name.endswith("cos") else angle.sin()
