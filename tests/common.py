@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitfuse import OPERATORS, Operator
 from bitfuse.core import proof
-from bitfuse.ops.rotary_common import RotaryCase
+from bitfuse.ops.rope_evidence import RotaryCase
 
 # What all operators share (routes, registration) is tested on one of each file: the first.
 ONE_OF_EACH_FILE = list({o.reference.__module__: o for o in reversed(OPERATORS.values())}.values())[::-1]

@@ -27,9 +27,9 @@ from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.proof import Verdict
 from bitfuse.ops.adaln_cases import AdalnCase
-from bitfuse.ops.head_gate import HeadGateCase
-from bitfuse.ops.qk_common import QKCase
-from bitfuse.ops.rotary_common import RotaryCase
+from bitfuse.ops.head_gate_evidence import HeadGateCase
+from bitfuse.ops.qk_norm_evidence import QKCase
+from bitfuse.ops.rope_evidence import RotaryCase
 
 WHAT = "offsets beyond 2^31 elements"
 _BATCH, _WIDTH = 2, 256

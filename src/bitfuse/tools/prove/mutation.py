@@ -29,9 +29,9 @@ from bitfuse.core.kernel import Kernel, interpreter
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.ops.adaln_cases import AdalnCase
-from bitfuse.ops.head_gate import HeadGateCase
-from bitfuse.ops.qk_common import QKCase
-from bitfuse.ops.rotary_common import RotaryCase
+from bitfuse.ops.head_gate_evidence import HeadGateCase
+from bitfuse.ops.qk_norm_evidence import QKCase
+from bitfuse.ops.rope_evidence import RotaryCase
 from bitfuse.tools.prove import far
 
 ROUNDING, CONTRACTION, FOLD, STATISTIC, EPS, DIVISOR = (

@@ -35,9 +35,9 @@ from bitfuse.core.numerics import divide, exponential, reciprocal_root, round_to
 from bitfuse.core.operator import OPERATORS, Operator
 from bitfuse.ops.adaln_cases import AdalnCase
 from bitfuse.ops.adaln_common import named
-from bitfuse.ops.head_gate import HeadGateCase
-from bitfuse.ops.qk_common import QKCase
-from bitfuse.ops.rotary_common import RotaryCase
+from bitfuse.ops.head_gate_evidence import HeadGateCase
+from bitfuse.ops.qk_norm_evidence import QKCase
+from bitfuse.ops.rope_evidence import RotaryCase
 
 if TYPE_CHECKING:
     import triton.language as tl
