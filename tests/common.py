@@ -14,8 +14,15 @@ from bitfuse import OPERATORS, Operator
 from bitfuse.core import proof
 from bitfuse.ops.rope_evidence import RotaryCase
 
-# What all operators share (routes, registration) is tested on one of each file: the first.
-ONE_OF_EACH_FILE = list({o.reference.__module__: o for o in reversed(OPERATORS.values())}.values())[::-1]
+
+def _kernel_of(operator: Operator) -> tuple[str, Any]:
+    """A file, and the function in it that plans a launch: those of `rope.py` plan two kernels."""
+    plan = operator.tiers[0].plan
+    return operator.reference.__module__, getattr(plan, "func", plan)
+
+
+# What all operators share (routes, registration) is tested on one of each file, and of each kernel: the first.
+ONE_OF_EACH_FILE = list({_kernel_of(o): o for o in reversed(OPERATORS.values())}.values())[::-1]
 
 ROTARY = [o for o in OPERATORS.values() if isinstance(o.cases[0], RotaryCase)]
 
