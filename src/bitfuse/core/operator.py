@@ -284,22 +284,14 @@ class Operator:
         if verdict is not None:
             return plan, verdict, False
         with on_device(args[0]), torch.no_grad():
-            specification, battery = self._evidence_for(tier, args)
-            return plan, proof.prove(self, tier, signature, specification, tier.plan, battery), True
+            number = self.tiers.index(tier)
+            held = lambda *given: self.specification(number)(*given)  # noqa: E731 (the evidence is not loaded yet)
+            return plan, proof.prove(self, tier, signature, held, tier.plan, self._families(args)), True
 
-    def _evidence_for(
-        self, tier: Tier, args: tuple[Any, ...]
-    ) -> tuple[Callable[..., Outputs], Iterator[tuple[str, tuple[Any, ...]]]]:
-        """(specification, battery) for these arguments. The evidence is loaded while the battery runs, where errors
-        are caught: a disk that fails just then is a reason to run the reference, and the next call tries again."""
-
-        def specification(*given: Any) -> Outputs:
-            return self.specification(self.tiers.index(tier))(*given)
-
-        def battery() -> Iterator[tuple[str, tuple[Any, ...]]]:
-            yield from self.battery(*args)
-
-        return specification, battery()
+    def _families(self, args: tuple[Any, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """The battery. The evidence is loaded when its first family is asked for: where errors are caught, so that a
+        disk that fails just then is a reason to run the reference, and the next call tries again."""
+        yield from self.battery(*args)
 
     def _decide(self, args: tuple[Any, ...]) -> tuple[Route, bool]:
         """The route, and whether to remember it."""

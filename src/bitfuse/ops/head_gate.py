@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bitfuse.core.conditions import fitting, on_meta, plain, runnable
+from bitfuse.core.conditions import fitting, plain, runnable
 from bitfuse.core.kernel import interpreting, kernel, power_of_2
-from bitfuse.core.launch import Plan, outputs_like
+from bitfuse.core.launch import Out, Plan, strides
 from bitfuse.core.numerics import divide, exponential, negate, round_to
 from bitfuse.core.operator import Operator, Tier
 
@@ -82,7 +82,7 @@ def _plan(out: Tensor, logits: Tensor) -> Plan:
         scalars=(heads,),
         constants={"HEAD_DIM": head_dim, "LANES": lanes, "HEADS": heads_per_program},
         num_warps=_WARPS,
-        outputs=outputs_like(on_meta(head_gate, out, logits)),
+        outputs=(Out(tuple(out.shape), strides(out), out.dtype),),  # contiguous, as `out` is
     )
 
 
