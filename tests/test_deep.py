@@ -15,8 +15,7 @@ from bitfuse.core import proof
 from bitfuse.core.bits import compare
 from bitfuse.core.kernel import interpreting
 from bitfuse.core.operator import Tier
-from bitfuse.ops.gated_residual import GATED_RESIDUAL
-from bitfuse.ops.modulate import MODULATE
+from bitfuse.ops.adaln import GATED_RESIDUAL, MODULATE
 from bitfuse.ops.split_rotary import SPLIT_FP32
 from bitfuse.tools.prove import sweeps as deep
 from common import tensors_of

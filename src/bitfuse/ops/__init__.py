@@ -1,23 +1,17 @@
 """Exact operators, one chain family per file. Importing this package defines them all."""
 
 from bitfuse.ops import (
-    gated_residual,
+    adaln,
     head_gate,
     interleaved_rotary,
-    modulate,
     qk_norm,
-    residual_rms_norm,
-    rms_norm_modulate,
     split_rotary,
 )
 
 __all__ = [
-    "gated_residual",
+    "adaln",
     "head_gate",
     "interleaved_rotary",
-    "modulate",
     "qk_norm",
-    "residual_rms_norm",
-    "rms_norm_modulate",
     "split_rotary",
 ]

@@ -181,5 +181,6 @@ HEAD_GATE = Operator(
             loads={16: 4, 2: 4},
         ),),
         retiled=_retiled,
+        steps=("sigmoid",),
     ),
 )  # fmt: skip

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfuse.core.conditions import fitting, plain, runnable
-from bitfuse.core.evidence import Audit, Mutant, flushed
+from bitfuse.core.conditions import HALVES, fitting, plain, runnable
+from bitfuse.core.evidence import Audit, Mutant, flushed, fold_mutants
 from bitfuse.core.inputs import lookalike
+from bitfuse.core.launch import named
 from bitfuse.core.numerics import addcmul_fuses
-from bitfuse.ops.adaln_cases import DRAWS
-from bitfuse.ops.adaln_common import HALVES, battery_shape, named
-from bitfuse.ops.norm_common import fold_mutants
+from bitfuse.core.reduction import LAYER_NORM
+from bitfuse.core.values import ROW_FAMILIES, battery_shape
 from bitfuse.ops.rotary_common import RotaryCase
 
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -103,7 +103,7 @@ def battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, tu
     generator = torch.Generator(device).manual_seed(23)
     shapes = {side: battery_shape(*given[side].shape[:2]) for side in "qk"}
     batch = given["q"].shape[0]
-    for family, draw in DRAWS.items():
+    for family, draw in ROW_FAMILIES.items():
         found: list[Any] = []
         for place, (name, t) in enumerate(given.items()):
             if not isinstance(t, Tensor):
@@ -191,7 +191,7 @@ def mutants(form: Form) -> tuple[Mutant, ...]:
     bare = normed[len("round_to(") : -len(", dtype)")]
     x = "x1" if halves else "x"
     found = [
-        *fold_mutants(native=True),
+        *fold_mutants(LAYER_NORM),
         Mutant("the weight before the statistic", ((bare, bare.replace(f"w{x[1:]} * (rstd * {x})", f"(w{x[1:]} * {x}) * rstd")),)),  # noqa: E501
         Mutant("rounded before the weight", ((bare, bare.replace(f"(rstd * {x})", f"round_to(rstd * {x}, dtype)")),)),
         Mutant("subnormals flushed", ((bare, bare.replace(f"* {x})", f"* {flushed(x)})")),),

@@ -26,11 +26,10 @@ from torch import Tensor
 from bitfuse.core.conditions import on_meta
 from bitfuse.core.evidence import Evidence
 from bitfuse.core.kernel import kernel, power_of_2, triton_dtype
-from bitfuse.core.launch import Out, Plan, in_vectors, outputs_like, strides
+from bitfuse.core.launch import ROW_WARPS, Out, Plan, in_vectors, named, outputs_like, rows_per_program, strides
 from bitfuse.core.numerics import addcmul_fuses, round_to
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.reduction import GIVEN, LAYER_NORM, layer_norm_mean_square, row_rstd
-from bitfuse.ops.adaln_common import WARPS, named, rows_per_program
 from bitfuse.ops.interleaved_rotary import interleaved_rotary_fp32, interleaved_rotary_per_op
 from bitfuse.ops.qk_common import Form, Turn, audits, battery, cases, mutants, why_not
 from bitfuse.ops.rotary_common import interleaved_misfit, split_misfit, turn_halves, turn_neighbours
@@ -242,7 +241,7 @@ def _plan(*args: Any, reference: Callable[..., Any], form: Form, order: str) -> 
         (2 * max(-(-n // per_program) for n in rows), 1, 1),
         (*rows, q.shape[1], k.shape[1], given["eps"], *strides_of),
         constants,
-        WARPS,
+        ROW_WARPS,
         outputs_like(on_meta(reference, *args)),
         witnesses=() if order == GIVEN else statistics,
         before=partial(_statistics, reference=reference, rstd=_rstd) if order == GIVEN else None,
@@ -312,6 +311,7 @@ def _operator(reference: Callable[..., Any], source: str, form: Form) -> Operato
             witness=partial(_statistics, reference=reference, rstd=_rstd),
             emulated_witness=partial(_statistics, reference=reference, rstd=_emulated_rstd),
             retiled=_retiled,
+            steps=("norm", "rsqrt", "quotient"),
         ),
     )
 
