@@ -14,8 +14,13 @@ from bitfuse import OPERATORS, Operator
 from bitfuse.core import proof
 from bitfuse.ops.rotary_common import RotaryCase
 
-# What all operators share (routes, registration) is tested on one of each file: the first.
-ONE_OF_EACH_FILE = list({o.reference.__module__: o for o in reversed(OPERATORS.values())}.values())[::-1]
+# What all operators share (routes, registration) is tested on one of each file: the first. Of a file whose kernel does
+# different things for its operators, on one of each kind.
+ONE_OF_EACH_FILE = list(
+    {
+        (o.reference.__module__, len(o.tiers), "residual" in o.evidence.steps): o for o in reversed(OPERATORS.values())
+    }.values()
+)[::-1]
 
 ROTARY = [o for o in OPERATORS.values() if isinstance(o.cases[0], RotaryCase)]
 

@@ -84,7 +84,7 @@ class Plan:
             for value, name in zip(self.scalars, names, strict=False)
         )
         constants = tuple((name, str(value)) for name, value in self.constants.items())
-        kernel = (self.kernel.fn.__qualname__, constants, self.num_warps, tuple(self.options.items()))
+        kernel = (self.kernel.fn.__qualname__, constants, self.num_warps, tuple(self.options.items()), self.slots)
         return (kernel, args[0].device, pointers, self.extras, outs, scalars)
 
     def pointers(self, args: tuple[Any, ...]) -> list[Tensor | None]:
