@@ -15,14 +15,15 @@ from bitfuse.core import proof
 from bitfuse.ops.rope_evidence import RotaryCase
 
 
-def _kernel_of(operator: Operator) -> tuple[str, Any]:
-    """A file, and the function in it that plans a launch: those of `rope.py` plan two kernels."""
+def _kind_of(operator: Operator) -> tuple[Any, ...]:
+    """What tells apart the operators of a file: the function that plans a launch (those of `rope.py` plan two kernels),
+    how many tiers there are, and whether a residual is added."""
     plan = operator.tiers[0].plan
-    return operator.reference.__module__, getattr(plan, "func", plan)
+    return getattr(plan, "func", plan), len(operator.tiers), "residual" in operator.evidence.steps
 
 
-# What all operators share (routes, registration) is tested on one of each file, and of each kernel: the first.
-ONE_OF_EACH_FILE = list({_kernel_of(o): o for o in reversed(OPERATORS.values())}.values())[::-1]
+# What all operators share (routes, registration) is tested on one of each kind: the first.
+ONE_OF_EACH_FILE = list({_kind_of(o): o for o in reversed(OPERATORS.values())}.values())[::-1]
 
 ROTARY = [o for o in OPERATORS.values() if isinstance(o.cases[0], RotaryCase)]
 

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from bitfuse.core.operator import Operator
 
 
+STEPS = ("residual", "norm", "modulation", "rsqrt", "quotient", "sigmoid")
+"""What a kernel may do: add a residual; norm rows, so that one element shows in all of its row; modulate; call
+`reciprocal_root`; `divide` a sum by the width; compute 1 / (1 + e^-x)."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What tests, `bitfuse verify` and the proof in the process hold an operator against.
@@ -36,6 +41,7 @@ class Evidence:
                 ATen adds in another, the first tier is held against this
     witness     what the plans' `witnesses` must be, by the reference's own ops; `emulated_witness` beside `emulated`
     retiled     the same launch cut in other ways, which must not change a bit
+    steps       what the kernel does of which `verify --deep` has a sweep, by the names in `STEPS`
     """
 
     battery: Callable[..., Iterable[tuple[str, tuple[Any, ...]]]]
@@ -46,6 +52,7 @@ class Evidence:
     witness: Callable[..., tuple[Tensor, ...]] | None = None
     emulated_witness: Callable[..., tuple[Tensor, ...]] | None = None
     retiled: Callable[[Plan], Iterable[Plan]] | None = None
+    steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -105,4 +105,4 @@ def _retiled(plan: Plan) -> Iterator[Plan]:
         yield replace(plan, grid=grid, constants={**plan.constants, "HEADS": heads})
 
 
-EVIDENCE = {"head_gate": Evidence(_battery, _CASES, _MUTANTS, (_AUDIT,), retiled=_retiled)}
+EVIDENCE = {"head_gate": Evidence(_battery, _CASES, _MUTANTS, (_AUDIT,), retiled=_retiled, steps=("sigmoid",))}

@@ -197,6 +197,7 @@ EVIDENCE = {
         witness=partial(statistics_of_aten, reference=reference),
         emulated_witness=partial(_emulated_statistics, reference=reference),
         retiled=_retiled,
+        steps=("norm", "rsqrt", "quotient"),
     )
     for reference, chain in CHAINS.items()
 }

@@ -26,7 +26,7 @@ from bitfuse.core.kernel import triton_dtype
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.proof import Verdict
-from bitfuse.ops.adaln_cases import AdalnCase
+from bitfuse.ops.adaln_evidence import AdalnCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
@@ -139,7 +139,7 @@ def _run(
         (x, plan.grid[1] - 1, z) for x in range(plan.grid[0] - blocks, plan.grid[0]) for z in range(plan.grid[2])
     ]
     fault = plan.kernel.interpreted.run_planted(
-        [p and p[0] for p in pointers], (*plan.scalars, *plan.constants.values()), plan.grid, programs
+        plan.filled(p and p[0] for p in pointers), (*plan.scalars, *plan.constants.values()), plan.grid, programs
     )
     return fault, tuple(_window(p, t) for p, t in zip(written, expected, strict=True))
 
