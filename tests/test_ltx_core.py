@@ -30,7 +30,7 @@ import bitfuse
 from bitfuse.hosts import ltx2 as common
 from bitfuse.hosts import ltx_core, ltx_core_block
 from bitfuse.hosts.site import Handle, Site, source_hash
-from bitfuse.ops.split_rotary import split_rotary_per_op
+from bitfuse.ops.rope import split_rotary_per_op
 from bitfuse.run.swap import ours_in
 
 SEAMS = ltx_core_block.ops is not None

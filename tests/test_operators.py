@@ -22,7 +22,7 @@ from bitfuse.core.bits import as_tuple
 from bitfuse.core.inputs import poisoned
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Tier
-from bitfuse.ops.rotary_common import RotaryCase
+from bitfuse.ops.rope_evidence import RotaryCase
 from common import ONE_OF_EACH_FILE, ROTARY, on_tensors, small_cases, tensors_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

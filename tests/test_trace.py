@@ -16,9 +16,9 @@ from torch import nn
 
 import bitfuse
 from bitfuse import trace
-from bitfuse.ops.gated_residual import GATED_RESIDUAL
+from bitfuse.ops.adaln import GATED_RESIDUAL
+from bitfuse.ops.adaln import RESIDUAL_RMS_NORM_MODULATE_COMPOSED as RESIDUAL_NORM
 from bitfuse.ops.head_gate import HEAD_GATE
-from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_COMPOSED as RESIDUAL_NORM
 from bitfuse.tools.compare import bits
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

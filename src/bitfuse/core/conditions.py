@@ -19,6 +19,10 @@ from torch.autograd import forward_ad
 
 from bitfuse.core.kernel import interpreting
 
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (*HALVES, torch.float32)
+"""The dtypes that kernels take: of 16 bits, and all."""
+
 _FORMS_KEPT = 4096  # forms of arguments whose outputs are remembered; a render uses some dozens
 
 

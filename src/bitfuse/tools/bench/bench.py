@@ -34,8 +34,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bitfuse.core import proof
 from bitfuse.core.bits import compare
 from bitfuse.core.operator import OPERATORS, Operator
-from bitfuse.ops.rotary_common import RotaryCase
-from bitfuse.ops.split_rotary import SPLIT_PER_OP
+from bitfuse.ops.rope import SPLIT_PER_OP
+from bitfuse.ops.rope_evidence import RotaryCase
 from bitfuse.tools.bench.measure import (
     captured,
     copy_gb_per_s,

@@ -26,10 +26,10 @@ from bitfuse.core.kernel import triton_dtype
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.proof import Verdict
-from bitfuse.ops.adaln_cases import AdalnCase
-from bitfuse.ops.head_gate import HeadGateCase
-from bitfuse.ops.qk_common import QKCase
-from bitfuse.ops.rotary_common import RotaryCase
+from bitfuse.ops.adaln_evidence import AdalnCase
+from bitfuse.ops.head_gate_evidence import HeadGateCase
+from bitfuse.ops.qk_norm_evidence import QKCase
+from bitfuse.ops.rope_evidence import RotaryCase
 
 WHAT = "offsets beyond 2^31 elements"
 _BATCH, _WIDTH = 2, 256
@@ -142,7 +142,7 @@ def _run(
     ]
     fault = run_planted(
         plan.kernel.interpreted,
-        [p and p[0] for p in pointers],
+        plan.filled(p and p[0] for p in pointers),
         (*plan.scalars, *plan.constants.values()),
         plan.grid,
         programs,
