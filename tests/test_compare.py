@@ -580,7 +580,7 @@ def test_films_are_not_written_over_somebody_elses(two_runs, tmp_path):
 
 @pytest.mark.parametrize("name", comparison.NAMES[:2])
 def test_a_folder_with_somebody_elses_result_is_refused(name, compare, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison, "_load", lambda name: pytest.fail("it went on"))
+    monkeypatch.setattr(comparison.subjects, "_load", lambda name: pytest.fail("it went on"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text('{"exit_code": "mine"}')
     _refused(*compare(), f"holds a {name} that bitfuse did not write; accepted: a folder without one")
@@ -592,7 +592,7 @@ def test_ctrl_c_in_the_last_moment_leaves_the_earlier_result(compare, tmp_path, 
         raise KeyboardInterrupt
 
     before = _earlier(tmp_path / "out")
-    monkeypatch.setattr(comparison_page, "render", interrupt)
+    monkeypatch.setattr(comparison.page, "fill", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compare(random_weights="ltx-2.3", layers=1, steps=2, size="64x32", frames=9)
     assert _contents(tmp_path / "out") == before
@@ -672,7 +672,7 @@ def test_no_codec_at_all_costs_the_film_only(two_runs, tmp_path, monkeypatch):
 
 def test_a_latent_that_is_not_a_number_in_both_runs_is_no_difference_in_the_picture():
     nan = torch.tensor([float("nan"), 1.0, 0.0])
-    assert comparison_page.page.differing(nan, torch.tensor([float("nan"), 1.0, -0.0])).tolist() == [False, False, True]
+    assert comparison_page.differing(nan, torch.tensor([float("nan"), 1.0, -0.0])).tolist() == [False, False, True]
 
 
 # -- on a GPU -----------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_an_earlier_report_stays_and_somebody_elses_is_not_replaced(tmp_path, mo
     monkeypatch.setattr(seeded, "velocity_of", lambda *_: lambda video, audio, t: (video / 0, audio))
     assert run(tmp_path)[0].exit_code == 2
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
-    monkeypatch.setattr(demo, "build", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(demo.comparison.subjects, "build", lambda *_: pytest.fail("it went on"))
     for name in demo.NAMES:
         (tmp_path / name).write_text("mine")
         result, _, _ = run(tmp_path)

@@ -1,4 +1,4 @@
-"""The films and the page of `bitfuse compare`. Nothing here decides: bits were compared before, on the tensors."""
+"""The films and sounds of `bitfuse compare`. Nothing here decides: bits were compared before, on the tensors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfuse.core.bits import differing
 from bitfuse.core.lines import one_line
 from bitfuse.tools import page
-from bitfuse.tools.seeded import Denoising, Geometry
+from bitfuse.tools.seeded import Denoising
 
 _LONGEST_SIDE = 384  # of a film in the page, in pixels: bigger ones are made smaller, and are beside it in full
 _MOST_FRAMES = 240  # in the page
@@ -70,7 +71,7 @@ def write_films(
             (out / name).write_bytes(content)
             names.append(name)
 
-    differs = page.differing(stock.decoded["decoded frames"][0], fused.decoded["decoded frames"][0]).any(1)
+    differs = differing(stock.decoded["decoded frames"][0], fused.decoded["decoded frames"][0]).any(1)
     films = {"stock": frames["stock"], "with bitfuse": frames["bitfuse"]}
     return Films(
         sentence,
@@ -82,26 +83,6 @@ def write_films(
             for caption, content in zip(("stock", "with bitfuse"), waves.values(), strict=True)
         },
         (int(differs.shape[2]), int(differs.shape[1])),
-    )
-
-
-def render(
-    document: dict[str, Any],
-    kinds: list[dict[str, Any]],
-    films: Films,
-    geometry: Geometry | None,
-    stock: Denoising,
-    fused: Denoising,
-) -> str:
-    """compare.html for a document, its sites folded (`Report.kinds`), the films, or else both runs' latents."""
-    return page.fill(
-        "compare.html.j2",
-        command="compare",
-        document=document,
-        kinds=kinds,
-        films=films,
-        pictures=geometry and page.latent_pictures(geometry, stock, fused),
-        charts=page.charts(document["steps"]),
     )
 
 
