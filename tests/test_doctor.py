@@ -19,7 +19,7 @@ import bitfuse
 import sglang_host
 from bitfuse.core.bits import Mismatch
 from bitfuse.core.operator import Operator, Route
-from bitfuse.tools import doctor, seeded
+from bitfuse.tools import doctor, packages, seeded
 from bitfuse.tools.doctor import CHECKS, FAILURE, NOTE, NOTHING, OK, VARIABLES, WARNING
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -382,8 +382,8 @@ def test_ops_replaced_by_torch_itself(monkeypatch):
 
 
 def test_packages_that_replace_ops(monkeypatch):
-    stock = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: "4.4.1" if name == "nvidia-cutlass-dsl" else stock(name))
+    stock = packages.version
+    monkeypatch.setattr(packages, "version", lambda name: "4.4.1" if name == "nvidia-cutlass-dsl" else stock(name))
     found = replaced()["nvidia-cutlass-dsl"]
     assert (found.state, found.found) == (NOTE, "4.4.1 is installed")
     assert "F.rms_norm" in found.meaning
@@ -535,7 +535,7 @@ def test_an_sglang_that_does_not_import(monkeypatch):
 
 def test_no_host_at_all(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(doctor, "_version", lambda name: "0.3" if name == "comfyui" else None)
+    monkeypatch.setattr(packages, "version", lambda name: "0.3" if name == "comfyui" else None)
     none, comfyui = check("hosts")
     assert (none.state, none.found) == (WARNING, "none of diffusers, ltx-core, sglang is installed")
     assert (comfyui.state, comfyui.found, comfyui.meaning) == (NOTE, "0.3", "bitfuse has no adapter for it")

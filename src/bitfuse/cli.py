@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from bitfuse.tools import files, text
+from bitfuse.tools import files, packages, text
 
 app = typer.Typer(
     help="LTX-2, faster, with output identical to the last bit, and proof of it on this machine.",
@@ -171,7 +171,7 @@ def verify(
         if check is not None:
             raise typer.Exit(_compare_document(document.read(check), device, json_file))
         if html_file is not None:
-            document.need("jinja2", "--html")
+            packages.need("jinja2", "--html")
         result = verification.run(Console(), op, device, case, deep, host)
     except CannotRun as why:
         raise typer.Exit(_fail(str(why))) from None

@@ -15,8 +15,6 @@ Settings are those of this process. To look at a program's own, call `bitfuse.to
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
@@ -41,7 +39,7 @@ from bitfuse.core.kernel import interpreter
 from bitfuse.core.operator import OPERATORS
 from bitfuse.hosts.site import why_not_read
 from bitfuse.tools import explain as sites
-from bitfuse.tools import seeded
+from bitfuse.tools import packages, seeded
 from bitfuse.tools.machine import machine
 from bitfuse.tools.text import cell, one_line
 
@@ -382,7 +380,7 @@ def _overrides(device: torch.device) -> Iterator[Finding]:
     if not foreign and not native:
         yield Finding("replaced ops", OK, "none", f"PyTorch runs ATen's own; {seen}")
     for package, what in _REPLACERS.items():
-        if (version := _version(package)) is not None:
+        if (version := packages.version(package)) is not None:
             yield Finding(package, NOTE, f"{version} is installed", what, "uninstall it if you want ATen's bits")
 
 
@@ -472,7 +470,7 @@ def _attention(device: torch.device) -> Iterator[Finding]:
         state, advice = (NOTE, NOTHING) if any(enabled.values()) else (FAILURE, "enable one: torch.backends.cuda")
         meaning = "PyTorch picks among these, in both runs alike; bits differ from a run with all of them"
         yield Finding("attention of PyTorch", state, names, meaning, advice)
-    if importlib.util.find_spec("diffusers") is None:
+    if not packages.installed("diffusers"):
         return
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
@@ -511,7 +509,7 @@ def _hosts(device: torch.device) -> Iterator[Finding]:
             "bitfuse knows the sources of these versions; models of what is installed are accelerated without them"
         )
         yield Finding("other hosts", NOTE, f"not installed: {', '.join(missing)}", meaning)
-    if version := _version("comfyui"):
+    if version := packages.version("comfyui"):
         yield Finding("comfyui", NOTE, version, "bitfuse has no adapter for it", "use LTX-2 in diffusers")
 
 
@@ -521,7 +519,7 @@ def _models(host: str) -> Iterator[Finding]:
         try:
             model = sites.from_geometry(sites.of_version(ltx, 1, host))
         except ValueError as why:
-            name = f"{host} {_version(host) or ''}".rstrip()
+            name = f"{host} {packages.version(host) or ''}".rstrip()
             advice = f"update {host}, if you want this version"
             yield Finding(f"{name}, LTX-{ltx}", NOTE, str(why), "nothing to accelerate", advice)
             continue
@@ -557,7 +555,7 @@ def _sglang() -> Iterator[Finding]:
     except Exception as error:  # of what SGLang imports: packages, drivers
         why = str(error) if isinstance(error, ModuleNotFoundError) else type(error).__name__  # others' text holds paths
         found = f"its LTX-2 can't be imported: {why}"
-        name = f"SGLang {_version('sglang') or ''}".rstrip()
+        name = f"SGLang {packages.version('sglang') or ''}".rstrip()
         yield Finding(name, NOTE, found, "nothing to accelerate", "pip install 'sglang[diffusion]'")
         return
     read = {**sglang._READ, **sglang_block._READ}
@@ -584,7 +582,7 @@ def _known(name: str, host: str, good: int, of: int, what: str, rest: list[str])
 
 
 def _stock_block(device: torch.device) -> Iterator[Finding]:
-    if importlib.util.find_spec("diffusers") is None:
+    if not packages.installed("diffusers"):
         yield Finding(
             "a stock block, twice", NOTE, "not tried: diffusers is not installed", "nothing is known about this"
         )
@@ -671,13 +669,6 @@ CHECKS: dict[str, Callable[[torch.device], Iterator[Finding]]] = {
     "a stock block, twice": _stock_block,
     "a proof": _proof,
 }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _list(items: list[str], most: int = 4) -> str:

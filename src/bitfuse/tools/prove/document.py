@@ -7,8 +7,6 @@ from one ever lets a kernel run: each process proves its kernels anew.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import re
 from collections import Counter
@@ -19,11 +17,11 @@ from typing import Any
 import torch
 
 import bitfuse
-from bitfuse.tools import files, page, text
+from bitfuse.tools import files, packages, page, text
 from bitfuse.tools.machine import machine
+from bitfuse.tools.packages import CannotRun
 from bitfuse.tools.prove import sweeps as deep
 from bitfuse.tools.prove.verify import Result, exit_code
-from bitfuse.tools.seeded import CannotRun
 
 FORMAT, VERSION = "bitfuse proof", 1
 _PACKAGE = Path(bitfuse.__file__).parent
@@ -66,13 +64,7 @@ def make(result: Result) -> dict[str, Any]:
 
 def hosts() -> dict[str, str | None]:
     """Versions of the frameworks that bitfuse accelerates, None for those that are not installed."""
-    found: dict[str, str | None] = dict.fromkeys(_HOSTS)
-    for package in _HOSTS:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {package: packages.version(package) for package in _HOSTS}
 
 
 def sources() -> dict[str, str]:
@@ -98,7 +90,7 @@ def schema() -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     """The document in a file, valid by the schema; CannotRun, with one sentence, for whatever else is there."""
-    need("jsonschema", "--check")
+    packages.need("jsonschema", "--check")
     import jsonschema
 
     name, accepted = text.one_line(path), "a JSON file that bitfuse verify --json wrote"
@@ -120,12 +112,6 @@ def read(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise CannotRun(f"{name} is no proof document: it is nested too deeply; accepted: {accepted}") from None
     return document
-
-
-def need(package: str, what: str) -> None:
-    """CannotRun, naming the extra, where a package is missing that `what` needs."""
-    if importlib.util.find_spec(package) is None:
-        raise CannotRun(f"{what} needs {package}, which is not installed: pip install 'bitfuse[demo]'")
 
 
 # -- comparing one with this machine -----------------------------------------------------------------------------------
@@ -210,7 +196,7 @@ def verdict(document: dict[str, Any]) -> str:
 
 def render(document: dict[str, Any]) -> str:
     """The document as one HTML page that fetches nothing; CannotRun where Jinja is not installed."""
-    need("jinja2", "--html")
+    packages.need("jinja2", "--html")
     operators: dict[str, dict[str, list[Any]]] = {}
     for what in ("checks", "tiers", "controls", "batteries"):
         for one in document.get(what, ()):
