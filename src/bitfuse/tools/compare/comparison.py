@@ -22,7 +22,7 @@ from rich.console import Console
 import bitfuse
 from bitfuse.core.kernel import interpreter, interpreting
 from bitfuse.core.lines import error_line
-from bitfuse.tools import files, page
+from bitfuse.tools import files, packages, page
 from bitfuse.tools.compare import films, runs
 from bitfuse.tools.compare import subject as subjects
 from bitfuse.tools.compare.request import Request, check
@@ -89,7 +89,8 @@ def run(request: Request, out: Path, console: Console | None = None) -> Result:
 def report(request: Request, call: dict[str, Any], out: Path, console: Console, form: Form) -> Result:
     """What `run` does, for a call that is checked, reported in this form."""
     try:
-        runs.need_packages(*(("diffusers", "transformers") if request.model else ()))
+        for package in ("jinja2", "matplotlib", "numpy", *(("diffusers", "transformers") if request.model else ())):
+            packages.need(package)
         device = runs.pick_device(request.device)
         try:
             files.check_folder(out, form.names)

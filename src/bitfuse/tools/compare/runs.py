@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,7 +24,6 @@ from bitfuse.tools.compare.bits import sha256
 from bitfuse.tools.seeded import CannotRun, Denoising
 
 STREAMS = ("video", "audio")
-INSTALL = "pip install 'bitfuse[demo]'"
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,6 @@ class Result:
 
 
 # -- what can run here --------------------------------------------------------------------------------------------
-
-
-def need_packages(*more: str) -> None:
-    """Raise CannotRun naming the first package that the page needs, or `more`, and that is not installed."""
-    for package in ("jinja2", "matplotlib", "numpy", *more):
-        if importlib.util.find_spec(package) is None:
-            raise CannotRun(f"This needs {package}, which is not installed: {INSTALL}")
 
 
 def named(host: str) -> str:
