@@ -28,6 +28,7 @@ import tiny
 from bitfuse.cli import app
 from bitfuse.hosts.site import Site
 from bitfuse.ops.head_gate import HEAD_GATE
+from bitfuse.tools import files
 from bitfuse.tools.compare import comparison
 from bitfuse.tools.compare import films as comparison_page
 from bitfuse.tools.compare import request as comparison_request
@@ -125,7 +126,7 @@ def test_what_is_written(good):
     assert {"stock.wav", "bitfuse.wav"} < set(document["files"])
     assert len(document["files"]) == 4
     for name, digest in document["files"].items():
-        assert comparison_page.hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
+        assert files.sha256(out / name) == digest
         assert name.split(".")[0] in ("stock", "bitfuse")
     films = [document["files"][name] for name in document["files"] if not name.endswith(".wav")]
     assert len(films) == 2
@@ -536,7 +537,7 @@ def _earlier(out):
     out.mkdir()
     for name in comparison.NAMES:
         (out / name).write_text(f"mine: {name}")
-    digest = comparison_page.hashlib.sha256((out / "stock.mp4").read_bytes()).hexdigest()
+    digest = files.sha256(out / "stock.mp4")
     earlier = {"exit_code": 0, "verdict": "Bit-identical", "files": {"stock.mp4": digest, "bitfuse.mp4": "0" * 64}}
     (out / "compare.json").write_text(json.dumps(earlier))
     (out / "compare.html").write_text("<title>bitfuse compare: bit-identical</title>")

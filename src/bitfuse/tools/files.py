@@ -7,6 +7,7 @@ whatever happens (no room, Ctrl-C) there is the old file or the new one, and no 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -197,6 +198,14 @@ def _quoted(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _quoted(inner) for name, inner in value.items()}
     return [_quoted(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def sha256(path: Path) -> str | None:
+    """Of what stands in a file; None where it can't be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 # -- what an earlier run wrote -----------------------------------------------------------------------------------------

@@ -71,9 +71,14 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(t[start : start + _CHUNK] for t in flat)
 
 
+def _integers(t: Tensor) -> Tensor:
+    """The bits of each element, as an int64 that has the sign of theirs."""
+    return t.contiguous().view(_SIGNED[t.element_size()]).to(torch.int64)
+
+
 def _bits(t: Tensor) -> Tensor:
     """As int64, every NaN as one that no other value has the bits of."""
-    bits = t.contiguous().view(_SIGNED[t.element_size()]).to(torch.int64)
+    bits = _integers(t)
     return bits.masked_fill(t.isnan(), 0x7FF8 << 48) if t.is_floating_point() else bits
 
 
@@ -130,7 +135,7 @@ def _rank(t: Tensor) -> Tensor:
     """How many steps from zero."""
     if not t.is_floating_point():
         return t.to(torch.int64)
-    bits = t.contiguous().view(_SIGNED[t.element_size()]).to(torch.int64)
+    bits = _integers(t)
     smallest = -(1 << (8 * t.element_size() - 1))  # the sign's bit alone: -0
     return torch.where(bits < 0, smallest - bits, bits)
 

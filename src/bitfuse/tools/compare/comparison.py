@@ -8,7 +8,6 @@ same with random weights, and with a report of another `Form`.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -142,9 +141,11 @@ def _report(
                     start = now(device)
                     done = subject.denoise(advance)
                     measured[which] = {"seconds": round(now(device) - start, 3), "peak_bytes": _peak(device)}
+                if which == "stock":
+                    runs.check_finite(done)  # before minutes are spent on a second run
                 return done
 
-            stock, fused, sites = runs.stock_twice_then_fused(subject.target, loop, runs.check_stock, **options)
+            stock, fused, sites = runs.stock_twice_then_fused(subject.target, loop, runs.check_repeats, **options)
     except runs.DoesNotRepeat as why:
         if not request.trace:
             raise
@@ -255,17 +256,10 @@ def _earlier(out: Path, form: Form = _COMPARE) -> set[str]:
     if form.names[0] in found:
         digests = files.read_json(out / form.names[0], "", "").get("files")
         digests = digests if isinstance(digests, dict) else {}
-        found |= {n for n in films.FILES if n in digests and _sha256(out / n) == digests[n]}
+        found |= {n for n in films.FILES if str(digests.get(n)) == files.sha256(out / n)}
     return found
 
 
 def _taken(out: Path) -> set[str]:
     """Names of films and sounds in `out` that are somebody else's, and so are not to be written."""
     return {name for name in films.FILES if os.path.lexists(out / name)} - _earlier(out)
-
-
-def _sha256(file: Path) -> str | None:
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError:
-        return None

@@ -105,12 +105,15 @@ def progress(console: Console, steps: int) -> Iterator[tuple[Callable[[str], Non
 # -- what came out ------------------------------------------------------------------------------------------------
 
 
-def check_stock(first: Denoising, again: Denoising) -> None:
-    """CannotRun where the first stock run is not finite, as equal NaNs would show nothing; DoesNotRepeat, saying where,
-    if the second is not the first in every bit."""
-    for when, what, values in _outcomes(first):
+def check_finite(stock: Denoising) -> None:
+    """Raise CannotRun where something is NaN or infinite: equal NaNs would show nothing."""
+    for when, what, values in _outcomes(stock):
         if not values.isfinite().all():
             raise CannotRun(f"The stock {what} are not finite{when}: nothing to compare.")
+
+
+def check_repeats(first: Denoising, again: Denoising) -> None:
+    """Raise DoesNotRepeat, saying where, if the second stock run is not the first in every bit."""
     begin = "The stock run does not repeat itself here, so no run can be shown to equal it:"
     if len(first.ms) != len(again.ms):
         raise DoesNotRepeat(f"{begin} its first run took {len(first.ms)} steps, its second {len(again.ms)}.")

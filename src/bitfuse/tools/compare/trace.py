@@ -127,8 +127,8 @@ def trace(
     """
     feeds = _feeds(inputs)
     numbers = list(range(len(feeds))) if steps is None else _chosen(steps, len(feeds))
-    a = _Run.of("model_a", model_a, model, around_a)
-    b = _Run.of("model_b", model_b, model, around_b)
+    a = _Run.of("model_a", model_a, model, around_a, feeds)
+    b = _Run.of("model_b", model_b, model, around_b, feeds)
 
     heard: dict[int, list[_Event]] = {}
 
@@ -136,7 +136,7 @@ def trace(
         heard[step] = watch.events
         return False
 
-    a.go(feeds, numbers, lambda step: _Watch(), keep)
+    a.go(numbers, lambda step: _Watch(), keep)
     if not any(event.tensors for events in heard.values() for event in events if event.key.kind == "output"):
         raise TypeError("the result of model_a holds no tensor; accepted: tensors, alone or in lists, tuples and dicts")
     partings: list[tuple[Divergence, _Key, tuple[_Seen, ...]]] = []
@@ -145,7 +145,7 @@ def trace(
         partings.extend(_part(step, heard[step], watch.events))
         return bool(partings)
 
-    b.go(feeds, numbers, lambda step: _Watch(known={event.key for event in heard[step]}), part)
+    b.go(numbers, lambda step: _Watch(known={event.key for event in heard[step]}), part)
     if not partings:
         return None
     ((found, key, seen),) = partings
@@ -156,7 +156,7 @@ def trace(
     if seen:  # the digests differ: fetch the two tensors
         until, pair = numbers[: numbers.index(found.step) + 1], []
         for run, digests in zip((a, b), seen, strict=True):
-            tensor = run.fetch(feeds, until, key, found.what)
+            tensor = run.fetch(until, key, found.what)
             if tensor is not None:
                 pair.append(tensor)
             if tensor is None or _settled({"": _seen(tensor)})[""] != digests:
@@ -194,6 +194,9 @@ def _chosen(steps: Any, count: int) -> list[int]:
 # -- a run, and listening to it ---------------------------------------------------------------------------------------
 
 
+_AROUND = "accepted: a function that returns a context manager, as in lambda: bitfuse.accelerated(model)"
+
+
 @dataclass(frozen=True)
 class _Run:
     """One of the two: what is called, and the modules to look into, by their paths."""
@@ -203,37 +206,26 @@ class _Run:
     root: nn.Module | None
     places: dict[nn.Module, str]
     around: Callable[[], Any]
+    feeds: list[tuple[tuple, dict]]
 
     @classmethod
-    def of(cls, name: str, call: Any, model: Any, around: Any) -> _Run:
+    def of(cls, name: str, call: Any, model: Any, around: Any, feeds: list[tuple[tuple, dict]]) -> _Run:
         if not callable(call):
             raise TypeError(f"{name} is a {type(call).__name__}; accepted: an nn.Module or another callable")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; accepted: the nn.Module that both runs call")
         if not callable(around):
-            raise TypeError(
-                f"around_{name[-1]} is a {type(around).__name__}; accepted: a function that returns a context manager, "
-                "as in lambda: bitfuse.accelerated(model)"
-            )
+            raise TypeError(f"around_{name[-1]} is a {type(around).__name__}; {_AROUND}")
         root = model if model is not None else call if isinstance(call, nn.Module) else None
         places = {} if root is None else {module: _path(path) for path, module in root.named_modules()}
-        return cls(name, call, root, places, around)
+        return cls(name, call, root, places, around, feeds)
 
-    def go(
-        self,
-        feeds: list[tuple[tuple, dict]],
-        numbers: list[int],
-        listener: Callable[[int], _Watch],
-        stop: Callable[[int, _Watch], bool],
-    ) -> None:
+    def go(self, numbers: list[int], listener: Callable[[int], _Watch], stop: Callable[[int, _Watch], bool]) -> None:
         """Run these steps, each heard by a listener of its own, until `stop(step, listener)`."""
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         around = self.around()
         if not isinstance(around, contextlib.AbstractContextManager):
-            raise TypeError(
-                f"around_{self.name[-1]} returned a {type(around).__name__}; accepted: a function that returns a "
-                "context manager, as in lambda: bitfuse.accelerated(model)"
-            )
+            raise TypeError(f"around_{self.name[-1]} returned a {type(around).__name__}; {_AROUND}")
         with torch.random.fork_rng(devices), around:
             for module in self.places:
                 if module in _active and _active[module].cuda_graph:
@@ -242,7 +234,7 @@ class _Run:
                         "accepted: cuda_graph=False"
                     )
             for step in numbers:
-                args, kwargs = feeds[step]
+                args, kwargs = self.feeds[step]
                 watch = listener(step)
                 with torch.no_grad(), watch.listening(self.places):
                     watch.heard(self.call, _CALL, None, args, kwargs)
@@ -256,7 +248,7 @@ class _Run:
                 if stop(step, watch):
                     return
 
-    def fetch(self, feeds: list[tuple[tuple, dict]], numbers: list[int], key: _Key, what: str) -> Tensor | None:
+    def fetch(self, numbers: list[int], key: _Key, what: str) -> Tensor | None:
         """On the CPU, the tensor of this key in the last of these steps, run once more."""
         watches: list[_Watch] = []
 
@@ -264,7 +256,7 @@ class _Run:
             watches.append(_Watch(known=set(), wanted=(key, what)))
             return watches[-1]
 
-        self.go(feeds, numbers, listener, lambda step, watch: False)
+        self.go(numbers, listener, lambda step, watch: False)
         return watches[-1].fetched
 
 
