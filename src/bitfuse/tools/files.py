@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bitfuse.tools.text import visible
+from bitfuse.core.lines import visible
 
 _MOST_BYTES = 64 << 20  # of a JSON file: a proof document of all operators with all sweeps has less than one MiB
 _MOST_DIGITS = 4300  # of a number: Python's own limit, beyond which it takes long to read

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from bitfuse.tools.text import visible
+from bitfuse.core.lines import visible
 
 if TYPE_CHECKING:
     from bitfuse.tools.seeded import Denoising, Geometry

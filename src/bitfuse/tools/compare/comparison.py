@@ -24,7 +24,8 @@ from rich.console import Console
 
 import bitfuse
 from bitfuse.core.kernel import interpreter, interpreting
-from bitfuse.tools import files, page, text
+from bitfuse.core.lines import error_line, one_line
+from bitfuse.tools import files, page
 from bitfuse.tools.compare import films as comparison_page
 from bitfuse.tools.compare import runs
 from bitfuse.tools.compare.request import ARGUMENTS, Request, check
@@ -237,8 +238,8 @@ def _failures(which: str) -> Iterator[None]:
     except Exception as error:
         _log.debug("the run '%s' failed", which, exc_info=True)
         if which == "bitfuse":
-            raise _Failed(runs.one_line(error)) from error
-        raise CannotRun(f"The stock model does not run with these arguments: {runs.one_line(error)}") from error
+            raise _Failed(error_line(error, 400)) from error
+        raise CannotRun(f"The stock model does not run with these arguments: {error_line(error, 400)}") from error
 
 
 def _peak(device: torch.device) -> int | None:
@@ -333,7 +334,7 @@ def _load(name: str) -> Any:
             pipe: Any = LTX2Pipeline.from_pretrained(name, torch_dtype=torch.bfloat16, use_safetensors=True)
     except Exception as error:  # whatever a damaged or foreign folder makes the host raise
         _log.debug("%s could not be loaded", name, exc_info=True)
-        raise CannotRun(f"{name} can't be loaded as an LTX-2 pipeline: {runs.one_line(error)}") from error
+        raise CannotRun(f"{name} can't be loaded as an LTX-2 pipeline: {error_line(error, 400)}") from error
     if not isinstance(pipe.transformer, LTX2VideoTransformer3DModel):
         raise CannotRun(f"The transformer of {name} is a {type(pipe.transformer).__name__}, not diffusers' LTX-2 one.")
     return pipe
@@ -349,7 +350,7 @@ def _check_index(folder: str) -> None:
         raise CannotRun(str(why)) from None
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if not str(kind).startswith("LTX2"):
-        given = text.one_line(kind, 80)
+        given = one_line(kind, 80)
         raise CannotRun(
             f"{folder} is a folder of {given}; accepted: one of diffusers' LTX-2 pipelines, as LTX2Pipeline"
         )

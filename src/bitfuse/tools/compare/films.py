@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfuse.core.lines import one_line
 from bitfuse.tools import page
 from bitfuse.tools.seeded import Denoising, Geometry
-from bitfuse.tools.text import one_line
 
 _LONGEST_SIDE = 384  # of a film in the page, in pixels: bigger ones are made smaller, and are beside it in full
 _MOST_FRAMES = 240  # in the page

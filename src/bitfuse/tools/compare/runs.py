@@ -20,7 +20,6 @@ from torch import Tensor
 
 import bitfuse
 from bitfuse.core.kernel import interpreting
-from bitfuse.tools import text
 from bitfuse.tools.seeded import CannotRun, Denoising
 
 STREAMS = ("video", "audio")
@@ -220,8 +219,3 @@ def as_plural(sentence: str) -> str:
     if sentence.startswith("differs at"):
         return sentence.replace("differs at", "differ first at", 1)
     return f"differ: {sentence}"
-
-
-def one_line(error: BaseException) -> str:
-    """All that an exception says, and its kind, in one line of at most 400 characters."""
-    return text.one_line(f"{type(error).__name__}: {error}", 400)
