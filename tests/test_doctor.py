@@ -290,8 +290,7 @@ def test_the_cache_in_triton_home_and_in_ones_own(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     assert only("Triton's cache").found.startswith("in TRITON_HOME: will be made")
     monkeypatch.delenv("TRITON_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert only("Triton's cache").found.startswith("~/.triton/cache: will be made")
+    assert all(f.found.startswith("~/.triton/cache: ") for f in check("Triton's cache"))
 
 
 @posix

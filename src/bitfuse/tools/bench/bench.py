@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitfuse.core import proof
 from bitfuse.core.bits import compare
+from bitfuse.core.lines import error_line
 from bitfuse.core.operator import OPERATORS, Operator
 from bitfuse.ops.rotary_common import RotaryCase
 from bitfuse.ops.split_rotary import SPLIT_PER_OP
@@ -438,7 +439,7 @@ def _mounted(trial: _Trial, model: Any, expected: Any) -> list[str]:
         out, trial.peak = with_peak(trial.step)
         trial.judge(expected, out)
     except RuntimeError as error:  # of a kernel that is compiled only now
-        trial.reason = f"it does not run here ({type(error).__name__}: {str(error).strip()[:200]})"
+        trial.reason = f"it does not run here ({error_line(error)})"
     return names
 
 
@@ -484,7 +485,7 @@ def _compiled(trials: dict[str, _Trial], model: Any, expected: Any) -> float | N
         graph.step = captured(plain.step)
         graph.judge(expected, graph.step())
     except RuntimeError as error:  # of the compiler, of the capture, or no memory left for another pool
-        reason = f"it does not run here ({type(error).__name__}: {str(error).strip()[:200]})"
+        reason = f"it does not run here ({error_line(error)})"
         graph.reason = reason
         plain.reason = reason if seconds is None else None
     return seconds

@@ -260,7 +260,7 @@ def _resources(cubin: bytes) -> tuple[int | None, int | None]:
     return used["REG"], used["STACK"] + used["LOCAL"]
 
 
-# -- every operator's kernels, beside what is to be counted -------------------------------------------------------------
+# -- every operator's kernels, beside what is to be counted ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -303,52 +303,53 @@ def kernel_counts(
     a compiler makes wrong."""
     capabilities = tuple(capabilities)
     for operator in operators:
-        for audit in operator.audits:
-            args = _arguments(operator, audit)
-            plans: dict[str | None, Plan | str] = {None: operator.tiers[audit.tier].plan(*args)}
+        for wanted in operator.audits:
+            args = _arguments(operator, wanted)
+            plans: dict[str | None, Plan | str] = {None: operator.tiers[wanted.tier].plan(*args)}
             if mutants:
-                wrong = [m for m in operator.mutants if m.compiled_only and m.tier == audit.tier]
+                wrong = [m for m in operator.mutants if m.compiled_only and m.tier == wanted.tier]
                 plans |= {m.name: m.plan(operator, *args) for m in wrong}
             for name, plan in plans.items():
                 if isinstance(plan, str):
-                    raise ValueError(f"{operator.name} audits {audit.case!r}, which that tier can't do: {plan}")
+                    raise ValueError(f"{operator.name} counts {wanted.case!r}, which that tier can't do: {plan}")
                 if "FUSED" in plan.constants:  # what CUDA builds of torch do from 2.11 on, whatever this CPU does
                     plan = replace(plan, constants={**plan.constants, "FUSED": True})
                 for capability in capabilities:
                     counts = count(compile_for(plan, args, capability))
-                    yield _compared(operator, audit, plan, args, name, capability, counts)
+                    yield _compared(operator, wanted, plan, args, name, capability, counts)
 
 
 def _compared(
-    operator: Operator, audit: Audit, plan: Plan, args: tuple[Any, ...], mutant: str | None, capability: int, c: Counts
+    operator: Operator, wanted: Audit, plan: Plan, args: tuple[Any, ...], mutant: str | None, capability: int, c: Counts
 ) -> KernelCounts:
     elements = math.prod(plan.outputs[0].shape)
     output_bytes = sum(math.prod(out.shape) * out.dtype.itemsize for out in plan.outputs)
-    results = audit.results or elements * c.stored_bytes // output_bytes
+    results = wanted.results or elements * c.stored_bytes // output_bytes
     once = sum(results * a.numel() * a.itemsize for a in args if isinstance(a, Tensor)) // elements
-    expected = Counter({name: n * results // audit.per for name, n in audit.counts.items()}) + Counter(audit.per_thread)
+    expected: Counter[str] = Counter({name: n * results // wanted.per for name, n in wanted.counts.items()})
+    expected += Counter(wanted.per_thread)
     return KernelCounts(
         operator.name,
-        audit.case,
-        operator.tiers[audit.tier].name,
+        wanted.case,
+        operator.tiers[wanted.tier].name,
         capability,
         mutant,
         programs=math.prod(plan.grid),
         threads=math.prod(plan.grid) * 32 * plan.num_warps,
         elements=elements,
         results=results,
-        loads=audit.loads or {16: once / 16},
-        stores=audit.stores or {16: c.stored_bytes / 16},
+        loads=wanted.loads or {16: once / 16},
+        stores=wanted.stores or {16: c.stored_bytes / 16},
         expected=dict(sorted(expected.items())),
-        also=audit.also,
+        also=wanted.also,
         counts=c,
     )
 
 
-def _arguments(operator: Operator, audit: Audit) -> tuple[Any, ...]:
-    case = next((c for c in operator.cases if c.name == audit.case), None)
+def _arguments(operator: Operator, wanted: Audit) -> tuple[Any, ...]:
+    case = next((c for c in operator.cases if c.name == wanted.case), None)
     if case is None:
-        raise ValueError(f"{operator.name} audits {audit.case!r}, which is none of its cases")
+        raise ValueError(f"{operator.name} counts {wanted.case!r}, which is none of its cases")
     return case.arguments("cpu", tokens=TOKENS)
 
 
