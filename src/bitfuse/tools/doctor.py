@@ -39,8 +39,7 @@ from bitfuse.core.kernel import interpreter
 from bitfuse.core.lines import error_line
 from bitfuse.core.operator import OPERATORS
 from bitfuse.hosts.site import why_not_read
-from bitfuse.tools import explain as sites
-from bitfuse.tools import packages, seeded
+from bitfuse.tools import explain, packages, seeded
 from bitfuse.tools.machine import machine
 from bitfuse.tools.text import cell
 
@@ -496,7 +495,7 @@ def _models(host: str) -> Iterator[Finding]:
     """For each version of LTX-2 that this host has, what would be taken over in a block of its transformer."""
     for ltx in seeded.VERSIONS:
         try:
-            model = sites.from_geometry(sites.of_version(ltx, 1, host))
+            model = explain.from_geometry(explain.of_version(ltx, 1, host))
         except ValueError as why:
             name = f"{host} {packages.version(host) or ''}".rstrip()
             advice = f"update {host}, if you want this version"
