@@ -561,7 +561,7 @@ def _floor(
 
 def _print(console: Console, row: dict[str, Any]) -> None:
     kind = ", image to video" if row["image_to_video"] else ""
-    table = Table("step", "ms, median", "p10", "p90", "speed-up", "W", "peak GB", "bits")
+    table = Table("step", "ms,\nmedian", "p10", "p90", "speed-\nup", "W", "peak\nGB", "bits")
     for way, differs in {"stock": None, **row["differs_from_stock"]}.items():
         t = row["ms"].get(way)
         times = [f"{t[key]:.1f}" for key in ("median", "p10", "p90")] if t else ["not timed", "", ""]

@@ -27,6 +27,7 @@ FORMAT, VERSION = "bitfuse proof", 1
 _PACKAGE = Path(bitfuse.__file__).parent
 _SOURCES = ("core", "ops", "tools/prove")  # what decides what is computed, and how it is judged
 _HOSTS = ("diffusers", "ltx-core", "sglang", "comfyui")
+_FOUND = ("checks", "tiers", "controls", "batteries", "kinds", "sweeps", "transformers")  # of a result, in this order
 _JUDGED = ("checks", "sweeps", "transformers")  # what has an outcome
 
 
@@ -35,15 +36,10 @@ _JUDGED = ("checks", "sweeps", "transformers")  # what has an outcome
 
 def make(result: Result) -> dict[str, Any]:
     """The document of a result, as plain JSON values, for `schema`."""
-    found = {
-        name: [asdict(one) for one in getattr(result, name)] for name in ("checks", "tiers", "controls", "batteries")
-    }
-    kinds = [asdict(kind) for kind in result.kinds]
-    for kind in kinds:
-        kind["equivalent"] = [{"reason": reason, "count": n} for reason, n in kind["equivalent"]]
-    swept = [asdict(sweep) for sweep in result.sweeps]
-    for sweep in swept:
-        sweep["declined"] = [{"reason": reason, "count": n} for reason, n in sweep["declined"]]
+    found = {name: [asdict(one) for one in getattr(result, name)] for name in _FOUND}
+    for name, reasons in (("kinds", "equivalent"), ("sweeps", "declined")):
+        for one in found[name]:
+            one[reasons] = [{"reason": reason, "count": n} for reason, n in one[reasons]]
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -55,9 +51,6 @@ def make(result: Result) -> dict[str, Any]:
         "exit_code": result.exit_code,
         "seeds": {"cases": 0, "sweeps": sweeps.SEED},
         **found,
-        "kinds": kinds,
-        "sweeps": swept,
-        "transformers": [asdict(step) for step in result.transformers],
     }
     return json.loads(json.dumps(document | {"digest": digest(document)}))
 
