@@ -290,8 +290,7 @@ def test_the_cache_in_triton_home_and_in_ones_own(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     assert only("Triton's cache").found.startswith("in TRITON_HOME: will be made")
     monkeypatch.delenv("TRITON_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert only("Triton's cache").found.startswith("~/.triton/cache: will be made")
+    assert all(f.found.startswith("~/.triton/cache: ") for f in check("Triton's cache"))
 
 
 @posix
@@ -546,7 +545,7 @@ def test_a_host_without_the_version(monkeypatch):
     def cannot(geometry):
         raise ValueError("diffusers 0.37.0 does not have LTX-2.3: its transformer takes no gated_attn.")
 
-    monkeypatch.setattr(doctor.sites, "from_geometry", cannot)
+    monkeypatch.setattr(doctor.explain, "from_geometry", cannot)
     found = [f for name, f in hosts_found("diffusers").items() if name.startswith("LTX-")]
     assert [f.state for f in found] == [NOTE] * 3
     assert "does not have LTX-2.3" in found[1].found

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import bitfuse
 from bitfuse.tools import packages
 
 
@@ -30,17 +31,11 @@ def machine(device: torch.device | str | None = None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "triton": packages.version("triton"),
         "diffusers": packages.version("diffusers"),
-        "bitfuse": _bitfuse_version(),
+        "bitfuse": bitfuse.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",  # platform.platform() may carry a site's own names
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _bitfuse_version() -> str:
-    import bitfuse  # not at the top: the package's front door may come to import this module
-
-    return bitfuse.__version__
 
 
 def _processor() -> str:

@@ -20,13 +20,14 @@ import bitfuse
 from bitfuse.tools import files, packages, page, text
 from bitfuse.tools.machine import machine
 from bitfuse.tools.packages import CannotRun
-from bitfuse.tools.prove import sweeps as deep
+from bitfuse.tools.prove import sweeps
 from bitfuse.tools.prove.verify import Result, exit_code
 
 FORMAT, VERSION = "bitfuse proof", 1
 _PACKAGE = Path(bitfuse.__file__).parent
 _SOURCES = ("core", "ops", "tools/prove")  # what decides what is computed, and how it is judged
 _HOSTS = ("diffusers", "ltx-core", "sglang", "comfyui")
+_FOUND = ("checks", "tiers", "controls", "batteries", "kinds", "sweeps", "transformers")  # of a result, in this order
 _JUDGED = ("checks", "sweeps", "transformers")  # what has an outcome
 
 
@@ -35,15 +36,10 @@ _JUDGED = ("checks", "sweeps", "transformers")  # what has an outcome
 
 def make(result: Result) -> dict[str, Any]:
     """The document of a result, as plain JSON values, for `schema`."""
-    found = {
-        name: [asdict(one) for one in getattr(result, name)] for name in ("checks", "tiers", "controls", "batteries")
-    }
-    kinds = [asdict(kind) for kind in result.kinds]
-    for kind in kinds:
-        kind["equivalent"] = [{"reason": reason, "count": n} for reason, n in kind["equivalent"]]
-    sweeps = [asdict(sweep) for sweep in result.sweeps]
-    for sweep in sweeps:
-        sweep["declined"] = [{"reason": reason, "count": n} for reason, n in sweep["declined"]]
+    found = {name: [asdict(one) for one in getattr(result, name)] for name in _FOUND}
+    for name, reasons in (("kinds", "equivalent"), ("sweeps", "declined")):
+        for one in found[name]:
+            one[reasons] = [{"reason": reason, "count": n} for reason, n in one[reasons]]
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -53,11 +49,8 @@ def make(result: Result) -> dict[str, Any]:
         "asked": {"operators": result.operators, "cases": result.cases, "deep": result.deep, "host": result.host},
         "interpreted": result.interpreted,
         "exit_code": result.exit_code,
-        "seeds": {"cases": 0, "sweeps": deep.SEED},
+        "seeds": {"cases": 0, "sweeps": sweeps.SEED},
         **found,
-        "kinds": kinds,
-        "sweeps": sweeps,
-        "transformers": [asdict(step) for step in result.transformers],
     }
     return json.loads(json.dumps(document | {"digest": digest(document)}))
 
@@ -178,14 +171,14 @@ def compare(document: dict[str, Any], device: str | None = None) -> list[Item]:
 def verdict(document: dict[str, Any]) -> str:
     """What the document says, in one sentence."""
     d = document
-    checks, sweeps = (Counter(one["outcome"] for one in d[what]) for what in ("checks", "sweeps"))
+    checks, swept = (Counter(one["outcome"] for one in d[what]) for what in ("checks", "sweeps"))
     caught = sum(control["caught"] for control in d["controls"])
     tiers = Counter(one["outcome"] for one in d.get("tiers", ()))  # documents before 2026-11-28 have none
     parts = [f"{checks['equal']} of {len(d['checks'])} checks fused and equal in every bit"]
     if held := tiers["equal"] + tiers["differs"]:
         parts.append(f"{tiers['equal']} of {held} kernels equal in their own tier")
     if d["sweeps"]:
-        parts.append(f"{sweeps['equal']} of {len(d['sweeps'])} long sweeps equal")
+        parts.append(f"{swept['equal']} of {len(d['sweeps'])} long sweeps equal")
     parts.append(f"{caught} of {len(d['controls'])} wrong kernels caught")
     if steps := d.get("transformers"):  # documents before 2026-11-24 have none
         equal = sum(step["outcome"] == "equal" for step in steps)
