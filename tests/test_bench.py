@@ -586,6 +586,35 @@ def _model_row(tokens, **changes):
     }
 
 
+def test_a_steps_table_is_readable_at_80_columns():
+    """Nothing is cut, and what differs stands in whole lines below it."""
+    differs = "output 0 differs at [0, 0, 7]: 0x3f81 where the reference has 0x3f80, and 12 of 786432 values differ"
+    row = _model_row(
+        24576,
+        ms={way: _ms(2441.3) for way in ("stock", "bitfuse", "text kept", "compiled")},
+        differs_from_stock={"bitfuse": None, "text kept": None, "compiled": differs, "compiled + graph": None},
+        not_timed={"compiled + graph": "it does not run here (RuntimeError: no memory)"},
+        watts=dict.fromkeys(("stock", "bitfuse"), 714),
+        peak_gb={"stock": 12.57, "bitfuse": 10.01},
+        host_version="diffusers 0.42.1",
+        geometry="48 layers",
+        sites_fused=1536,
+        sites_seen=1536,
+        kernels_ms={},
+    )
+    printed = io.StringIO()
+    bench._print(Console(file=printed, width=80), row)
+    lines = printed.getvalue().splitlines()
+    assert "…" not in printed.getvalue()
+    assert max(len(line) for line in lines if line.startswith(("┃", "│"))) <= 80
+    assert (
+        len([line for line in lines if re.search(r"bitfuse\W+2441\.3\W+2441\.3\W+2441\.3\W.*714.*10\.01.*equal", line)])
+        == 1
+    )
+    assert f"compiled: {differs}" in lines
+    assert "compiled + graph, not timed: it does not run here (RuntimeError: no memory)" in lines
+
+
 def test_the_model_table(tables):
     first = {
         "version": "2.0",

@@ -483,18 +483,6 @@ def test_verify_prints_by_which_tier(device, monkeypatch):
     assert "scale_by_ends: single pass does not serve 1 of the kernels: a row of 512 is wider than 256" in printed
 
 
-@pytest.mark.parametrize(
-    ("name", "lines"),
-    [
-        ("split_rotary_per_op", "split_rotary\nper_op"),
-        ("rms_norm_modulate", "rms_norm\nmodulate"),
-        ("incommensurable_gate", "incommensurable\ngate"),
-    ],
-)
-def test_a_long_name_is_broken_at_its_underscores(name, lines):
-    assert verify._broken(name) == lines
-
-
 # -- torch.ops.bitfuse.scale_by_ends --------------------------------------------------------------------------------
 
 

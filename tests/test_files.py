@@ -11,6 +11,8 @@ import stat
 import pytest
 from rich.console import Console
 
+from bitfuse.core import lines
+from bitfuse.core.lines import error_line
 from bitfuse.tools import files, text
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -40,8 +42,16 @@ def test_what_ends_a_write_leaves_the_old_file_and_nothing_else(error, where, tm
     def fail(*args):
         raise error
 
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(data[:1])
+            raise error
+
     with monkeypatch.context() as patch:
-        patch.setattr(os, where, fail)
+        if where == "write":
+            patch.setattr(files, "open", Full, raising=False)
+        else:
+            patch.setattr(os, where, fail)
         with pytest.raises(type(error)) as raised:
             files.write(file, "new" * 1000)
     if isinstance(error, OSError):
@@ -186,11 +196,11 @@ def test_only_what_bitfuse_wrote_is_known_as_such(tmp_path):
     ],
 )
 def test_what_is_not_seen_is_shown(odd):
-    shown = text.visible(f"a{odd}b")
+    shown = lines.visible(f"a{odd}b")
     assert shown.isprintable()
     assert shown.isascii()
-    assert len(text.one_line(f"a{odd}b{odd}").splitlines()) == 1
-    assert text.visible("Füchse, 狐, 🦊 and [red]") == "Füchse, 狐, 🦊 and [red]"
+    assert len(lines.one_line(f"a{odd}b{odd}").splitlines()) == 1
+    assert lines.visible("Füchse, 狐, 🦊 and [red]") == "Füchse, 狐, 🦊 and [red]"
 
 
 def test_rich_shows_text_as_it_is():
@@ -198,4 +208,26 @@ def test_rich_shows_text_as_it_is():
     console = Console(file=out, width=40, force_terminal=True, color_system=None)
     text.say(console, "[/] [bold]x[/bold] :smile: [link=file:///]y", text.cell("z\nmatches", "red"))
     assert out.getvalue() == "[/] [bold]x[/bold] :smile: [link=file:///]y z matches\n"
-    assert text.one_line("x" * 50, 20) == "x" * 17 + "..."
+    assert lines.one_line("x" * 50, 20) == "x" * 17 + "..."
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError(), "ValueError"),
+        (ValueError("  \n "), "ValueError"),
+        (KeyError("name"), "KeyError: 'name'"),
+        (ValueError("first\n  second\x1b[31m\n"), "ValueError: first second\\x1b[31m"),
+        (ValueError("at 5:3:\n" + "x = y\n" * 50 + "no such name"), "ValueError: at 5:3: no such name"),
+        (ValueError("x" * 300), "ValueError: " + "x" * 197 + "..."),
+        (OSError(errno.ENOSPC, "No space left", "/a/b"), "OSError: [Errno 28] No space left: '/a/b'"),
+    ],
+)
+def test_an_exception_is_said_in_one_line(error, line):
+    assert error_line(error) == line
+
+
+def test_an_exception_is_said_at_length_or_without_a_files_name():
+    assert error_line(ValueError("x" * 300), 400) == "ValueError: " + "x" * 300
+    assert error_line(OSError(errno.ENOSPC, "No space left", "/a/b"), paths=False) == "OSError: No space left"
+    assert error_line(OSError("a host's own words"), paths=False) == "OSError: a host's own words"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import types
 from dataclasses import replace
 
@@ -15,7 +17,7 @@ from bitfuse import cli
 from bitfuse.core.operator import Tier
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.rope import SPLIT_FP32
-from bitfuse.tools.prove import mutation, verify
+from bitfuse.tools.prove import mutation, sweeps, verify
 
 NAME = SPLIT_FP32.name
 
@@ -133,3 +135,25 @@ def test_batteries_are_counted_by_operator_and_tier():
     assert found.kernels == found.equal == 3, "two cases and one token, whose dimensions lie in another order"
     assert found.families >= 2 * found.kernels
     assert found.elements
+
+
+def test_the_tables_are_readable_at_80_columns():
+    """No line is longer, no operator's name is cut or broken, and each figure stands beside its name."""
+    name = max(bitfuse.OPERATORS, key=len)
+    check = verify.Check(name, "video", (1, 2), "bfloat16", "equal", "single pass", "", 9, 0.1)
+    controls = [verify.Control(name, f"mutant {n}", True, "differs") for n in range(103)]
+    swept = [
+        sweeps.Sweep("pairs", "1 + (scale_table + scale)", name, (), of=2**32, done=2**32),
+        sweeps.Sweep("shapes", "random shapes, strides and offsets", name, (), of=20_000, done=160),
+    ]
+    tier = verify.TierCheck(name, "single pass", "video", "reference", "equal", "", 1, 9, 0.1)
+    declined = replace(check, case="odd", outcome="declined", tier=None, reason="a reason")
+    result = verify.Result("cuda", None, None, True, [check, declined], controls, [], swept, tiers=[tier] * 12)
+    out = io.StringIO()
+    verify._print(Console(file=out, width=80), result)
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in out.getvalue()
+    assert len([line for line in lines if re.search(rf"{name}\W+1 of 2\W+12 of 12\W+103 of 103\W*$", line)]) == 1
+    assert len([line for line in lines if re.search(rf"{name}\W+(all of them|of 20,000)\W*$", line)]) == 2
+    assert f"declined {name}, odd [1, 2]: a reason" in lines

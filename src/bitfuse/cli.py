@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from bitfuse.tools import files, text
+from bitfuse.core.lines import error_line, one_line
+from bitfuse.tools import files, packages, text
 
 app = typer.Typer(
     help="LTX-2, faster, with output identical to the last bit, and proof of it on this machine.",
@@ -47,7 +49,7 @@ def _whole(help: str, least: int | None = None, most: int | None = None) -> Any:
     accepted = f"accepted: a whole number{low}{high}"
 
     def whole_number(given: Any) -> int:
-        shown = text.one_line(given, 40)
+        shown = one_line(given, 40)
         if type(given) is not int and not re.fullmatch(r"[+-]?[0-9]+", str(given)):
             raise typer.BadParameter(f"{shown!r} is no whole number; {accepted}")
         if len(str(given)) > 20:
@@ -60,12 +62,51 @@ def _whole(help: str, least: int | None = None, most: int | None = None) -> Any:
     return typer.Option(parser=whole_number, min=least, max=most, metavar="INTEGER", help=help)
 
 
+def _one_of(option: str, what: str, names: str, help: str) -> Any:
+    """An option whose value is one of `names`, a tuple or dict of bitfuse: "tools.seeded.HOSTS".
+
+    It is imported when there is a value to look at. Not an Enum: for that --help would import torch, and what typer
+    says of a wrong value differs from version to version.
+    """
+
+    def name(given: Any) -> str:
+        module, _, attribute = names.rpartition(".")
+        accepted = getattr(importlib.import_module(f"bitfuse.{module}"), attribute)
+        if given not in accepted:
+            _refuse(f"{option} {given} is not {what}; accepted: {', '.join(accepted)}")
+        return str(given)
+
+    return typer.Option(option, parser=name, metavar="NAME", help=help)
+
+
+def _device(given: Any) -> str:
+    import torch
+
+    if given not in ("cuda", "cpu"):
+        _refuse(f"--device {given} is not accepted; accepted: cuda, cpu")
+    if given == "cuda" and not torch.cuda.is_available():
+        _refuse("--device cuda: PyTorch sees no CUDA device here; accepted: cpu")
+    return str(given)
+
+
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", parser=_output, metavar="FILE", help="Also write the result to this file, as JSON."),
 ]
-Device = Annotated[str | None, typer.Option(help="cuda or cpu (Triton's interpreter); default: cuda if there is one.")]
-Host = Annotated[str, typer.Option(help="Whose transformer: diffusers, ltx-core or sglang, where it is installed.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        parser=_device, metavar="NAME", help="cuda or cpu (Triton's interpreter); default: cuda if there is one."
+    ),
+]
+Operators = Annotated[
+    list[str] | None,
+    _one_of("--op", "an operator", "core.operator.OPERATORS", "Only this operator; may be given several times."),
+]
+Host = Annotated[
+    str,
+    _one_of("--host", "a host", "tools.seeded.HOSTS", "Whose transformer: diffusers, ltx-core or sglang."),
+]
 
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # click's, of which newer typers carry their own
@@ -82,7 +123,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(_fail(str(error)))
     except (RuntimeError, OSError, ImportError) as error:
-        sys.exit(_fail(f"{type(error).__name__}: {error}"))
+        sys.exit(_fail(error_line(error, most=10_000)))
     except Exception as error:
         *_, last = traceback.extract_tb(error.__traceback__)
         where = f"{Path(last.filename).name}, line {last.lineno}"
@@ -116,8 +157,10 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             from bitfuse.core import conditions
 
             if wrong := conditions.switch_error:
-                raise typer.Exit(_fail(wrong))
+                _refuse(wrong)
             function(**options)
+        except packages.CannotRun as why:
+            _refuse(str(why))
         except KeyboardInterrupt:
             raise typer.Exit(_interrupted()) from None
 
@@ -126,12 +169,18 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
 @_command
 def verify(
-    op: Annotated[list[str] | None, typer.Option(help="Only this operator; may be given several times.")] = None,
+    op: Operators = None,
     case: Annotated[list[str] | None, typer.Option(help="Only this case; may be given several times.")] = None,
     deep: Annotated[bool, typer.Option("--deep", help="The long sweeps too: minutes on a GPU.")] = False,
     device: Device = None,
     host: Annotated[
-        str | None, typer.Option(help="Also a step of this host's transformer: diffusers, ltx-core or sglang.")
+        str | None,
+        _one_of(
+            "--host",
+            "a host",
+            "tools.seeded.HOSTS",
+            "Also a step of this host's transformer: diffusers, ltx-core or sglang.",
+        ),
     ] = None,
     json_file: JsonFile = None,
     html_file: Annotated[
@@ -152,29 +201,20 @@ def verify(
     from bitfuse.core.operator import OPERATORS
     from bitfuse.tools.prove import document
     from bitfuse.tools.prove import verify as verification
-    from bitfuse.tools.seeded import CannotRun
 
-    _check_device(device)
     if check is not None and (op or case or deep or host or html_file):
-        raise typer.Exit(_fail("--check reads a document and runs nothing; accepted with it: --device, --json"))
+        _refuse("--check reads a document and runs nothing; accepted with it: --device, --json")
     _apart({"--json": json_file, "--html": html_file}, {"--check": check})
     if deep and case:
-        raise typer.Exit(_fail("--deep sweeps whole operators, so it takes no --case; accepted with it: --op"))
-    if unknown := [name for name in op or [] if name not in OPERATORS]:
-        raise typer.Exit(_fail(f"--op {unknown[0]} is not an operator; accepted: {', '.join(OPERATORS)}"))
-    if host is not None:
-        _check_host(host)
+        _refuse("--deep sweeps whole operators, so it takes no --case; accepted with it: --op")
     cases = dict.fromkeys(c.name for name in op or OPERATORS for c in OPERATORS[name].cases)
     if unknown := [name for name in case or [] if name not in cases]:
-        raise typer.Exit(_fail(f"--case {unknown[0]} is not a case of these operators; accepted: {'; '.join(cases)}"))
-    try:
-        if check is not None:
-            raise typer.Exit(_compare_document(document.read(check), device, json_file))
-        if html_file is not None:
-            document.need("jinja2", "--html")
-        result = verification.run(Console(), op, device, case, deep, host)
-    except CannotRun as why:
-        raise typer.Exit(_fail(str(why))) from None
+        _refuse(f"--case {unknown[0]} is not a case of these operators; accepted: {'; '.join(cases)}")
+    if check is not None:
+        raise typer.Exit(_compare_document(document.read(check), device, json_file))
+    if html_file is not None:
+        packages.need("jinja2", "--html")
+    result = verification.run(Console(), op, device, case, deep, host)
     made = document.make(result)
     page = document.render(made) if html_file is not None else ""
     _write(json_file, made)
@@ -213,8 +253,6 @@ def demo(
     """
     from bitfuse.tools.compare import demo as demonstration
 
-    _check_device(device)
-    _check_host(host)
     result = demonstration.run(out, device, steps, layers, seed, Console(), host)
     if result.exit_code == 2:
         _fail(result.verdict)
@@ -252,9 +290,7 @@ def compare(
     """
     from bitfuse.tools.compare import comparison
     from bitfuse.tools.compare.request import Request, check
-    from bitfuse.tools.seeded import CannotRun
 
-    _check_device(device)
     made = {f"the {name} of --out": out / name for name in comparison.NAMES}
     _apart({"--json": json_file, **made}, {"--config": config}, model)
     request = Request(
@@ -274,10 +310,7 @@ def compare(
         keep_text=keep_text,
         trace=trace,
     )
-    try:
-        check(request)
-    except CannotRun as why:
-        raise typer.Exit(_fail(str(why))) from None
+    check(request)
     result = comparison.run(request, out, Console())
     if result.exit_code == 2:
         _fail(result.verdict)
@@ -288,13 +321,21 @@ def compare(
 @_command
 def bench(
     only: Annotated[
-        list[str] | None, typer.Option(help="operators, overhead, model, audit or first-step; default: all.")
+        list[str] | None,
+        _one_of(
+            "--only",
+            "a part",
+            "tools.bench.bench.PARTS",
+            "operators, overhead, model, audit or first-step; default: all.",
+        ),
     ] = None,
-    op: Annotated[list[str] | None, typer.Option(help="Only these operators; default: all.")] = None,
+    op: Operators = None,
     tokens: Annotated[list[int] | None, _whole("Video tokens of a step, one or several.")] = None,
     layers: Annotated[int | None, _whole("Layers; default: as many as fit (first-step: 8).", 1)] = None,
     rounds: Annotated[int | None, _whole("Turns of each way to run the model, 1.5 s each.", 2)] = None,
-    ltx: Annotated[str, typer.Option(help="LTX-2 version of the model: 2.0, 2.3 or 2.5.")] = "2.0",
+    ltx: Annotated[
+        str, _one_of("--ltx", "a version", "tools.seeded.VERSIONS", "LTX-2 version of the model: 2.0, 2.3 or 2.5.")
+    ] = "2.0",
     image_to_video: Annotated[bool, typer.Option("--image-to-video", help="Per-token timesteps in the model.")] = False,
     host: Host = "diffusers",
     json_file: JsonFile = None,
@@ -308,42 +349,28 @@ def bench(
     """
     import torch
 
-    from bitfuse.core.operator import OPERATORS
     from bitfuse.tools.bench import bench as benchmark
-    from bitfuse.tools.seeded import VERSIONS, CannotRun
 
-    if unknown := [part for part in only or [] if part not in benchmark.PARTS]:
-        raise typer.Exit(_fail(f"--only {unknown[0]} is not a part; accepted: {', '.join(benchmark.PARTS)}"))
-    if unknown := [name for name in op or [] if name not in OPERATORS]:
-        raise typer.Exit(_fail(f"--op {unknown[0]} is not an operator; accepted: {', '.join(OPERATORS)}"))
-    _check_host(host)
     if host != "diffusers" and only != ["model"]:
-        raise typer.Exit(_fail(f"--host {host} goes with --only model; other parts time diffusers, or no host"))
-    if ltx not in VERSIONS:
-        raise typer.Exit(_fail(f"--ltx {ltx} is not a version; accepted: {', '.join(VERSIONS)}"))
+        _refuse(f"--host {host} goes with --only model; other parts time diffusers, or no host")
     if wrong := [n for n in tokens or [] if n not in benchmark.LATENTS]:
-        raise typer.Exit(
-            _fail(f"--tokens {wrong[0]} is not accepted; accepted: {', '.join(map(str, benchmark.LATENTS))}")
-        )
+        _refuse(f"--tokens {wrong[0]} is not accepted; accepted: {', '.join(map(str, benchmark.LATENTS))}")
     if not torch.cuda.is_available():
-        raise typer.Exit(_fail("bench needs a CUDA device: times in Triton's interpreter mean nothing"))
+        _refuse("bench needs a CUDA device: times in Triton's interpreter mean nothing")
     kept = _Kept(json_file)
-    try:
-        result = benchmark.run(
-            Console(),
-            only,
-            tokens,
-            layers,
-            version=ltx,
-            image_to_video=image_to_video,
-            host=host,
-            rounds=rounds,
-            only_operators=op,
-            save=kept.save,
-        )
-        kept.end()
-    except CannotRun as why:
-        raise typer.Exit(_fail(str(why))) from None
+    result = benchmark.run(
+        Console(),
+        only,
+        tokens,
+        layers,
+        version=ltx,
+        image_to_video=image_to_video,
+        host=host,
+        rounds=rounds,
+        only_operators=op,
+        save=kept.save,
+    )
+    kept.end()
     raise typer.Exit(0 if result["equal"] else 1)
 
 
@@ -355,7 +382,9 @@ def explain(
     random_weights: Annotated[str | None, typer.Option(help="Instead of MODEL: ltx-2.0, ltx-2.3 or ltx-2.5.")] = None,
     layers: Annotated[int | None, _whole("With --random-weights: layers; default: 48.", 1)] = None,
     tokens: Annotated[int, _whole("Video tokens of the forward that is looked at.", 1)] = 6144,
-    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str, _one_of("--dtype", "accepted", "tools.explain.DTYPES", "Of the weights: bfloat16, float16 or float32.")
+    ] = "bfloat16",
     image_to_video: Annotated[bool, typer.Option("--image-to-video", help="Per-token timesteps.")] = False,
     host: Host = "diffusers",
     json_file: JsonFile = None,
@@ -364,28 +393,25 @@ def explain(
 
     Example: `bitfuse explain Lightricks/LTX-2`, or without a model: `bitfuse explain --random-weights ltx-2.3`
     """
-    from bitfuse.tools import explain as sites
+    from bitfuse.tools import explain as explanation
 
-    if dtype not in sites.DTYPES:
-        raise typer.Exit(_fail(f"--dtype {dtype} is not accepted; accepted: {', '.join(sites.DTYPES)}"))
     if (model is None) == (random_weights is None):
-        raise typer.Exit(_fail("accepted: MODEL (a folder or a Hub id) or --random-weights VERSION, one of the two"))
+        _refuse("accepted: MODEL (a folder or a Hub id) or --random-weights VERSION, one of the two")
     if layers is not None and model is not None:
-        raise typer.Exit(_fail("--layers goes with --random-weights; MODEL has its own number"))
-    _check_host(host)
+        _refuse("--layers goes with --random-weights; MODEL has its own number")
     if model is not None and host != "diffusers":
-        raise typer.Exit(_fail(f"--host {host} goes with --random-weights; a MODEL is diffusers'"))
+        _refuse(f"--host {host} goes with --random-weights; a MODEL is diffusers'")
     _apart({"--json": json_file}, {}, model)
     geometry = None
     if model is not None:
-        name, built = model, sites.from_config(model, sites.DTYPES[dtype])
+        name, built = model, explanation.from_config(model, explanation.DTYPES[dtype])
     else:
         layers = 48 if layers is None else layers
         name = f"{random_weights}, {layers} layers"
-        geometry = sites.of_version(str(random_weights), layers, host)
-        built = sites.from_geometry(geometry, sites.DTYPES[dtype])
-    found = sites.explain(built, tokens, image_to_video, name, geometry)
-    sites.show(Console(), found)
+        geometry = explanation.of_version(str(random_weights), layers, host)
+        built = explanation.from_geometry(geometry, explanation.DTYPES[dtype])
+    found = explanation.explain(built, tokens, image_to_video, name, geometry)
+    explanation.show(Console(), found)
     _write(json_file, found.as_dict())
 
 
@@ -422,32 +448,16 @@ def _main(
         raise typer.Exit(2)
 
 
-def _check_device(device: str | None) -> None:
-    import torch
-
-    if device not in (None, "cuda", "cpu"):
-        raise typer.Exit(_fail(f"--device {device} is not accepted; accepted: cuda, cpu"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.Exit(_fail("--device cuda: PyTorch sees no CUDA device here; accepted: cpu"))
-
-
-def _check_host(host: str) -> None:
-    from bitfuse.tools.seeded import HOSTS
-
-    if host not in HOSTS:
-        raise typer.Exit(_fail(f"--host {host} is not a host; accepted: {', '.join(HOSTS)}"))
-
-
 def _apart(outputs: dict[str, Path | None], inputs: dict[str, Path | None], model: str | None = None) -> None:
     """Refuse a call that would write one file over another that it reads or writes, or over a file of a model."""
     if why := files.why_not_apart(outputs, inputs):
-        raise typer.Exit(_fail(why))
+        _refuse(why)
     json_file = outputs["--json"]
     if model is None or json_file is None or not (json_file.is_file() and os.path.isdir(model)):
         return
     folder, there = Path(model).resolve(), json_file.parent.resolve()
     if folder in (there, *there.parents, *json_file.resolve().parents):  # what is there may be a link to elsewhere
-        raise typer.Exit(_fail(f"--json {json_file} is a file of MODEL {model}; accepted: a file outside of it"))
+        _refuse(f"--json {json_file} is a file of MODEL {model}; accepted: a file outside of it")
 
 
 def _write(path: Path | None, document: dict[str, Any]) -> None:
@@ -480,6 +490,11 @@ class _Kept:
             _write(self.path, self.document)
             if self.growing is not None:
                 self.growing.unlink(missing_ok=True)
+
+
+def _refuse(line: str) -> NoReturn:
+    """End the command with this line and exit code 2."""
+    raise typer.Exit(_fail(line))
 
 
 def _fail(line: str) -> int:

@@ -49,14 +49,14 @@ MOVED: dict[str, tuple[str, ...]] = {
     "ptx": ("tools.prove.ptx",),
     "ahead": ("tools.prove.ahead",),
     "document": ("tools.prove.document",),
-    "comparison": ("tools.compare.comparison",),
+    "comparison": ("tools.compare.comparison", "tools.compare.subject"),
     "comparison_request": ("tools.compare.request",),
-    "comparison_page": ("tools.compare.films",),
+    "comparison_page": ("tools.compare.films", "tools.page"),
     "page": ("tools.page",),
     "divergence": ("tools.compare.trace",),
     "bits": ("tools.compare.bits",),
     "demo": ("tools.compare.demo",),
-    "runs": ("tools.compare.runs",),
+    "runs": ("tools.compare.runs", "tools.packages"),
     "conformance": ("tools.compare.conformance",),
     "bench": ("tools.bench.bench",),
     "measure": ("tools.bench.measure",),
@@ -68,7 +68,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "sites": ("tools.explain",),
     "machine": ("tools.machine",),
     "files": ("tools.files",),
-    "text": ("tools.text",),
+    "text": ("tools.text", "core.lines"),
 }
 
 

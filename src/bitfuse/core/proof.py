@@ -20,6 +20,7 @@ import torch
 from bitfuse.core.bits import Mismatch, Outputs, as_tuple, compare, form_mismatch, of_output
 from bitfuse.core.kernel import Outside
 from bitfuse.core.launch import Plan
+from bitfuse.core.lines import error_line
 
 
 class Named(Protocol):
@@ -193,15 +194,8 @@ def failure(error: Exception, seconds: float, doing: str) -> Verdict:
     final = not of_the_moment(error)
     if isinstance(error, torch.OutOfMemoryError):
         return Verdict(False, f"the device ran out of memory while it was {doing}", seconds=seconds, final=False)
-    sentence = f"the kernel can't be built or run here ({said(error)})"
+    sentence = f"the kernel can't be built or run here ({error_line(error)})"
     return Verdict(False, sentence, seconds=seconds, final=final, failed=True)
-
-
-def said(error: Exception) -> str:
-    """The type of an error and its text, shortened to one line."""
-    lines = str(error).strip().splitlines() or [""]  # Triton names the place first and the error last
-    what = " ".join(dict.fromkeys((lines[0], lines[-1])))[:200]
-    return f"{type(error).__name__}: {what}" if what else type(error).__name__
 
 
 def run_battery(

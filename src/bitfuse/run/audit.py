@@ -29,6 +29,7 @@ from bitfuse.core import proof
 from bitfuse.core.bits import BITS, Mismatch, as_tuple, bits_mismatch, form_mismatch, of_output
 from bitfuse.core.kernel import kernel
 from bitfuse.core.launch import Plan
+from bitfuse.core.lines import error_line
 from bitfuse.core.operator import Operator, Route
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ class Auditor:
             if isinstance(error, torch.OutOfMemoryError):
                 reason = "the device had no memory left for the reference"
             else:
-                reason = f"the comparison can't be made here ({proof.said(error)})"
+                reason = f"the comparison can't be made here ({error_line(error)})"
             self.skipped[reason] += 1
             self._patience.failed(proof.Verdict(False, reason, seconds=time.perf_counter() - start))
             return

@@ -15,8 +15,6 @@ Settings are those of this process. To look at a program's own, call `bitfuse.to
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
@@ -38,12 +36,12 @@ from bitfuse import hosts
 from bitfuse.core.bits import compare
 from bitfuse.core.conditions import around
 from bitfuse.core.kernel import interpreter
+from bitfuse.core.lines import error_line
 from bitfuse.core.operator import OPERATORS
 from bitfuse.hosts.site import why_not_read
-from bitfuse.tools import explain as sites
-from bitfuse.tools import seeded
+from bitfuse.tools import explain, packages, seeded
 from bitfuse.tools.machine import machine
-from bitfuse.tools.text import cell, one_line
+from bitfuse.tools.text import cell
 
 OK, NOTE, WARNING, FAILURE = "ok", "note", "warning", "failure"
 
@@ -104,11 +102,8 @@ def examine(device: str | None = None) -> Iterator[Finding]:
         try:
             yield from check(on)
         except Exception as error:
-            said = getattr(error, "strerror", None) or str(error)  # an OSError's text holds a path
-            what = f"{type(error).__name__}: {one_line(said, 200)}"
-            yield Finding(
-                name, WARNING, f"the check failed ({what})", "nothing is known about this", "report it, please"
-            )
+            found = f"the check failed ({error_line(error, paths=False)})"
+            yield Finding(name, WARNING, found, "nothing is known about this", "report it, please")
 
 
 # -- the device and the libraries ------------------------------------------------------------------------------------
@@ -118,27 +113,21 @@ def _switch(device: torch.device) -> Iterator[Finding]:
     reasons = list(around())
     if not reasons:
         yield Finding("switch", OK, "bitfuse is on", "what is proved equal is fused; BITFUSE=0 switches it off")
+    by_variable = os.environ.get("BITFUSE") == "0"
+    advice = "unset BITFUSE" if by_variable else "leave the mode, or call bitfuse.enable()"
     for reason in reasons:
-        yield Finding(
-            "switch",
-            WARNING,
-            reason,
-            "every operator runs the PyTorch chain: right bits, no gain",
-            "unset BITFUSE" if os.environ.get("BITFUSE") == "0" else "leave the mode, or call bitfuse.enable()",
-        )
+        meaning = "every operator runs the PyTorch chain: right bits, no gain"
+        yield Finding("switch", WARNING, reason, meaning, advice)
 
 
 def _gpu(device: torch.device) -> Iterator[Finding]:
     if not torch.cuda.is_available():
         found, advice = _no_gpu()
-        yield Finding(
-            "GPU",
-            WARNING,
-            found,
+        meaning = (
             "nothing is fused: models run their own code, so with their own bits. What works: `bitfuse verify` and "
-            "`bitfuse demo` run the kernels in Triton's interpreter on the CPU, and `bitfuse explain` needs no GPU",
-            advice,
+            "`bitfuse demo` run the kernels in Triton's interpreter on the CPU, and `bitfuse explain` needs no GPU"
         )
+        yield Finding("GPU", WARNING, found, meaning, advice)
         return
     if torch.version.hip is not None:
         meaning = "the kernels hold NVIDIA instructions: nothing is fused, models run their own code"
@@ -148,16 +137,12 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         capabilities.append((major, minor))
-        good = (major, minor) >= OLDEST_GPU
-        yield Finding(
-            f"GPU {i}",
-            OK if good else WARNING,
-            f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}",
-            "kernels are proved on it at their first use"
-            if good
-            else "nothing is fused on it: it has no bf16 arithmetic",
-            NOTHING if good else "sm_80 (A100, RTX 30) or newer is needed",
-        )
+        found = f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
+        if (major, minor) >= OLDEST_GPU:
+            yield Finding(f"GPU {i}", OK, found, "kernels are proved on it at their first use")
+        else:
+            meaning = "nothing is fused on it: it has no bf16 arithmetic"
+            yield Finding(f"GPU {i}", WARNING, found, meaning, "sm_80 (A100, RTX 30) or newer is needed")
     if max(capabilities) < OLDEST_GPU:
         yield Finding("GPU", FAILURE, "none is sm_80 or newer", "nothing can be fused here", "use a newer GPU")
     if len(set(capabilities)) > 1:
@@ -168,10 +153,8 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
 def _no_gpu() -> tuple[str, str]:
     """Why PyTorch sees none, and what to do."""
     if torch.version.cuda is None and torch.version.hip is None:
-        return (
-            f"none: torch {torch.__version__} is built without CUDA",
-            "on a machine with a GPU install torch with CUDA",
-        )
+        found = f"none: torch {torch.__version__} is built without CUDA"
+        return found, "on a machine with a GPU install torch with CUDA"
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return "none: CUDA_VISIBLE_DEVICES hides them all", "unset CUDA_VISIBLE_DEVICES"
     if _NVIDIA.exists():
@@ -293,29 +276,25 @@ def _variables(device: torch.device) -> Iterator[Finding]:
         yield Finding("compiler variables", OK, "none is set", "kernels are compiled as everybody else's")
     if os.environ.get("TRITON_INTERPRET", "0").strip().lower() not in _OFF:
         gpu = device.type == "cuda"
-        yield Finding(
-            "TRITON_INTERPRET",
-            WARNING if gpu else OK,
-            "is set",
-            "kernels run in the interpreter, on CPU tensors; "
-            + ("nothing is fused on the GPU" if gpu else "there is no GPU"),
-            "unset TRITON_INTERPRET" if gpu else NOTHING,
-        )
+        state, then = (WARNING, "nothing is fused on the GPU") if gpu else (OK, "there is no GPU")
+        meaning = f"kernels run in the interpreter, on CPU tensors; {then}"
+        yield Finding("TRITON_INTERPRET", state, "is set", meaning, "unset TRITON_INTERPRET" if gpu else NOTHING)
 
 
 def _cache(device: torch.device) -> Iterator[Finding]:
-    home = Path(os.environ.get("TRITON_HOME") or Path.home())
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
-    named = next(
-        (f"in {name}" for name in ("TRITON_CACHE_DIR", "TRITON_HOME") if os.environ.get(name)), "~/.triton/cache"
-    )
+    if not packages.installed("triton"):
+        return  # which is said above
+    from triton import knobs
+
+    folder = Path(knobs.cache.dir).absolute()
+    by = [f"in {name}" for name in ("TRITON_CACHE_DIR", "TRITON_HOME") if os.environ.get(name)]
+    named = by[0] if by else "~/.triton/cache"
 
     def finding(state: str, found: str, meaning: str, advice: str) -> Finding:
         return Finding("Triton's cache", state, f"{named}: {found}", meaning, advice)
 
     code = "compiled code is kept there and loaded unchecked: whoever can write there runs code as you"
     private = "chmod go-w it, or set TRITON_CACHE_DIR to a folder of your own"
-    folder = folder.absolute()
     known = [path for path in (folder, *folder.parents) if path.exists()]
     problems = []
     if os.name == "posix":
@@ -367,12 +346,9 @@ def _overrides(device: torch.device) -> Iterator[Finding]:
     if not isinstance(rms_norm, types.FunctionType) or rms_norm.__module__ != "torch.nn.functional":
         foreign.append("F.rms_norm")
     if foreign:
-        meaning = (
-            f"the unfused run uses these, and kernels are proved against them: equal, but less may be fused; {seen}"
-        )
-        yield Finding(
-            "replaced ops", WARNING, _list(foreign), meaning, "don't load what replaces them, if you want ATen's"
-        )
+        meaning = "the unfused run uses these, and kernels are proved against them: equal, but less may be fused"
+        advice = "don't load what replaces them, if you want ATen's"
+        yield Finding("replaced ops", WARNING, _list(foreign), f"{meaning}; {seen}", advice)
     if native:
         meaning = (
             "torch's own replacements; kernels are proved against them. Of a norm the single pass may not be: slower"
@@ -382,7 +358,7 @@ def _overrides(device: torch.device) -> Iterator[Finding]:
     if not foreign and not native:
         yield Finding("replaced ops", OK, "none", f"PyTorch runs ATen's own; {seen}")
     for package, what in _REPLACERS.items():
-        if (version := _version(package)) is not None:
+        if (version := packages.version(package)) is not None:
             yield Finding(package, NOTE, f"{version} is installed", what, "uninstall it if you want ATen's bits")
 
 
@@ -472,7 +448,7 @@ def _attention(device: torch.device) -> Iterator[Finding]:
         state, advice = (NOTE, NOTHING) if any(enabled.values()) else (FAILURE, "enable one: torch.backends.cuda")
         meaning = "PyTorch picks among these, in both runs alike; bits differ from a run with all of them"
         yield Finding("attention of PyTorch", state, names, meaning, advice)
-    if importlib.util.find_spec("diffusers") is None:
+    if not packages.installed("diffusers"):
         return
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
@@ -511,7 +487,7 @@ def _hosts(device: torch.device) -> Iterator[Finding]:
             "bitfuse knows the sources of these versions; models of what is installed are accelerated without them"
         )
         yield Finding("other hosts", NOTE, f"not installed: {', '.join(missing)}", meaning)
-    if version := _version("comfyui"):
+    if version := packages.version("comfyui"):
         yield Finding("comfyui", NOTE, version, "bitfuse has no adapter for it", "use LTX-2 in diffusers")
 
 
@@ -519,9 +495,9 @@ def _models(host: str) -> Iterator[Finding]:
     """For each version of LTX-2 that this host has, what would be taken over in a block of its transformer."""
     for ltx in seeded.VERSIONS:
         try:
-            model = sites.from_geometry(sites.of_version(ltx, 1, host))
+            model = explain.from_geometry(explain.of_version(ltx, 1, host))
         except ValueError as why:
-            name = f"{host} {_version(host) or ''}".rstrip()
+            name = f"{host} {packages.version(host) or ''}".rstrip()
             advice = f"update {host}, if you want this version"
             yield Finding(f"{name}, LTX-{ltx}", NOTE, str(why), "nothing to accelerate", advice)
             continue
@@ -557,7 +533,7 @@ def _sglang() -> Iterator[Finding]:
     except Exception as error:  # of what SGLang imports: packages, drivers
         why = str(error) if isinstance(error, ModuleNotFoundError) else type(error).__name__  # others' text holds paths
         found = f"its LTX-2 can't be imported: {why}"
-        name = f"SGLang {_version('sglang') or ''}".rstrip()
+        name = f"SGLang {packages.version('sglang') or ''}".rstrip()
         yield Finding(name, NOTE, found, "nothing to accelerate", "pip install 'sglang[diffusion]'")
         return
     read = {**sglang._READ, **sglang_block._READ}
@@ -584,46 +560,37 @@ def _known(name: str, host: str, good: int, of: int, what: str, rest: list[str])
 
 
 def _stock_block(device: torch.device) -> Iterator[Finding]:
-    if importlib.util.find_spec("diffusers") is None:
-        yield Finding(
-            "a stock block, twice", NOTE, "not tried: diffusers is not installed", "nothing is known about this"
-        )
+    name = "a stock block, twice"
+    if not packages.installed("diffusers"):
+        yield Finding(name, NOTE, "not tried: diffusers is not installed", "nothing is known about this")
         return
     try:
         geometry, _ = seeded.geometry_for(device, 1)
         model = seeded.build(geometry, device, seed=0)
-    except (seeded.CannotRun, torch.OutOfMemoryError) as why:
+    except (packages.CannotRun, torch.OutOfMemoryError) as why:
         meaning = "whether the unfused run repeats itself is not known"
-        yield Finding(
-            "a stock block, twice", NOTE, f"not tried: {str(why).splitlines()[0]}", meaning, "free some memory"
-        )
+        yield Finding(name, NOTE, f"not tried: {str(why).splitlines()[0]}", meaning, "free some memory")
         return
     step = seeded.one_step(model, seeded.make_inputs(model, geometry, device, seed=0))
     first, second = step(), step()
     what = f"LTX-{geometry.version}, {geometry.video_tokens} tokens on {device.type}"
     if mismatch := compare(first, second):
-        yield Finding(
-            "a stock block, twice",
-            FAILURE,
-            f"{what}: {mismatch.sentence}",
-            "the unfused run does not equal itself here, so nothing can equal it; bitfuse was not in use",
-            "look at attention, cuDNN and replaced ops above; try torch.use_deterministic_algorithms(True)",
-            differs=True,
-        )
+        meaning = "the unfused run does not equal itself here, so nothing can equal it; bitfuse was not in use"
+        advice = "look at attention, cuDNN and replaced ops above; try torch.use_deterministic_algorithms(True)"
+        yield Finding(name, FAILURE, f"{what}: {mismatch.sentence}", meaning, advice, differs=True)
     else:
         meaning = "the unfused run repeats itself here, so that equality with it can be shown"
-        yield Finding("a stock block, twice", OK, f"{what}: equal in every bit", meaning)
+        yield Finding(name, OK, f"{what}: equal in every bit", meaning)
 
 
 def _proof(device: torch.device) -> Iterator[Finding]:
     if (off := next(around(), None)) is not None:
-        yield Finding(
-            "a proof", NOTE, f"not tried: {off}", "whether kernels are right here is not known", "switch it on"
-        )
+        meaning = "whether kernels are right here is not known"
+        yield Finding("a proof", NOTE, f"not tried: {off}", meaning, "switch it on")
         return
     first_of_file = {operator.reference.__module__: operator for operator in reversed(OPERATORS.values())}
     interpreted = device.type == "cpu"
-    fused, reasons, differing = 0, {}, []
+    fused, reasons, differing = 0, [], []
     for operator in reversed(first_of_file.values()):
         case = next(c for c in operator.cases if c.real != interpreted)  # real ones are large for the interpreter
         args = case.arguments(device, tokens=21)
@@ -631,25 +598,22 @@ def _proof(device: torch.device) -> Iterator[Finding]:
             route = operator.route(*args)
         fused += route.fused
         if route.reason is not None:
-            reasons[operator.name] = route.reason
+            reasons.append(f"{operator.name}: {route.reason}")
             differing += [operator.name] * (route.mismatch is not None)
-    total = len(first_of_file)
-    found = f"{fused} of {total} operators, one of each file, equal in every bit"
+    found = f"{fused} of {len(first_of_file)} operators, one of each file, equal in every bit"
     where = "in Triton's interpreter" if interpreted else "on this GPU"
     if not reasons:
         meaning = f"what bitfuse does before each first use works {where}; `bitfuse verify` does it for all"
         yield Finding("a proof", OK, found, meaning)
         return
-    yield Finding(
-        "a proof",
-        FAILURE if differing or not fused else WARNING,
-        f"{found}; {_list([f'{name}: {reason}' for name, reason in reasons.items()])}",
-        f"the others run the PyTorch chain {where}: right bits, no gain",
+    state = FAILURE if differing or not fused else WARNING
+    meaning = f"the others run the PyTorch chain {where}: right bits, no gain"
+    advice = (
         f"report it, please: a kernel differs ({', '.join(differing)})"
         if differing
-        else "see the reasons; `bitfuse verify`",
-        differs=bool(differing),
+        else "see the reasons; `bitfuse verify`"
     )
+    yield Finding("a proof", state, f"{found}; {_list(reasons)}", meaning, advice, differs=bool(differing))
 
 
 CHECKS: dict[str, Callable[[torch.device], Iterator[Finding]]] = {
@@ -671,13 +635,6 @@ CHECKS: dict[str, Callable[[torch.device], Iterator[Finding]]] = {
     "a stock block, twice": _stock_block,
     "a proof": _proof,
 }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _list(items: list[str], most: int = 4) -> str:

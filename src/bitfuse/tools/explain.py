@@ -27,10 +27,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitfuse import hosts
 from bitfuse.core.conditions import runnable
+from bitfuse.core.lines import error_line, visible
 from bitfuse.core.operator import OPERATORS, Operator, Tier
 from bitfuse.tools import files, seeded
 from bitfuse.tools.machine import machine
-from bitfuse.tools.text import cell, one_line, say, visible
+from bitfuse.tools.text import cell, say
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_TOKENS, MAX_LAYERS = 1 << 18, 512
@@ -126,7 +127,7 @@ def from_config(model: str, dtype: torch.dtype = torch.bfloat16) -> Any:
             built = cls(**{name: value for name, value in config.items() if name in parameters})
     except Exception as error:  # whatever a wrong config makes of the host's own code
         raise ValueError(
-            f"MODEL {model}: no {_CLASS} can be built from its config ({_in_words(error)}); accepted: what "
+            f"MODEL {model}: no {_CLASS} can be built from its config ({error_line(error)}); accepted: what "
             "`save_pretrained` writes"
         ) from error
     return torch.nn.Module.to(built, dtype).eval().requires_grad_(False)
@@ -205,12 +206,8 @@ def _read_hub(cls: Any, model: str) -> dict[str, Any]:
                 warnings.simplefilter("ignore")
                 return dict(cls.load_config(model, subfolder=subfolder))
         except Exception as error:  # no such id, no network, no right: the hub's client has many ways to say so
-            failures.append(_in_words(error))
+            failures.append(error_line(error))
     raise ValueError(f"MODEL {model} is no folder here, and its config can't be had from the Hub: {failures[0]}")
-
-
-def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error, 200)}"
 
 
 # -- what would happen -----------------------------------------------------------------------------------------------
@@ -255,7 +252,7 @@ def explain(
             with without_values:
                 seeded.one_step(called, seeded.make_inputs(model, geometry, weight.device, seed=0))()
         except Exception as error:
-            why = f"a forward of {tokens} tokens fails in {handle.host} ({_in_words(error)})"
+            why = f"a forward of {tokens} tokens fails in {handle.host} ({error_line(error)})"
             raise ValueError(f"{name}: {why}; accepted: a model that runs") from error
     finally:
         handle.restore()

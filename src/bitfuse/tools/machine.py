@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import platform
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import bitfuse
+from bitfuse.tools import packages
 
 
 def machine(device: torch.device | str | None = None) -> dict[str, Any]:
@@ -27,26 +29,13 @@ def machine(device: torch.device | str | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_git": torch.version.git_version,
         "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "diffusers": _version("diffusers"),
-        "bitfuse": _bitfuse_version(),
+        "triton": packages.version("triton"),
+        "diffusers": packages.version("diffusers"),
+        "bitfuse": bitfuse.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",  # platform.platform() may carry a site's own names
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _bitfuse_version() -> str:
-    import bitfuse  # not at the top: the package's front door may come to import this module
-
-    return bitfuse.__version__
 
 
 def _processor() -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import hashlib
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitfuse.core import proof
 from bitfuse.core.bits import compare
+from bitfuse.core.lines import error_line
 from bitfuse.core.operator import OPERATORS, Operator
 from bitfuse.ops.rope import SPLIT_PER_OP
 from bitfuse.ops.rope_evidence import RotaryCase
@@ -129,21 +129,16 @@ def operators(console: Console, names: Iterable[str] | None = None) -> Iterator[
     headings = ("operator", "case", "x", "fused us", "copy us", "of copy", "eager us", "speed-up", "bits")
     table = Table(*headings, title="cold L2, median")
     for row in rows:
-        times = row.get("us")
-        figures = (
-            [
-                f"{times['fused']['median']:.1f}",
-                f"{times['copy']['median']:.1f}",
-                f"{row['of_copy']:.1%}",
-                f"{times['eager']['median']:.1f}",
-                f"{row['speed_up']:.2f}x",
-            ]
-            if times
-            else ["not timed"] * 5
-        )
-        words = (row["operator"], row["case"], row["x"], *figures, row["mismatch"] or "equal")
-        table.add_row(*map(cell, words))
+        figures = ["-"] * 5
+        if "us" in row:
+            fused, copy, eager = (f"{row['us'][name]['median']:.1f}" for name in ("fused", "copy", "eager"))
+            figures = [fused, copy, f"{row['of_copy']:.1%}", eager, f"{row['speed_up']:.2f}x"]
+        bits = "see below" if row["mismatch"] else "equal"
+        table.add_row(*map(cell, (row["operator"], row["case"], row["x"], *figures, bits)))
     console.print(table)
+    for row in rows:
+        if row["mismatch"]:
+            say(console, f"not timed: {row['operator']}, {row['case']}: {row['mismatch']}")
 
 
 def timed_cases(operator: Operator) -> list[Any]:
@@ -438,7 +433,7 @@ def _mounted(trial: _Trial, model: Any, expected: Any) -> list[str]:
         out, trial.peak = with_peak(trial.step)
         trial.judge(expected, out)
     except RuntimeError as error:  # of a kernel that is compiled only now
-        trial.reason = f"it does not run here ({type(error).__name__}: {str(error).strip()[:200]})"
+        trial.reason = f"it does not run here ({error_line(error)})"
     return names
 
 
@@ -463,10 +458,11 @@ def _graph(trial: _Trial, model: Any, expected: Any, undo: contextlib.ExitStack,
 
 
 def _check_fused(trial: _Trial, handle: Any) -> None:
+    from bitfuse.tools.compare import runs
+
     report = handle.report()
     if not report.fused:
-        reasons = dict.fromkeys(reason for site in report.sites for reason in site.reasons)
-        trial.reason = trial.reason or f"nothing was fused: {'; '.join(reasons) or 'no site was called'}"
+        trial.reason = trial.reason or f"nothing was fused: {runs.reasons(report) or 'no site was called'}"
 
 
 def _compiled(trials: dict[str, _Trial], model: Any, expected: Any) -> float | None:
@@ -484,7 +480,7 @@ def _compiled(trials: dict[str, _Trial], model: Any, expected: Any) -> float | N
         graph.step = captured(plain.step)
         graph.judge(expected, graph.step())
     except RuntimeError as error:  # of the compiler, of the capture, or no memory left for another pool
-        reason = f"it does not run here ({type(error).__name__}: {str(error).strip()[:200]})"
+        reason = f"it does not run here ({error_line(error)})"
         graph.reason = reason
         plain.reason = reason if seconds is None else None
     return seconds
@@ -565,19 +561,24 @@ def _floor(
 
 def _print(console: Console, row: dict[str, Any]) -> None:
     kind = ", image to video" if row["image_to_video"] else ""
-    table = Table("step", "ms, median", "p10", "p90", "speed-up", "W", "peak GB", "bits")
+    table = Table("step", "ms,\nmedian", "p10", "p90", "speed-\nup", "W", "peak\nGB", "bits")
     for way, differs in {"stock": None, **row["differs_from_stock"]}.items():
         t = row["ms"].get(way)
         times = [f"{t[key]:.1f}" for key in ("median", "p10", "p90")] if t else ["not timed", "", ""]
         ratio = f"{row['speed_ups'][way]:.3f}x" if way in row["speed_ups"] else ""
         peak = f"{row['peak_gb'][way]:.2f}" if way in row["peak_gb"] else ""
         watts = str(row["watts"].get(way, ""))
-        table.add_row(way, *times, ratio, watts, peak, cell(row["not_timed"].get(way) or differs or "equal"))
+        bits = "see below" if row["not_timed"].get(way) or differs else "equal"
+        table.add_row(way, *times, ratio, watts, peak, bits)
     steps = min(row["steps"].values(), default=0)
     what = f"{row['host_version']}, LTX-{row['version']}{kind}, {row['geometry']}"
     table.title = cell(f"{what}; {steps} steps of each way or more")
     console.print(table)
-    lines = [f"{row['sites_fused']} of {row['sites_seen']} sites fused"]
+    lines = [f"{way}, not timed: {reason}" for way, reason in row["not_timed"].items()]
+    for way, differs in row["differs_from_stock"].items():
+        if differs and way not in row["not_timed"]:
+            lines.append(f"{way}: {differs}")
+    lines.append(f"{row['sites_fused']} of {row['sites_seen']} sites fused")
     for way, ms in row["kernels_ms"].items():
         classes = ", ".join(f"{name} {ms[name]:.1f}" for name in ("matmul", "attention", "other"))
         lines.append(f"kernels of {way}, ms: {classes}; {ms['launches']} launches")
@@ -661,6 +662,9 @@ def first_step(console: Console, version: str = "2.0", tokens: int = 6144, layer
     digests = {name: f["sha256"] for name, f in found.items()}
     unequal = [name for name in _FIRST_STEPS if digests[name] != digests["stock"]]
     unfused = [name for name in _FIRST_STEPS[1:3] if not found[name]["sites_fused"]]
+    mismatch = f"{unfused[0]}: nothing was fused" if unfused else None
+    if unequal:
+        mismatch = f"{unequal[0]}: the outputs differ from those of the first stock process"
     for name, seconds in beyond.items():
         console.print(f"first step, {name}: {seconds:+.1f} s beyond stock's {stock:.1f} s", highlight=False)
     return {
@@ -668,11 +672,7 @@ def first_step(console: Console, version: str = "2.0", tokens: int = 6144, layer
         "version": version,
         "layers": layers,
         "note": "the seconds beyond stock don't depend on the number of layers: all run the same kernels",
-        "mismatch": f"{unequal[0]}: the outputs differ from those of the first stock process"
-        if unequal
-        else f"{unfused[0]}: nothing was fused"
-        if unfused
-        else None,
+        "mismatch": mismatch,
         "processes": found,
         "beyond_stock_s": beyond,
     }
@@ -696,6 +696,7 @@ def time_first_step(way: str, version: str, tokens: str, layers: str) -> None:
     """What a fresh process does: print, as JSON, the seconds up to the end of its first step, and what came out."""
     import bitfuse
     from bitfuse.tools import seeded
+    from bitfuse.tools.compare.bits import sha256
 
     device = _device()
     geometry = _geometry(device, int(tokens), int(layers), version, image_to_video=False)
@@ -708,7 +709,7 @@ def time_first_step(way: str, version: str, tokens: str, layers: str) -> None:
     out = step()
     torch.cuda.synchronize()
     facts["seconds"] = time.perf_counter() - start
-    facts["sha256"] = hashlib.sha256(b"".join(_raw(t) for t in out)).hexdigest()
+    facts["sha256"] = sha256(*out)
     if handle:
         verdicts = proof.verdicts().values()
         facts["sites_fused"] = handle.report().fused
@@ -719,7 +720,3 @@ def time_first_step(way: str, version: str, tokens: str, layers: str) -> None:
     torch.cuda.synchronize()
     facts["second_step_s"] = time.perf_counter() - start
     print(json.dumps(facts))
-
-
-def _raw(t: Tensor) -> bytes:
-    return t.cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -6,6 +6,9 @@ each other's. Then threads load them and build their launchers, for which Triton
 is not lost: it shows again, with its reason, where the kernel is proved.
 """
 
+# Triton's own AsyncCompileMode does not fit: what it hands to its executor are closures, which go to no other process,
+# and it is done before a launcher is built.
+
 from __future__ import annotations
 
 import contextlib
@@ -37,8 +40,7 @@ Chosen = dict[Operator, list[Any]]  # operators, and the cases of each
 
 def launches(chosen: Chosen, deep: bool, device: torch.device) -> Iterator[Callable[[], Launch]]:
     """What makes the (plan, arguments) of each launch that is to come: cases, mutants, for sweeps random forms."""
-    further = set(mutation.KINDS) - mutation.ADDRESSES if deep else ()
-    sites = mutation.chosen(list(chosen), further)
+    sites = mutation.chosen(list(chosen), mutation.FURTHER if deep else ())
     for operator, cases in chosen.items():
         for case, tier in itertools.product(cases, operator.tiers):
             yield functools.partial(_of_case, tier.plan, case, device)

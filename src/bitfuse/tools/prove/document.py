@@ -7,8 +7,6 @@ from one ever lets a kernel run: each process proves its kernels anew.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import re
 from collections import Counter
@@ -19,16 +17,17 @@ from typing import Any
 import torch
 
 import bitfuse
-from bitfuse.tools import files, page, text
+from bitfuse.tools import files, packages, page, text
 from bitfuse.tools.machine import machine
-from bitfuse.tools.prove import sweeps as deep
+from bitfuse.tools.packages import CannotRun
+from bitfuse.tools.prove import sweeps
 from bitfuse.tools.prove.verify import Result, exit_code
-from bitfuse.tools.seeded import CannotRun
 
 FORMAT, VERSION = "bitfuse proof", 1
 _PACKAGE = Path(bitfuse.__file__).parent
 _SOURCES = ("core", "ops", "tools/prove")  # what decides what is computed, and how it is judged
 _HOSTS = ("diffusers", "ltx-core", "sglang", "comfyui")
+_FOUND = ("checks", "tiers", "controls", "batteries", "kinds", "sweeps", "transformers")  # of a result, in this order
 _JUDGED = ("checks", "sweeps", "transformers")  # what has an outcome
 
 
@@ -37,15 +36,10 @@ _JUDGED = ("checks", "sweeps", "transformers")  # what has an outcome
 
 def make(result: Result) -> dict[str, Any]:
     """The document of a result, as plain JSON values, for `schema`."""
-    found = {
-        name: [asdict(one) for one in getattr(result, name)] for name in ("checks", "tiers", "controls", "batteries")
-    }
-    kinds = [asdict(kind) for kind in result.kinds]
-    for kind in kinds:
-        kind["equivalent"] = [{"reason": reason, "count": n} for reason, n in kind["equivalent"]]
-    sweeps = [asdict(sweep) for sweep in result.sweeps]
-    for sweep in sweeps:
-        sweep["declined"] = [{"reason": reason, "count": n} for reason, n in sweep["declined"]]
+    found = {name: [asdict(one) for one in getattr(result, name)] for name in _FOUND}
+    for name, reasons in (("kinds", "equivalent"), ("sweeps", "declined")):
+        for one in found[name]:
+            one[reasons] = [{"reason": reason, "count": n} for reason, n in one[reasons]]
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -55,24 +49,15 @@ def make(result: Result) -> dict[str, Any]:
         "asked": {"operators": result.operators, "cases": result.cases, "deep": result.deep, "host": result.host},
         "interpreted": result.interpreted,
         "exit_code": result.exit_code,
-        "seeds": {"cases": 0, "sweeps": deep.SEED},
+        "seeds": {"cases": 0, "sweeps": sweeps.SEED},
         **found,
-        "kinds": kinds,
-        "sweeps": sweeps,
-        "transformers": [asdict(step) for step in result.transformers],
     }
     return json.loads(json.dumps(document | {"digest": digest(document)}))
 
 
 def hosts() -> dict[str, str | None]:
     """Versions of the frameworks that bitfuse accelerates, None for those that are not installed."""
-    found: dict[str, str | None] = dict.fromkeys(_HOSTS)
-    for package in _HOSTS:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {package: packages.version(package) for package in _HOSTS}
 
 
 def sources() -> dict[str, str]:
@@ -98,7 +83,7 @@ def schema() -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     """The document in a file, valid by the schema; CannotRun, with one sentence, for whatever else is there."""
-    need("jsonschema", "--check")
+    packages.need("jsonschema", "--check")
     import jsonschema
 
     name, accepted = text.one_line(path), "a JSON file that bitfuse verify --json wrote"
@@ -120,12 +105,6 @@ def read(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise CannotRun(f"{name} is no proof document: it is nested too deeply; accepted: {accepted}") from None
     return document
-
-
-def need(package: str, what: str) -> None:
-    """CannotRun, naming the extra, where a package is missing that `what` needs."""
-    if importlib.util.find_spec(package) is None:
-        raise CannotRun(f"{what} needs {package}, which is not installed: pip install 'bitfuse[demo]'")
 
 
 # -- comparing one with this machine -----------------------------------------------------------------------------------
@@ -192,14 +171,14 @@ def compare(document: dict[str, Any], device: str | None = None) -> list[Item]:
 def verdict(document: dict[str, Any]) -> str:
     """What the document says, in one sentence."""
     d = document
-    checks, sweeps = (Counter(one["outcome"] for one in d[what]) for what in ("checks", "sweeps"))
+    checks, swept = (Counter(one["outcome"] for one in d[what]) for what in ("checks", "sweeps"))
     caught = sum(control["caught"] for control in d["controls"])
     tiers = Counter(one["outcome"] for one in d.get("tiers", ()))  # documents before 2026-11-28 have none
     parts = [f"{checks['equal']} of {len(d['checks'])} checks fused and equal in every bit"]
     if held := tiers["equal"] + tiers["differs"]:
         parts.append(f"{tiers['equal']} of {held} kernels equal in their own tier")
     if d["sweeps"]:
-        parts.append(f"{sweeps['equal']} of {len(d['sweeps'])} long sweeps equal")
+        parts.append(f"{swept['equal']} of {len(d['sweeps'])} long sweeps equal")
     parts.append(f"{caught} of {len(d['controls'])} wrong kernels caught")
     if steps := d.get("transformers"):  # documents before 2026-11-24 have none
         equal = sum(step["outcome"] == "equal" for step in steps)
@@ -210,7 +189,7 @@ def verdict(document: dict[str, Any]) -> str:
 
 def render(document: dict[str, Any]) -> str:
     """The document as one HTML page that fetches nothing; CannotRun where Jinja is not installed."""
-    need("jinja2", "--html")
+    packages.need("jinja2", "--html")
     operators: dict[str, dict[str, list[Any]]] = {}
     for what in ("checks", "tiers", "controls", "batteries"):
         for one in document.get(what, ()):

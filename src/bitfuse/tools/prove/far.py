@@ -24,6 +24,7 @@ from bitfuse.core.bits import BITS, Mismatch, as_tuple, compare
 from bitfuse.core.inputs import poisoned
 from bitfuse.core.kernel import triton_dtype
 from bitfuse.core.launch import Plan
+from bitfuse.core.lines import error_line
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.proof import Verdict
 from bitfuse.ops.adaln_evidence import AdalnCase
@@ -99,7 +100,7 @@ def planted(operator: Operator, tier: Tier, plan_of: Callable[..., Plan | str], 
             expected = as_tuple(operator.specification(operator.tiers.index(tier), "cpu")(*args))
             fault, found = _run(plan, forms, args, expected, tokens, window, blocks)
     except Exception as error:
-        return Verdict(False, f"the kernel can't be built or run here ({type(error).__name__}: {error})", failed=True)
+        return Verdict(False, f"the kernel can't be built or run here ({error_line(error)})", failed=True)
     mismatch = Mismatch(fault) if fault else compare(tuple(t.contiguous() for t in expected), found)
     seconds, elements = time.perf_counter() - start, sum(t.numel() for t in expected)
     if mismatch:

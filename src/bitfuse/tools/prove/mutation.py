@@ -45,6 +45,8 @@ KINDS = (ROUNDING, CONTRACTION, FOLD, STATISTIC, EPS, DIVISOR, OPERAND, STRIDE, 
 ADDRESSES = frozenset((OPERAND, STRIDE, MASK, WIDTH))
 """Kinds that may reach farther than a guard zone: on a GPU that could end the process, so the interpreter judges them,
 there too."""
+FURTHER = frozenset(KINDS) - ADDRESSES
+"""Kinds of which `--deep` runs every mutant, on a GPU, and not only those that show something new."""
 
 # How kernels and helpers call what holds values: parameters with these names are fp32 tiles.
 _VALUES = frozenset(

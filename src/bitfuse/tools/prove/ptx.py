@@ -1,6 +1,6 @@
 """What the compiler makes of a kernel, without a GPU: every rounding that will be executed, counted.
 
-    python -m bitfuse.ptx                     # a table: every operator, audit and compute capability
+    python -m bitfuse.ptx                     # a table: every operator, kernel and compute capability
     python -m bitfuse.ptx --json --mutants    # the same for a program, with the mutants only a compiler makes wrong
 
 A kernel is exact when it executes the roundings that its source spells, and no others; Triton, LLVM and ptxas
@@ -48,7 +48,7 @@ from bitfuse.core.operator import OPERATORS, Operator
 CAPABILITIES = (80, 90, 100, 120)
 """One of each family that Triton compiles differently: A100, H100, B200, RTX 5090."""
 
-TOKENS = 64  # audits run on this many tokens: the count is not part of what is compiled
+TOKENS = 64  # of the calls that are compiled for: their number is not part of what is compiled
 
 
 def compile_for(plan: Plan, args: tuple[Any, ...], capability: int) -> Any:
@@ -260,12 +260,12 @@ def _resources(cubin: bytes) -> tuple[int | None, int | None]:
     return used["REG"], used["STACK"] + used["LOCAL"]
 
 
-# -- every operator's audits ----------------------------------------------------------------------------------------
+# -- every operator's kernels, beside what is to be counted ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Audited:
-    """One audit on one capability: what was counted, and what was to be.
+class KernelCounts:
+    """One kernel on one capability: what was counted, and what the operator's evidence (its `Audit`) says is to be.
 
     `mutant` names a wrong kernel, None the operator's own. `programs` and `threads` are those of the whole
     launch, which has to make the `elements` of the first output; one thread makes `results` of them. `expected`,
@@ -296,62 +296,64 @@ class Audited:
         return self.expected == self.counted
 
 
-def audited(
+def kernel_counts(
     operators: Iterable[Operator], capabilities: Iterable[int] = CAPABILITIES, mutants: bool = False
-) -> Iterator[Audited]:
-    """Compile and count every audit of these operators; with `mutants`, also those only a compiler makes wrong."""
+) -> Iterator[KernelCounts]:
+    """Compile and count every kernel that these operators' evidence has counts of; with `mutants`, also those that only
+    a compiler makes wrong."""
     capabilities = tuple(capabilities)
     for operator in operators:
-        for audit in operator.audits:
-            args = _arguments(operator, audit)
-            plans: dict[str | None, Plan | str] = {None: operator.tiers[audit.tier].plan(*args)}
+        for wanted in operator.audits:
+            args = _arguments(operator, wanted)
+            plans: dict[str | None, Plan | str] = {None: operator.tiers[wanted.tier].plan(*args)}
             if mutants:
-                wrong = [m for m in operator.mutants if m.compiled_only and m.tier == audit.tier]
+                wrong = [m for m in operator.mutants if m.compiled_only and m.tier == wanted.tier]
                 plans |= {m.name: m.plan(operator, *args) for m in wrong}
             for name, plan in plans.items():
                 if isinstance(plan, str):
-                    raise ValueError(f"{operator.name} audits {audit.case!r}, which that tier can't do: {plan}")
+                    raise ValueError(f"{operator.name} counts {wanted.case!r}, which that tier can't do: {plan}")
                 if "FUSED" in plan.constants:  # what CUDA builds of torch do from 2.11 on, whatever this CPU does
                     plan = replace(plan, constants={**plan.constants, "FUSED": True})
                 for capability in capabilities:
                     counts = count(compile_for(plan, args, capability))
-                    yield _audited(operator, audit, plan, args, name, capability, counts)
+                    yield _compared(operator, wanted, plan, args, name, capability, counts)
 
 
-def _audited(
-    operator: Operator, audit: Audit, plan: Plan, args: tuple[Any, ...], mutant: str | None, capability: int, c: Counts
-) -> Audited:
+def _compared(
+    operator: Operator, wanted: Audit, plan: Plan, args: tuple[Any, ...], mutant: str | None, capability: int, c: Counts
+) -> KernelCounts:
     elements = math.prod(plan.outputs[0].shape)
     output_bytes = sum(math.prod(out.shape) * out.dtype.itemsize for out in plan.outputs)
-    results = audit.results or elements * c.stored_bytes // output_bytes
+    results = wanted.results or elements * c.stored_bytes // output_bytes
     once = sum(results * a.numel() * a.itemsize for a in args if isinstance(a, Tensor)) // elements
-    expected = Counter({name: n * results // audit.per for name, n in audit.counts.items()}) + Counter(audit.per_thread)
-    return Audited(
+    expected: Counter[str] = Counter({name: n * results // wanted.per for name, n in wanted.counts.items()})
+    expected += Counter(wanted.per_thread)
+    return KernelCounts(
         operator.name,
-        audit.case,
-        operator.tiers[audit.tier].name,
+        wanted.case,
+        operator.tiers[wanted.tier].name,
         capability,
         mutant,
         programs=math.prod(plan.grid),
         threads=math.prod(plan.grid) * 32 * plan.num_warps,
         elements=elements,
         results=results,
-        loads=audit.loads or {16: once / 16},
-        stores=audit.stores or {16: c.stored_bytes / 16},
+        loads=wanted.loads or {16: once / 16},
+        stores=wanted.stores or {16: c.stored_bytes / 16},
         expected=dict(sorted(expected.items())),
-        also=audit.also,
+        also=wanted.also,
         counts=c,
     )
 
 
-def _arguments(operator: Operator, audit: Audit) -> tuple[Any, ...]:
-    case = next((c for c in operator.cases if c.name == audit.case), None)
+def _arguments(operator: Operator, wanted: Audit) -> tuple[Any, ...]:
+    case = next((c for c in operator.cases if c.name == wanted.case), None)
     if case is None:
-        raise ValueError(f"{operator.name} audits {audit.case!r}, which is none of its cases")
+        raise ValueError(f"{operator.name} counts {wanted.case!r}, which is none of its cases")
     return case.arguments("cpu", tokens=TOKENS)
 
 
-def _table(rows: Iterable[Audited]) -> Iterator[str]:
+def _table(rows: Iterable[KernelCounts]) -> Iterator[str]:
     last = None
     for row in rows:
         if (row.operator, row.case, row.tier, row.mutant) != last:
@@ -383,7 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
     if interpreting():
         parser.error("TRITON_INTERPRET=1 is set, so nothing would be compiled as it runs; unset it")
     operators = [OPERATORS[name] for name in given.operators or OPERATORS]
-    rows = audited(operators, given.capability or CAPABILITIES, given.mutants)
+    rows = kernel_counts(operators, given.capability or CAPABILITIES, given.mutants)
     if given.json:
         print(json.dumps([asdict(row) | {"counted": row.counted} for row in rows]))
     else:

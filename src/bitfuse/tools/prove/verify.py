@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 from torch import Tensor
 
 from bitfuse.core import proof
@@ -245,7 +245,7 @@ def generated(
 
 
 def _further(device: torch.device | str, deep: bool) -> set[str]:
-    return set(mutation.KINDS) - mutation.ADDRESSES if deep and torch.device(device).type == "cuda" else set()
+    return set(mutation.FURTHER) if deep and torch.device(device).type == "cuda" else set()
 
 
 def _kinds(operators: list[Operator], judged: list[tuple[mutation.Site, mutation.Judged]]) -> Iterator[Kind]:
@@ -296,50 +296,63 @@ def run(
     result = Result(device, asked, wanted, deep, [], [], [], [], host)
     if host is not None:
         seeded.of_host(host).need(torch.device(device))
+    run_on = list(chosen)
     with interpreter() if interpreted else contextlib.nullcontext(), _progress(console) as progress:
         if not interpreted:
             ahead.compile_ahead(chosen, deep, torch.device(device), progress)
-        seen: set[Any] = set()
-        task = progress.add_task("checking", total=sum(len(found) + 1 for found in chosen.values()))
-        for operator, found in chosen.items():
-            progress.update(task, description=operator.name)
-            for case in found:
-                result.checks.append(check(operator, case, device, tokens))
-                result.tiers.extend(tier_checks(operator, case, device, tokens, seen))
-                progress.advance(task)
-            result.tiers.extend(far_checks(operator, device))
-            result.controls.extend(control(operator, device))
-            progress.advance(task)
-        progress.remove_task(task)
-        sites = mutation.chosen(list(chosen), _further(device, deep))
-        task = progress.add_task("wrong kernels", total=sum(map(len, sites.values())))
-        judged = []
-        for operator, site, one in generated(list(chosen), device, deep):
-            judged.append((site, one))
-            if not one.equivalent:
-                result.controls.append(Control(operator.name, site.mutant.name, one.caught, one.found, site.kind))
-            progress.advance(task)
-        result.kinds.extend(_kinds(list(chosen), judged))
+        _check_cases(result, chosen, tokens, progress)
+        _check_wrong_kernels(result, run_on, progress)
         if deep:
-            progress.remove_task(task)
-            jobs = list(sweeps.jobs(list(chosen), torch.device(device)))
-            task = progress.add_task("sweeping", total=sum(job.calls for job in jobs))
-            done = 0
-            for number, job in enumerate(jobs, start=1):
-                what = f"sweep {number} of {len(jobs)}: {job.sweep.operator or job.sweep.name}, {job.sweep.kind}"
-                progress.update(task, description=what)
-                for _ in job.go():
-                    progress.advance(task)
-                result.sweeps.append(job.sweep)
-                done += job.calls  # one that differs stops early
-                progress.update(task, completed=done)
+            _sweep(result, run_on, progress)
         if host is not None:
-            progress.remove_task(task)
             progress.add_task(f"a step of {host}'s transformer", total=None)
             result.transformers.extend(conformance.run(host, torch.device(device)))
-    result.batteries.extend(_batteries(list(chosen)))
+    result.batteries.extend(_batteries(run_on))
     _print(console, result)
     return result
+
+
+def _check_cases(result: Result, chosen: dict[Operator, list[Any]], tokens: int | None, progress: Progress) -> None:
+    """Each operator on its cases, by each tier, with far offsets; and its own mutants."""
+    seen: set[Any] = set()
+    task = progress.add_task("checking", total=sum(len(cases) + 1 for cases in chosen.values()))
+    for operator, cases in chosen.items():
+        progress.update(task, description=operator.name)
+        for case in cases:
+            result.checks.append(check(operator, case, result.device, tokens))
+            result.tiers.extend(tier_checks(operator, case, result.device, tokens, seen))
+            progress.advance(task)
+        result.tiers.extend(far_checks(operator, result.device))
+        result.controls.extend(control(operator, result.device))
+        progress.advance(task)
+    progress.remove_task(task)
+
+
+def _check_wrong_kernels(result: Result, operators: list[Operator], progress: Progress) -> None:
+    """The mutants that are made from the operators' sources."""
+    number = sum(map(len, mutation.chosen(operators, _further(result.device, result.deep)).values()))
+    judged: list[tuple[mutation.Site, mutation.Judged]] = []
+    made = generated(operators, result.device, result.deep)
+    for operator, site, one in progress.track(made, number, description="wrong kernels"):
+        judged.append((site, one))
+        if not one.equivalent:
+            result.controls.append(Control(operator.name, site.mutant.name, one.caught, one.found, site.kind))
+    result.kinds.extend(_kinds(operators, judged))
+
+
+def _sweep(result: Result, operators: list[Operator], progress: Progress) -> None:
+    jobs = list(sweeps.jobs(operators, torch.device(result.device)))
+    task = progress.add_task("sweeping", total=sum(job.calls for job in jobs))
+    done = 0
+    for number, job in enumerate(jobs, start=1):
+        what = f"sweep {number} of {len(jobs)}: {job.sweep.operator or job.sweep.name}, {job.sweep.kind}"
+        progress.update(task, description=what)
+        for _ in job.go():
+            progress.advance(task)
+        result.sweeps.append(job.sweep)
+        done += job.calls  # one that differs stops early
+        progress.update(task, completed=done)
+    progress.remove_task(task)
 
 
 def _batteries(chosen: list[Operator]) -> Iterator[Batteries]:
@@ -367,24 +380,22 @@ def _print(console: Console, result: Result) -> None:
         console.print(
             f"No GPU in use: kernels ran in Triton's interpreter, on at most {INTERPRETED_TOKENS} tokens a case."
         )
-    cases = list(dict.fromkeys(c.case for c in result.checks))
-    names = list(dict.fromkeys(c.operator for c in result.checks))
-    table = Table(Column("case", no_wrap=True), title="operator x case, kernel against PyTorch chain, every bit")
-    for name in names:
-        table.add_column(_broken(name), justify="center")
-    outcome = {(c.case, c.operator): c.outcome for c in result.checks}
-    for case in cases:
-        found = (outcome.get((case, name), "") for name in names)
-        table.add_row(cell(case), *(cell(o, _COLOURS.get(o, "")) for o in found))
+    table = Table(Column("operator", no_wrap=True), "cases\nequal", "kernels\nequal", "wrong\nkernels\ncaught")
+    table.title = "kernel against PyTorch chain, every bit"
+    for name in dict.fromkeys(c.operator for c in result.checks):
+        cases = [c.outcome for c in result.checks if c.operator == name]
+        kernels = [one.outcome for one in result.tiers if one.operator == name and one.outcome != "declined"]
+        wrong = ["equal" if c.caught else "differs" for c in result.controls if c.operator == name]
+        table.add_row(cell(name), _share(cases), _share(kernels), _share(wrong))
     console.print(table)
     for c in result.checks:
         if c.outcome != "equal":
             where = f"{c.operator}, {c.case} {list(c.shape)}: {c.reason}"
             say(console, cell(c.outcome, _COLOURS[c.outcome]), where)
     _print_tiers(console, result)
-    for wrong in result.controls:
-        if not wrong.caught:
-            what = f"{wrong.operator}: the battery let a wrong kernel pass: {wrong.mutant}"
+    for one in result.controls:
+        if not one.caught:
+            what = f"{one.operator}: the battery let a wrong kernel pass: {one.mutant}"
             say(console, cell("missed", "bold red"), what)
     if result.kinds:
         _print_kinds(console, result)
@@ -401,6 +412,12 @@ def _print(console: Console, result: Result) -> None:
         f"{equal} of {len(result.checks)} checks fused and equal in every bit ({elements:,} elements); "
         f"{caught} of {len(result.controls)} wrong kernels caught"
     )
+
+
+def _share(outcomes: list[str]) -> Text:
+    """How many of them are equal, in the colour of the worst."""
+    worst = next((one for one in ("differs", "declined") if one in outcomes), "equal")
+    return cell(f"{outcomes.count('equal')} of {len(outcomes)}", _COLOURS[worst])
 
 
 def _print_tiers(console: Console, result: Result) -> None:
@@ -425,8 +442,8 @@ def _print_tiers(console: Console, result: Result) -> None:
 
 
 def _print_kinds(console: Console, result: Result) -> None:
-    right = {"justify": "right"}
-    table = Table("kind", *(Column(name, **right) for name in ("generated", "tried", "caught", "equivalent")))  # type: ignore[arg-type]
+    counts = (Column(name, justify="right") for name in ("generated", "tried", "caught", "equivalent"))
+    table = Table("kind", *counts)
     table.title = "wrong kernels made from the sources"
     for kind in result.kinds:
         equivalent = sum(n for _, n in kind.equivalent)
@@ -435,12 +452,12 @@ def _print_kinds(console: Console, result: Result) -> None:
 
 
 def _print_sweeps(console: Console, result: Result) -> None:
-    table = Table("sweep", "operator", Column("tried", justify="right"), Column("", justify="right"), "outcome")
+    table = Table(Column("sweep, operator", overflow="fold"), Column("tried", justify="right"), "outcome")
     table.title = "sweeps, kernel against PyTorch chain, every bit"
     for s in result.sweeps:
-        what = f"{s.kind}: {s.name}"
-        share = "all" if s.done == s.of else f"of {s.of:,}"
-        table.add_row(cell(what), cell(s.operator or ""), f"{s.done:,}", share, cell(s.outcome, _COLOURS[s.outcome]))
+        what = Text("\n").join(cell(part) for part in (f"{s.kind}: {s.name}", s.operator) if part)
+        share = "all of them" if s.done == s.of else f"of {s.of:,}"
+        table.add_row(what, f"{s.done:,}\n{share}", cell(s.outcome, _COLOURS[s.outcome]))
     console.print(table)
     for s in result.sweeps:
         if s.reason:
@@ -454,11 +471,6 @@ def _print_sweeps(console: Console, result: Result) -> None:
     elements, seconds = (sum(getattr(s, what) for s in result.sweeps) for what in ("elements", "seconds"))
     equal = sum(s.outcome == "equal" for s in result.sweeps)
     console.print(f"{equal} of {len(result.sweeps)} sweeps equal in every bit ({elements:,} elements, {seconds:.0f} s)")
-
-
-def _broken(name: str) -> str:
-    """An operator's name on lines of a dozen characters or so, broken at its underscores."""
-    return textwrap.fill(name.replace("_", " "), 12, break_long_words=False).replace(" ", "_")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -27,16 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfuse.tools import packages
+from bitfuse.tools.packages import CannotRun as CannotRun
+
 VERSIONS = ("2.0", "2.3", "2.5")
 HOSTS = {"diffusers": "diffusers", "ltx-core": "ltx_core", "sglang": "sglang"}
 """By name the module that is imported, which is there where the host is installed."""
 
 FPS = 24.0
 _MARGIN = 6 << 30  # bytes left free for activations: at 6144 tokens the feed-forward and the text bias take 1 to 2 GiB
-
-
-class CannotRun(Exception):
-    """Why nothing can be shown here, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def _bytes(module: torch.nn.Module) -> int:
 
 def installed() -> list[str]:
     """Those of `HOSTS` that are; none is imported."""
-    return [host for host, module in HOSTS.items() if importlib.util.find_spec(module) is not None]
+    return [host for host, module in HOSTS.items() if packages.installed(module)]
 
 
 def of_host(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,21 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfuse.tools.seeded import FPS, CannotRun, Geometry, Schedule, first_frame
+from bitfuse.tools import packages
+from bitfuse.tools.packages import CannotRun
+from bitfuse.tools.seeded import FPS, Geometry, Schedule, first_frame
 
 LATENTS = torch.float32  # bf16 into the transformer, fp32 between steps
 FIRST = 1000.0
-_INSTALL = "pip install 'bitfuse[demo]'"
 
 
 def need(device: torch.device) -> None:
-    if importlib.util.find_spec("diffusers") is None:
-        raise CannotRun(f"This needs diffusers, which is not installed: {_INSTALL}")
-    try:
+    packages.need("diffusers")
+    wrong = (ImportError, RuntimeError)  # RuntimeError: diffusers' lazy imports wrap what went wrong
+    with packages.importing("This needs diffusers 0.37 or newer, with LTX-2", errors=wrong):
         from diffusers import LTX2VideoTransformer3DModel  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # RuntimeError: diffusers' lazy imports wrap what went wrong
-        said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise CannotRun(f"This needs diffusers 0.37 or newer, with LTX-2 ({said}): {_INSTALL}") from None
 
 
 def config(geometry: Geometry) -> dict[str, Any]:

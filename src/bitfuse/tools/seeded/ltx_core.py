@@ -5,7 +5,6 @@ Timesteps are per token in text to video too, latents are bf16 between steps, an
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
@@ -14,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfuse.tools.seeded import FPS, CannotRun, Geometry, Schedule
+from bitfuse.tools import packages
+from bitfuse.tools.packages import CannotRun
+from bitfuse.tools.seeded import FPS, Geometry, Schedule
 
 LATENTS = torch.bfloat16
 FIRST = 1.0
@@ -22,12 +23,9 @@ _INSTALL = "pip install ltx-core, or PYTHONPATH=LTX-2/packages/ltx-core/src of a
 
 
 def need(device: torch.device) -> None:
-    if importlib.util.find_spec("ltx_core") is None:
-        raise CannotRun(f"--host ltx-core needs ltx-core, which is not installed: {_INSTALL}")
-    try:
+    packages.need("ltx_core", "--host ltx-core", name="ltx-core", install=_INSTALL)
+    with packages.importing("--host ltx-core: ltx-core does not import here", _INSTALL):
         import ltx_core.model.transformer.model  # noqa: F401
-    except ImportError as error:
-        raise CannotRun(f"--host ltx-core: ltx-core does not import here ({error}): {_INSTALL}") from None
 
 
 def on_meta(geometry: Geometry) -> Any:
@@ -95,12 +93,11 @@ def velocity_of(model: Any, inputs: dict[str, Any]) -> Callable[[Tensor, Tensor,
 
 
 def schedule(geometry: Geometry, device: torch.device) -> Schedule:
-    try:
+    # scipy is missing where ltx-core was installed without what it needs
+    with packages.importing("ltx-core's scheduler does not import here", "pip install scipy"):
         from ltx_core.components.diffusion_steps import EulerDiffusionStep
         from ltx_core.components.schedulers import LTX2Scheduler
         from ltx_core.utils import to_denoised
-    except ImportError as error:  # of scipy, where ltx-core was installed without what it needs
-        raise CannotRun(f"ltx-core's scheduler does not import here ({error}): pip install scipy") from None
 
     sigmas = LTX2Scheduler().execute(steps=geometry.steps).to(device)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 import re
@@ -22,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfuse.tools.seeded import FPS, CannotRun, Geometry, Schedule
+from bitfuse.tools import packages
+from bitfuse.tools.packages import CannotRun
+from bitfuse.tools.seeded import FPS, Geometry, Schedule
 from bitfuse.tools.seeded.diffusers import flow_match, text_and_coordinates
 
 LATENTS = torch.float32  # bf16 into the transformer, fp32 between steps
@@ -43,13 +44,10 @@ def ranks() -> int:
 
 
 def need(device: torch.device) -> None:
-    if importlib.util.find_spec("sglang") is None:
-        raise CannotRun(f"--host sglang needs SGLang, which is not installed: {_INSTALL}")
-    try:
+    packages.need("sglang", "--host sglang", name="SGLang", install=_INSTALL)
+    with packages.importing("--host sglang: SGLang's LTX-2 does not import here", _INSTALL):
         _set_up()
         from sglang.multimodal_gen.runtime.platforms import current_platform
-    except ImportError as error:
-        raise CannotRun(f"--host sglang: SGLang's LTX-2 does not import here ({error}): {_INSTALL}") from None
     if device.type not in (current_platform.device_type, "meta"):
         takes = f"SGLang takes this machine for one of device {current_platform.device_type}"
         raise CannotRun(f"--host sglang: {takes}, so its transformer can't run on {device.type}.")
