@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import bitfuse
+from bitfuse.hosts.registry import HOSTS
 from bitfuse.tools import files, page, text
 from bitfuse.tools.machine import machine
 from bitfuse.tools.prove import sweeps as deep
@@ -28,7 +29,6 @@ from bitfuse.tools.seeded import CannotRun
 FORMAT, VERSION = "bitfuse proof", 1
 _PACKAGE = Path(bitfuse.__file__).parent
 _SOURCES = ("core", "ops", "tools/prove")  # what decides what is computed, and how it is judged
-_HOSTS = ("diffusers", "ltx-core", "sglang", "comfyui")
 _JUDGED = ("checks", "sweeps", "transformers")  # what has an outcome
 
 
@@ -66,8 +66,8 @@ def make(result: Result) -> dict[str, Any]:
 
 def hosts() -> dict[str, str | None]:
     """Versions of the frameworks that bitfuse accelerates, None for those that are not installed."""
-    found: dict[str, str | None] = dict.fromkeys(_HOSTS)
-    for package in _HOSTS:
+    found: dict[str, str | None] = dict.fromkeys((*HOSTS, "comfyui"))
+    for package in found:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

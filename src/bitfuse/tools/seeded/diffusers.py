@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfuse.hosts.registry import HOSTS
 from bitfuse.tools.seeded import FPS, CannotRun, Geometry, Schedule, first_frame
 
 LATENTS = torch.float32  # bf16 into the transformer, fp32 between steps
 FIRST = 1000.0
-_INSTALL = "pip install 'bitfuse[demo]'"
+_INSTALL = HOSTS["diffusers"].install
 
 
 def need(device: torch.device) -> None:

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfuse.hosts.registry import HOSTS
 from bitfuse.tools.seeded import FPS, CannotRun, Geometry, Schedule
 from bitfuse.tools.seeded.diffusers import flow_match, text_and_coordinates
 
 LATENTS = torch.float32  # bf16 into the transformer, fp32 between steps
 FIRST = 1000.0
-_INSTALL = "pip install 'sglang[diffusion]'"
+_INSTALL = HOSTS["sglang"].install
 
 
 def ranks() -> int:
