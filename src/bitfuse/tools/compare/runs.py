@@ -7,7 +7,6 @@ for people and as plain values for the JSON.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor
 
 import bitfuse
 from bitfuse.core.kernel import interpreting
+from bitfuse.hosts.registry import HOSTS
 from bitfuse.tools.seeded import CannotRun, Denoising
 
 STREAMS = ("video", "audio")
@@ -51,7 +51,7 @@ def need_packages(*more: str) -> None:
 
 def named(host: str) -> str:
     """A host and its version, as in the reports: "diffusers 0.42.1". Only where it is installed."""
-    return importlib.import_module(f"bitfuse.hosts.{host.replace('-', '_')}").NAME
+    return HOSTS[host].load().NAME
 
 
 def pick_device(asked: str | None) -> torch.device:
