@@ -168,18 +168,6 @@ def compared(operator: Operator, what: str, args: tuple[Any, ...]) -> Found:
     return Found("differs" if verdict.final else "declined", reason, route.tier, 0)
 
 
-@functools.cache
-def _plan(operator: Operator) -> Plan | None:
-    """How its first tier launches its kernel, on its first case; None where it can't."""
-    plan = operator.tiers[0].plan(*operator.cases[0].arguments("cpu", tokens=1))
-    return plan if isinstance(plan, Plan) else None
-
-
-def _calls(plan: Plan, function: Any) -> bool:
-    """Whether the kernel, or a helper of it, calls this function of `numerics`."""
-    return any(kernel is function for kernel in plan.kernel._tree())
-
-
 def _patterns(dtype: torch.dtype, n: int, device: torch.device, seed: int) -> Tensor:
     """[n] values of a dtype of 16 or 32 bits: of 16 bits all, if n says so; else the special ones and seeded others."""
     if dtype.itemsize == 2 and n >= _VALUES:
@@ -451,7 +439,6 @@ def _primitive_kernel(x_ptr, out_ptr, n, PRIMITIVE: tl.constexpr, DIVISOR: tl.co
 class Primitive:
     """A primitive of `numerics`, and the ATen op that it must equal.
 
-    uses         whether a kernel so launched uses it
     needs_gpu    why a CPU can't show it, where that is so
     """
 
