@@ -24,7 +24,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "numerics": ("core.numerics",),
     "reduction": ("core.reduction",),
     "values": ("core.values",),
-    "originals": ("core.originals",),
+    "originals": ("core.originals", "hosts.source"),
     "graphs": ("run.graphs",),
     "audit": ("run.audit",),
     "swap": ("run.swap",),

@@ -117,6 +117,8 @@ def _run(
     blocks: int,
 ) -> tuple[str | None, tuple[Tensor, ...]]:
     """(what was reached for that is not there, the outputs' window)"""
+    from bitfuse.tools.prove.planted import run_planted
+
     pointers: list[Any] = []
 
     def plant(shape: tuple[int, ...], strides: tuple[int, ...], t: Tensor) -> Any:
@@ -138,8 +140,12 @@ def _run(
     programs = [
         (x, plan.grid[1] - 1, z) for x in range(plan.grid[0] - blocks, plan.grid[0]) for z in range(plan.grid[2])
     ]
-    fault = plan.kernel.interpreted.run_planted(
-        [p and p[0] for p in pointers], (*plan.scalars, *plan.constants.values()), plan.grid, programs
+    fault = run_planted(
+        plan.kernel.interpreted,
+        [p and p[0] for p in pointers],
+        (*plan.scalars, *plan.constants.values()),
+        plan.grid,
+        programs,
     )
     return fault, tuple(_window(p, t) for p, t in zip(written, expected, strict=True))
 
@@ -148,7 +154,7 @@ def _plant(name: str, base: int, shape: tuple[int, ...], strides: tuple[int, ...
     """(the planted tensor, which of its values each element of the window is)"""
     import numpy as np
 
-    from bitfuse.core.interpreter import Planted
+    from bitfuse.tools.prove.planted import Planted
 
     offsets = np.zeros((1,) * t.ndim, dtype=np.int64)
     for dim, (n, stride) in enumerate(zip(shape, strides, strict=True)):
