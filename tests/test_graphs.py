@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import importlib
 import inspect
 import pickle
 import threading
@@ -345,6 +346,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize("context", SETTINGS.values(), ids=SETTINGS)
 def test_settings_that_choose_kernels_are_in_the_key(toy, replay, context):
+    # The first `use_deterministic_algorithms` of a process imports it, and with it functions change that a graph holds
+    importlib.import_module("torch._inductor.config")
     toy.requires_grad_(False)
     torch.set_float32_matmul_precision("highest")  # the default, but said: reads "ieee", as it will afterwards
     captured(replay, x_of(0))
