@@ -12,10 +12,18 @@ from torch import Tensor
 
 from bitfuse import OPERATORS, Operator
 from bitfuse.core import proof
-from bitfuse.ops.rotary_common import RotaryCase
+from bitfuse.ops.rope_evidence import RotaryCase
 
-# What all operators share (routes, registration) is tested on one of each file: the first.
-ONE_OF_EACH_FILE = list({o.reference.__module__: o for o in reversed(OPERATORS.values())}.values())[::-1]
+
+def _kind_of(operator: Operator) -> tuple[Any, ...]:
+    """What tells apart the operators of a file: the function that plans a launch (those of `rope.py` plan two kernels),
+    how many tiers there are, and whether a residual is added."""
+    plan = operator.tiers[0].plan
+    return getattr(plan, "func", plan), len(operator.tiers), "residual" in operator.evidence.steps
+
+
+# What all operators share (routes, registration) is tested on one of each kind: the first.
+ONE_OF_EACH_FILE = list({_kind_of(o): o for o in reversed(OPERATORS.values())}.values())[::-1]
 
 ROTARY = [o for o in OPERATORS.values() if isinstance(o.cases[0], RotaryCase)]
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bitfuse.core.launch import Plan
-from bitfuse.ops.split_rotary import SPLIT_FP32
+from bitfuse.ops.rope import SPLIT_FP32
 from bitfuse.tools.prove import ahead, far, mutation
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ import os, sys, torch
 from pathlib import Path
 from rich.progress import Progress
 from bitfuse.tools.prove import ahead, ptx
-from bitfuse.ops.split_rotary import SPLIT_FP32
+from bitfuse.ops.rope import SPLIT_FP32
 
 cache = Path(os.environ["TRITON_CACHE_DIR"])
 few = {SPLIT_FP32: [case for case in SPLIT_FP32.cases if case.name in ("one token", "misaligned")]}

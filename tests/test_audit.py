@@ -23,7 +23,7 @@ from bitfuse.core import proof
 from bitfuse.core.bits import BITS, bits_mismatch
 from bitfuse.core.operator import Tier
 from bitfuse.hosts.site import Options, Site
-from bitfuse.run import graphs
+from bitfuse.run import twin
 from bitfuse.run.audit import Auditor, Comparison
 from bitfuse.run.graphs import GraphedForward
 from common import ONE_OF_EACH_FILE, small, small_cases
@@ -344,7 +344,7 @@ def test_which_of_several_outputs_differs_is_said(taken_as_proved, monkeypatch):
 
 
 def test_graphs_that_hold_the_kernel_are_not_replayed(wrong, monkeypatch):
-    monkeypatch.setattr(graphs, "_ALIGNED", 64)  # of every new CPU tensor
+    monkeypatch.setattr(twin, "ALIGNED", 64)  # of every new CPU tensor
     torch.manual_seed(0)
     toy = Toy().eval()
     with torch.no_grad():

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import bitfuse
 import sglang_host
 from bitfuse.cli import app
-from bitfuse.ops.split_rotary import SPLIT_FP32
+from bitfuse.ops.rope import SPLIT_FP32
 from bitfuse.run.graphs import Counts
 from bitfuse.tools import seeded
 from bitfuse.tools.bench import bench, measure

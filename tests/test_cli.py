@@ -349,7 +349,7 @@ def test_an_output_is_never_another_file_of_the_same_call(tmp_path, monkeypatch,
     assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("at", [(doctor, "examine"), (os, "write"), (os, "replace")], ids=lambda at: at[1])
+@pytest.mark.parametrize("at", [(doctor, "examine"), (cli.files, "open"), (os, "replace")], ids=lambda at: at[1])
 @pytest.mark.parametrize(
     ("error", "exit_code"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left"), 2)], ids=str
 )
@@ -359,7 +359,7 @@ def test_what_stops_a_command_leaves_the_earlier_result(at, error, exit_code, tm
 
     (tmp_path / "doctor.json").write_text("earlier")
     monkeypatch.setattr(doctor, "examine", lambda device: iter(()))
-    monkeypatch.setattr(*at, fail)
+    monkeypatch.setattr(*at, fail, raising=False)
     code, _, err = call("doctor", "--json", "doctor.json", monkeypatch=monkeypatch, capfd=capfd)
     assert (code, len(err.splitlines())) == (exit_code, 1)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"doctor.json": "earlier"}

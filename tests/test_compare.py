@@ -28,6 +28,7 @@ import tiny
 from bitfuse.cli import app
 from bitfuse.hosts.site import Site
 from bitfuse.ops.head_gate import HEAD_GATE
+from bitfuse.tools import files
 from bitfuse.tools.compare import comparison
 from bitfuse.tools.compare import films as comparison_page
 from bitfuse.tools.compare import request as comparison_request
@@ -125,7 +126,7 @@ def test_what_is_written(good):
     assert {"stock.wav", "bitfuse.wav"} < set(document["files"])
     assert len(document["files"]) == 4
     for name, digest in document["files"].items():
-        assert comparison_page.hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
+        assert files.sha256(out / name) == digest
         assert name.split(".")[0] in ("stock", "bitfuse")
     films = [document["files"][name] for name in document["files"] if not name.endswith(".wav")]
     assert len(films) == 2
@@ -536,7 +537,7 @@ def _earlier(out):
     out.mkdir()
     for name in comparison.NAMES:
         (out / name).write_text(f"mine: {name}")
-    digest = comparison_page.hashlib.sha256((out / "stock.mp4").read_bytes()).hexdigest()
+    digest = files.sha256(out / "stock.mp4")
     earlier = {"exit_code": 0, "verdict": "Bit-identical", "files": {"stock.mp4": digest, "bitfuse.mp4": "0" * 64}}
     (out / "compare.json").write_text(json.dumps(earlier))
     (out / "compare.html").write_text("<title>bitfuse compare: bit-identical</title>")
@@ -580,7 +581,7 @@ def test_films_are_not_written_over_somebody_elses(two_runs, tmp_path):
 
 @pytest.mark.parametrize("name", comparison.NAMES[:2])
 def test_a_folder_with_somebody_elses_result_is_refused(name, compare, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison, "_load", lambda name: pytest.fail("it went on"))
+    monkeypatch.setattr(comparison.subjects, "_load", lambda name: pytest.fail("it went on"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text('{"exit_code": "mine"}')
     _refused(*compare(), f"holds a {name} that bitfuse did not write; accepted: a folder without one")
@@ -592,7 +593,7 @@ def test_ctrl_c_in_the_last_moment_leaves_the_earlier_result(compare, tmp_path, 
         raise KeyboardInterrupt
 
     before = _earlier(tmp_path / "out")
-    monkeypatch.setattr(comparison_page, "render", interrupt)
+    monkeypatch.setattr(comparison.page, "fill", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compare(random_weights="ltx-2.3", layers=1, steps=2, size="64x32", frames=9)
     assert _contents(tmp_path / "out") == before
@@ -672,7 +673,7 @@ def test_no_codec_at_all_costs_the_film_only(two_runs, tmp_path, monkeypatch):
 
 def test_a_latent_that_is_not_a_number_in_both_runs_is_no_difference_in_the_picture():
     nan = torch.tensor([float("nan"), 1.0, 0.0])
-    assert comparison_page.page.differing(nan, torch.tensor([float("nan"), 1.0, -0.0])).tolist() == [False, False, True]
+    assert comparison_page.differing(nan, torch.tensor([float("nan"), 1.0, -0.0])).tolist() == [False, False, True]
 
 
 # -- on a GPU -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -279,6 +279,44 @@ def test_a_signature_says_what_the_bits_may_depend_on(device):
     signatures.append(replace(plan, outputs=(out, rest._replace(dtype=BF16))).signature((x, weight)))
     assert len(set(signatures)) == len(signatures)
     assert single(x).signature((x,)) == single(x, None, 1e-6).signature((x, None, 1e-6))
+
+
+@kernel
+def _many_pointers_kernel(a_ptr, b_ptr, c_ptr, sum_ptr, out_ptr, first, N: tl.constexpr):
+    lane = tl.arange(0, N)
+    a = tl.load(a_ptr + lane) + first
+    if b_ptr is not None:
+        a += tl.load(b_ptr + lane)
+    if c_ptr is not None:
+        a -= tl.load(c_ptr + lane)
+    if sum_ptr is not None:
+        tl.store(sum_ptr + lane, a)
+    tl.store(out_ptr + lane, a * 2.0)
+
+
+def test_a_plan_may_name_the_pointers_that_tensors_go_to(device):
+    """A kernel that serves calls of several kinds: what is not named is None, and what is given to None is not read."""
+    x, y = torch.arange(16.0, device=device), torch.full((16,), 3.0, device=device)
+    out = (Out((16,), (1,), FP32),)
+    doubled = lambda *args: (args[0] * 2,)  # noqa: E731
+    shared: dict[str, Any] = {"scalars": (0.0,), "constants": {"N": 16}, "num_warps": 1, "outputs": out}
+
+    def launched(plan: Plan, *args: Any) -> Tensor:
+        outs = plan.empty(device)
+        plan.bind(args, outs)(*args, *outs)
+        return outs[-1]
+
+    subtracted = Plan(_many_pointers_kernel, (1, 1, 1), slots=("a_ptr", "c_ptr", "out_ptr"), **shared)
+    assert compare(launched(subtracted, x, y), 2 * (x - y)) is None
+    assert compare(launched(subtracted, x, None), 2 * x) is None
+    assert compare(launched(subtracted, x), 2 * x) is None, "left out"
+    before: dict[str, Any] = {"before": doubled, "extras": (FP32,)}
+    added = replace(subtracted, slots=(None, "b_ptr", "a_ptr", "out_ptr"), **before)
+    assert compare(launched(added, x, y), 2 * (x * 2 + y)) is None
+    witnessed = replace(added, slots=(None, "b_ptr", "a_ptr", "sum_ptr", "out_ptr"), witnesses=out)
+    assert compare(launched(witnessed, x, y), 2 * (x * 2 + y)) is None
+    swapped = replace(subtracted, slots=("c_ptr", "a_ptr", "out_ptr"))
+    assert len({plan.signature((x, y)) for plan in (subtracted, swapped, added, witnessed)}) == 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import os
 import subprocess
 import sys
 
@@ -132,6 +134,42 @@ def test_an_error_of_the_moment_is_tried_again(error, where, device, short_batte
         assert not [verdict for verdict in proof.verdicts().values() if not verdict.equal]
     assert OPERATOR.route(*args).fused
     assert compare(OPERATOR.reference(*args), OPERATOR(*args)) is None
+
+
+@pytest.mark.parametrize("name", ["head_gate", "qk_rms_norm"])
+def test_evidence_that_cannot_be_loaded_just_now_is_tried_again(name, device, monkeypatch):
+    """It is a module of its own, which the first proof reads from the disk; one with a witness has it there, too."""
+    operator, import_module = OPERATORS[name], importlib.import_module
+    args = small(operator, device, 2)
+
+    def import_others(module: str, *package: str) -> object:
+        if module.endswith("_evidence"):
+            raise OSError(errno.EIO, "Input/output error")
+        return import_module(module, *package)
+
+    with monkeypatch.context() as moment:
+        moment.delitem(operator.__dict__, "evidence", raising=False)
+        moment.setattr(importlib, "import_module", import_others)
+        assert "Input/output error" in operator.route(*args).reason
+        assert compare(operator.reference(*args), operator(*args)) is None
+        assert proof.verdicts() == {}
+    assert operator.route(*args).fused
+
+
+def test_importing_the_operators_loads_no_evidence_and_a_proof_loads_its_own():
+    code = """
+import os, sys
+import bitfuse
+from bitfuse.ops.head_gate import HEAD_GATE
+import torch
+loaded = lambda: {name for name in sys.modules if name.startswith("bitfuse.") and name.endswith("_evidence")}
+before = loaded()
+assert HEAD_GATE.route(torch.ones(1, 2, 8).bfloat16(), torch.ones(1, 2, 2).bfloat16()).fused
+print(sorted(before), sorted(loaded()))
+"""
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout == "[] ['bitfuse.ops.head_gate_evidence']\n", done.stderr
 
 
 def test_the_cause_of_an_error_counts():

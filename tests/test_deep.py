@@ -11,13 +11,12 @@ import torch
 
 import bitfuse
 from bitfuse import OPERATORS
-from bitfuse.core import proof
+from bitfuse.core import evidence, proof
 from bitfuse.core.bits import compare
 from bitfuse.core.kernel import interpreting
 from bitfuse.core.operator import Tier
-from bitfuse.ops.gated_residual import GATED_RESIDUAL
-from bitfuse.ops.modulate import MODULATE
-from bitfuse.ops.split_rotary import SPLIT_FP32
+from bitfuse.ops.adaln import GATED_RESIDUAL, MODULATE
+from bitfuse.ops.rope import SPLIT_FP32
 from bitfuse.tools.prove import sweeps as deep
 from common import tensors_of
 
@@ -118,6 +117,20 @@ def test_every_step_has_an_operator_and_is_swept_once():
     keys = [(step.operator, step.name) for step in deep.STEPS]
     assert len(set(keys)) == len(keys)
     assert all(name in OPERATORS for step in deep.STEPS for name in (step.operator, *step.also))
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda o: o.name)
+def test_an_operator_has_the_steps_that_its_arguments_and_its_instructions_show(operator):
+    """By which the sweeps tell whose kernel holds a step: one that is missing would go unswept, and unseen."""
+    steps, names = set(operator.evidence.steps), set(deep.named(operator.reference, ()))
+    counted = set().union(*({*audit.counts, *audit.per_thread} for audit in operator.audits))
+    assert steps <= set(evidence.STEPS)
+    assert ("modulation" in steps, "residual" in steps) == ("scale" in names, "y" in names)
+    assert ("norm" in steps) == ("eps" in names)
+    assert ("rsqrt" in steps, "sigmoid" in steps) == ("rsqrt.approx.f32" in counted, "ex2.approx.ftz.f32" in counted)
+    # a mean's divisor is one number for all rows: counts of elements are converted for it
+    divides = "div.rn.f32" in counted and "cvt.rn.f32.s64" not in counted
+    assert ("quotient" in steps) == (divides and "sigmoid" not in steps)
 
 
 @pytest.mark.parametrize(

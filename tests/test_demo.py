@@ -125,6 +125,19 @@ def test_nothing_fused_is_a_failure(tmp_path):
     assert "bitfuse is off" in page
 
 
+def test_an_accelerated_run_that_fails_is_a_difference(tmp_path, monkeypatch):
+    def fail(*args):
+        raise ValueError("no such\nkernel")
+
+    monkeypatch.setattr(Site, "call", fail)
+    result, printed, page = run(tmp_path)
+    assert result.exit_code == 1
+    assert result.verdict == "The accelerated run failed where the stock run did not: ValueError: no such kernel"
+    assert result.verdict in printed
+    assert json.loads((tmp_path / "report.json").read_text()) == result.as_dict()
+    assert page is None
+
+
 def test_a_stock_run_that_does_not_repeat_itself_stops_the_demo(tmp_path, monkeypatch):
     draws, stock = iter(range(1000)), seeded.velocity_of
 
@@ -147,7 +160,7 @@ def test_an_earlier_report_stays_and_somebody_elses_is_not_replaced(tmp_path, mo
     monkeypatch.setattr(seeded, "velocity_of", lambda *_: lambda video, audio, t: (video / 0, audio))
     assert run(tmp_path)[0].exit_code == 2
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
-    monkeypatch.setattr(demo, "build", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(demo.comparison.subjects, "build", lambda *_: pytest.fail("it went on"))
     for name in demo.NAMES:
         (tmp_path / name).write_text("mine")
         result, _, _ = run(tmp_path)

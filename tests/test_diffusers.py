@@ -18,7 +18,7 @@ import bitfuse
 from bitfuse.core import proof
 from bitfuse.core.operator import Tier
 from bitfuse.ops.qk_norm import QK_SPLIT_FP32
-from bitfuse.ops.split_rotary import SPLIT_FP32
+from bitfuse.ops.rope import SPLIT_FP32
 from bitfuse.run.swap import ours_in, plain
 
 diffusers = pytest.importorskip("diffusers", minversion="0.37")

@@ -42,8 +42,16 @@ def test_what_ends_a_write_leaves_the_old_file_and_nothing_else(error, where, tm
     def fail(*args):
         raise error
 
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(data[:1])
+            raise error
+
     with monkeypatch.context() as patch:
-        patch.setattr(os, where, fail)
+        if where == "write":
+            patch.setattr(files, "open", Full, raising=False)
+        else:
+            patch.setattr(os, where, fail)
         with pytest.raises(type(error)) as raised:
             files.write(file, "new" * 1000)
     if isinstance(error, OSError):

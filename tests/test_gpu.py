@@ -11,7 +11,7 @@ import bitfuse
 from bitfuse.core import values
 from bitfuse.core.bits import as_tuple
 from bitfuse.core.inputs import poisoned
-from bitfuse.ops.rotary_common import RotaryCase
+from bitfuse.ops.rope_evidence import RotaryCase
 from common import ROTARY, tensors_of
 
 pytestmark = pytest.mark.gpu

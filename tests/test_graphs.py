@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import importlib
 import inspect
 import pickle
 import threading
@@ -24,14 +25,16 @@ import bitfuse
 from bitfuse.core.bits import compare
 from bitfuse.core.kernel import interpreter
 from bitfuse.hosts.site import Handle
-from bitfuse.run import graphs
-from bitfuse.run.graphs import GraphedForward, graph_forward
+from bitfuse.run import twin
+from bitfuse.run.graphs import GraphedForward, cuda, graph_forward, key
+from bitfuse.run.graphs import replay as replays
+from bitfuse.run.graphs.watch import Watch
 from bitfuse.run.memo import Constant, Prelude
 from bitfuse.tools import seeded
 
 
 class Stand:
-    """What `_Cuda` does, on CPU tensors: those of float64 count as the host's, all others as the device's.
+    """What `Cuda` does, on CPU tensors: those of float64 count as the host's, all others as the device's.
 
     A capture computes nothing, so its results are poisoned; a replay runs what was captured and fills them.
     """
@@ -67,7 +70,7 @@ class Stand:
         finally:
             self.in_capture = False
         for t in tensors_in(result):
-            graphs.flat(t).view(torch.uint8).fill_(0x7F)
+            twin.flat(t).view(torch.uint8).fill_(0x7F)
         self.captures += 1
         self.live += 1
         return (run, result), result
@@ -76,9 +79,9 @@ class Stand:
         assert self.in_turn
         run, result = graph
         for static, fresh in zip(tensors_in(result), tensors_in(run()), strict=True):
-            graphs.flat(static).copy_(graphs.flat(fresh))
+            twin.flat(static).copy_(twin.flat(fresh))
             if self.corrupt:
-                graphs.flat(static).view(torch.uint8)[0] ^= 1
+                twin.flat(static).view(torch.uint8)[0] ^= 1
         self.replays += 1
 
     def drop(self, graph):
@@ -110,7 +113,7 @@ class Toy(nn.Module):
         self.inner = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
         self.table = nn.Parameter(torch.randn(8))
         self.register_buffer("shift", torch.randn(8))
-        self.factor = 2.0
+        self.factor, self.zero, self.one = 2.0, 0.0, True
         self.calls = []  # what each run of the forward was handed
 
     def forward(self, x, scale=1.0, flag=None, extra=None, mask=None):
@@ -124,7 +127,7 @@ class Toy(nn.Module):
 @pytest.fixture(autouse=True)
 def cpu_alignment(request, monkeypatch):
     if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(graphs, "_ALIGNED", 64)  # of every new CPU tensor
+        monkeypatch.setattr(twin, "ALIGNED", 64)  # of every new CPU tensor
 
 
 @pytest.fixture(autouse=True)
@@ -331,7 +334,10 @@ SETTINGS = {
     ),
     "sdpa_kernel": lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     "deterministic": lambda: setting(
-        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
+        # not by torch.use_deterministic_algorithms, which imports torch._inductor: 13 s, and another torch.manual_seed
+        torch.are_deterministic_algorithms_enabled,
+        torch._C._set_deterministic_algorithms,
+        True,
     ),
     "cudnn benchmark": lambda: attribute(torch.backends.cudnn, "benchmark", True),
     "cudnn": lambda: attribute(torch.backends.cudnn, "enabled", False),
@@ -340,6 +346,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize("context", SETTINGS.values(), ids=SETTINGS)
 def test_settings_that_choose_kernels_are_in_the_key(toy, replay, context):
+    # The first `use_deterministic_algorithms` of a process imports it, and with it functions change that a graph holds
+    importlib.import_module("torch._inductor.config")
     toy.requires_grad_(False)
     torch.set_float32_matmul_precision("highest")  # the default, but said: reads "ieee", as it will afterwards
     captured(replay, x_of(0))
@@ -354,8 +362,8 @@ def test_settings_that_choose_kernels_are_in_the_key(toy, replay, context):
 def test_reading_the_settings_after_tf32_was_set_in_the_new_way():
     """From then on PyTorch's older getters raise."""
     with attribute(torch.backends.cuda.matmul, "fp32_precision", "tf32"):
-        new = graphs._settings()
-    assert new != graphs._settings()
+        new = key.settings()
+    assert new != key.settings()
 
 
 def test_settings_of_the_host_are_in_the_key(toy):
@@ -384,9 +392,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
 def test_twins_and_copies_have_the_form_alignment_and_bits_of_the_original(make):
     t = make()
-    twin, memory = graphs.stand_in(t)
-    memory.copy_(graphs.flat(t))
-    for other in (twin, graphs._copy(t)):
+    other_memory, memory = twin.stand_in(t)
+    memory.copy_(twin.flat(t))
+    for other in (other_memory, twin.copy(t)):
         assert (other.shape, other.stride(), other.dtype) == (t.shape, t.stride(), t.dtype)
         assert t.numel() == 0 or (other.data_ptr() - t.data_ptr()) % 64 == 0
         as_bytes = [v.contiguous().view(-1).view(torch.uint8) for v in (t, other)]
@@ -556,6 +564,8 @@ SURROUNDINGS = {
 
 @pytest.mark.parametrize("sentence", SURROUNDINGS)
 def test_surroundings_in_which_no_graph_is_used(replay, sentence):
+    with SURROUNDINGS[sentence]():
+        torch.ones(1) + 1  # a first dispatch mode imports torch._dynamo, which puts another torch.manual_seed in place
     captured(replay, x_of(0))
     with SURROUNDINGS[sentence]():
         assert sentence in reason_of(replay, x_of(0))
@@ -737,19 +747,19 @@ def test_what_pytorch_is_told_after_a_failed_capture(monkeypatch, fails_at):
     monkeypatch.setattr(torch.cuda, "graph", recorder)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", recorder.end, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", recorder.release, raising=False)
-    monkeypatch.setattr(graphs, "_failed", [])
+    monkeypatch.setattr(cuda, "_failed", [])
 
     def run():
         if fails_at != "instantiate":
             raise KeyboardInterrupt("the first error")
 
-    cuda = graphs._Cuda()
+    ours = cuda.Cuda()
     first = {"instantiate": "due to a previous error", "begin": "no capture may begin"}.get(fails_at, "the first error")
     with pytest.raises(BaseException, match=first):
-        cuda.capture(torch.device("cpu"), run)
+        ours.capture(torch.device("cpu"), run)
     assert recorder.log == AFTER_FAILURES[fails_at]
-    assert graphs._failed == [recorder]  # PyTorch's other allocator still asks it
-    assert (cuda._stream, cuda._pool, cuda._pools) == (None, None, {})
+    assert cuda._failed == [recorder]  # PyTorch's other allocator still asks it
+    assert (ours._stream, ours._pool, ours._pools) == (None, None, {})
     assert gc.isenabled()
 
 
@@ -817,7 +827,7 @@ def test_the_graph_unused_for_longest_goes_first(toy):
 
 
 def test_keys_without_a_graph_are_bounded_too(toy, replay, monkeypatch):
-    monkeypatch.setattr(graphs, "_KEYS_KEPT", 5)
+    monkeypatch.setattr(replays, "_KEYS_KEPT", 5)
     captured(replay, x_of(0))
     for flag in range(20):
         replay(x_of(0), flag=flag)
@@ -927,6 +937,22 @@ def drop_bias(toy):
     toy.inner[0].bias = None
 
 
+def change_sign_of_zero(toy):
+    toy.zero = -0.0
+
+
+def change_type_of_number(toy):
+    toy.one = 1
+
+
+def add_first_buffer(toy):
+    toy.inner[1].register_buffer("first", torch.ones(8))
+
+
+def add_first_child(toy):
+    toy.inner[1].add_module("first", nn.Tanh())
+
+
 CHANGES = {
     change_weight: "inner.0",
     change_weight_data: "inner.0",
@@ -938,6 +964,10 @@ CHANGES = {
     change_object: "the model",
     change_mode: "inner",
     drop_bias: "inner.0",
+    change_sign_of_zero: "the model",
+    change_type_of_number: "the model",
+    add_first_buffer: "the model",
+    add_first_child: "the model",
 }
 
 
@@ -982,7 +1012,7 @@ def test_a_forward_that_changes_its_own_model_is_not_captured(toy):
     assert replay.reasons["weights or hooks of the model changed since the last call"] == 3
     replay.reset()
     replay(x_of(0))
-    replay._watch = graphs._Watch(toy, replay, replay._cuda.holds)  # as if it had not, until the capture
+    replay._watch = Watch(toy, replay, replay._cuda.holds)  # as if it had not, until the capture
     replay(x_of(0))
     assert replay.reasons["the forward itself changed the model"] == 1
 
@@ -1167,12 +1197,15 @@ def test_the_model_is_freed_without_the_garbage_collector(toy):
     for _ in range(4):
         model(x_of(0))
     assert handle.graphs[0].replays == 2
-    gone = weakref.ref(model)
+    gone = [weakref.ref(model), weakref.ref(model[0])]
     gc.collect()
     gc.disable()
     try:
         del model
-        assert gone() is None  # and the handle, which may be kept globally, is still here
+        assert [reference() for reference in gone] == [
+            None,
+            None,
+        ]  # and the handle, which may be kept globally, is still here
     finally:
         gc.enable()
     handle.restore()
@@ -1186,7 +1219,7 @@ def test_the_registry_of_accelerated_models_does_not_keep_the_model():
     replay = graph_forward(model, handle)
     with model.cache_context("a name") if hasattr(model, "cache_context") else contextlib.nullcontext():
         pass  # which leaves a registry of hooks on the model that holds the model
-    replay._watch = graphs._Watch(model, replay, lambda t: True)
+    replay._watch = Watch(model, replay, lambda t: True)
     assert replay._watch.reason is None
     assert replay._watch.changed(model) is None
     gone = weakref.ref(model)
@@ -1388,7 +1421,7 @@ def test_watching_the_real_transformer_takes_less_than_a_walk_over_its_parameter
     """A millisecond or two. Measured against something else in the same run: CI's machine may be busy."""
     pytest.importorskip("diffusers", minversion="0.37")
     model = seeded._on_meta(seeded.REAL)
-    watch = graphs._Watch(model, None, lambda t: True)
+    watch = Watch(model, None, lambda t: True)
     assert watch.reason is None
     assert watch.changed(model) is None
 

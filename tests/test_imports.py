@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +13,15 @@ import pytest
 
 import bitfuse
 from bitfuse.core.kernel import EXACT
+from bitfuse.moved import MOVED
 
 PACKAGE = Path(bitfuse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 OPERATOR_FILES = sorted({Path(o.reference.__code__.co_filename) for o in bitfuse.OPERATORS.values()})
+
+until_evidence_is_lazy = pytest.mark.xfail(
+    strict=True, reason="rope, qk_norm and adaln still hold their cases and batteries, or share them in *_common.py"
+)
 
 
 def _here(path):
@@ -31,72 +36,116 @@ def _python(code):
 
 # -- a fresh process -----------------------------------------------------------------------------------------------
 
-LATER = [
-    "triton",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "rich",
-    "typer",
-    "matplotlib",
-    "jinja2",
-    "jsonschema",
-    "numpy.testing",
-]
+HEAVY = {
+    *("triton", "diffusers", "transformers", "accelerate", "rich", "typer", "matplotlib", "jinja2", "jsonschema"),
+    *("numpy.testing", "torch._dynamo"),
+}
+EVIDENCE = ("bitfuse.core.evidence", "bitfuse.core.values")
 
 
-def test_importing_bitfuse_imports_nothing_heavy():
-    code = f"""
-import json, sys, torch
-before = set(sys.modules)
+def _is_evidence(module):
+    return module.endswith("_evidence") or module in EVIDENCE
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """What a process has after `import torch, bitfuse` that it had not after `import torch`."""
+    return _imported()
+
+
+def _imported():
+    code = """
+import json, sys, time, torch
+before, start = set(sys.modules), time.process_time()
 import bitfuse
-new = set(sys.modules) - before
-print(json.dumps([sorted(n for n in {LATER} if n in new), torch.cuda.is_initialized(), "bitfuse.ops" in new]))
+seconds, new = time.process_time() - start, set(sys.modules) - before
+print(json.dumps({"seconds": seconds, "new": sorted(new), "cuda": torch.cuda.is_initialized()}))
 """
-    assert json.loads(_python(code)) == [[], False, True]
+    return json.loads(_python(code))
 
 
-def test_importing_bitfuse_asks_cuda_nothing():
+def test_importing_bitfuse_imports_nothing_heavy(fresh):
+    assert "bitfuse.ops" in fresh["new"]
+    assert HEAVY.intersection(fresh["new"]) == set()
+    assert not fresh["cuda"]
+
+
+def test_importing_bitfuse_imports_no_tool(fresh):
+    assert [name for name in fresh["new"] if name.startswith(("bitfuse.tools", "bitfuse.cli"))] == []
+
+
+@until_evidence_is_lazy
+def test_importing_bitfuse_imports_no_evidence(fresh):
+    assert [name for name in fresh["new"] if _is_evidence(name)] == []
+
+
+def test_importing_bitfuse_costs_at_most_half_a_second(fresh):
+    # of the processor's time: the wall clock would measure what else the machine is doing
+    assert fresh["seconds"] < 0.5 or min(_imported()["seconds"] for _ in range(3)) < 0.5
+
+
+def test_importing_bitfuse_asks_cuda_nothing_and_needs_only_torch():
     """A process that has only imported us must still be able to fork and then use CUDA."""
     code = """
-import torch
+import sys, torch
 def refuse(*args): raise SystemExit("CUDA was asked")
 for name in ("_cuda_getDeviceCount", "_cuda_init", "_cuda_isInBadFork"):
     if hasattr(torch._C, name):
         setattr(torch._C, name, refuse)
 torch.cuda.is_available = torch.cuda.device_count = torch.cuda.current_device = torch.cuda._lazy_init = refuse
+for missing in ("triton", "diffusers", "rich", "typer"):
+    sys.modules[missing] = None
 import bitfuse
 print("imported")
 """
     assert _python(code) == "imported\n"
 
 
-@pytest.mark.parametrize("missing", ["triton", "diffusers", "rich", "typer"])
-def test_importing_bitfuse_needs_only_torch(missing):
-    assert _python(f"import sys; sys.modules[{missing!r}] = None\nimport bitfuse; print('imported')") == "imported\n"
+def test_every_old_name_imports_says_so_and_is_the_new_module():
+    """All in one process, each with a warning that names where its things are now."""
+    code = f"""
+import importlib, json, warnings
+import bitfuse
+wrong = []
+for old, now in {MOVED!r}.items():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = importlib.import_module(f"bitfuse.{{old}}")
+    modules = [importlib.import_module(f"bitfuse.{{name}}") for name in now]
+    told = [str(w.message) for w in said if w.category is DeprecationWarning]
+    expected = f"bitfuse.{{old}} is now " + " and ".join(m.__name__ for m in modules)
+    same = found is modules[0] if len(modules) == 1 else all(
+        getattr(found, name) is value or any(name in vars(m) for m in modules)
+        for module in modules for name, value in vars(module).items() if not name.startswith("__")
+    )
+    if told.count(expected) != 1 or not same:
+        wrong.append([old, told, same])
+print(json.dumps(wrong))
+"""
+    assert len(MOVED) > 30
+    assert json.loads(_python(code)) == []
 
 
-def test_importing_bitfuse_costs_at_most_half_a_second():
-    # of the processor's time: the wall clock would measure what else the machine is doing
-    code = "import time, torch; t = time.process_time(); import bitfuse; print(time.process_time() - t)"
-    assert statistics.median(float(_python(code)) for _ in range(3)) < 0.5
+def test_an_unknown_name_is_not_answered():
+    assert importlib.util.find_spec("bitfuse.no_such_module") is None
+    assert importlib.util.find_spec("bitfuse.contract") is not None
 
 
 # -- which way imports run -----------------------------------------------------------------------------------------
 
-
-def _imports(path):
-    """Every module of bitfuse that a file imports, at whatever depth, for types or for good."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "bitfuse"}
-        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "bitfuse"):
-            assert not node.level, f"{path.name}: relative imports hide the direction"
-            for alias in node.names:
-                name = f"{node.module}.{alias.name}"
-                found.add(name if _is_module(name) else node.module)
-    return found
+# core <- ops <- run <- hosts <- the front door (bitfuse/__init__, moved) <- tools <- cli; each by what it may import
+MAY_IMPORT = {
+    "core": {"core"},
+    "ops": {"core", "ops"},
+    "run": {"core", "run"},
+    "hosts": {"core", "ops", "run", "hosts"},
+    "front door": {"core", "ops", "run", "hosts", "front door"},
+    "tools": {"core", "ops", "run", "hosts", "front door", "tools"},
+    "cli": {"core", "ops", "run", "hosts", "front door", "tools", "cli"},
+}
+ROOMS = {"bitfuse": "front door", "bitfuse.moved": "front door", "bitfuse.cli": "cli", "bitfuse.__main__": "cli"}
+# SGLang's workers call bitfuse as a user does: the plug-in is theirs
+BESIDE = {"hosts/sglang_plugin.py": {"bitfuse"}}
 
 
 def _is_module(name):
@@ -104,97 +153,161 @@ def _is_module(name):
     return path.with_suffix(".py").exists() or path.is_dir()
 
 
-THIN = {f"bitfuse.{name}" for name in ("contract", "kernel", "numerics", "originals", "reduction", "proof", "values")}
-FRONT = {
-    *("__init__.py", "demo.py", "cli.py", "bench.py", "comparison.py", "divergence.py", "doctor.py", "runs.py"),
-    "sites.py",
-}
-
-MAY_IMPORT = {
-    "kernel.py": {"bitfuse.interpreter"},
-    "interpreter.py": {"bitfuse.kernel"},
-    "values.py": set(),
-    "numerics.py": {"bitfuse.kernel"},
-    "reduction.py": {"bitfuse.kernel", "bitfuse.numerics"},
-    "proof.py": {"bitfuse.contract", "bitfuse.kernel"},  # the former for its types only
-    "bits.py": {"bitfuse.proof"},
-    "contract.py": {"bitfuse.proof", "bitfuse.kernel", "bitfuse.originals"},
-    "originals.py": set(),
-    "swap.py": set(),
-    "graphs.py": {"bitfuse.proof", "bitfuse.contract", "bitfuse.swap"},
-    "measure.py": {"bitfuse.proof", "bitfuse.contract"},
-    "audit.py": {"bitfuse.proof", "bitfuse.contract", "bitfuse.kernel"},
-    "hosts/patch.py": {"bitfuse.contract", "bitfuse.audit", "bitfuse.originals", "bitfuse.swap"},
-    "hosts/common.py": {
-        *("bitfuse.contract", "bitfuse.hosts.patch", "bitfuse.originals", "bitfuse.proof", "bitfuse.swap"),
-    },
-    "hosts/constant.py": {"bitfuse.contract", "bitfuse.graphs", "bitfuse.swap", "bitfuse.proof"},
-}
+def _name(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_thin_modules_import_only_thinner_ones():
-    beyond = {name: _imports(PACKAGE / name) - allowed for name, allowed in MAY_IMPORT.items()}
-    assert {name: found for name, found in beyond.items() if found} == {}
+def _room(module):
+    return ROOMS.get(module) or module.split(".")[1]
 
 
-def test_a_block_knows_only_operators_and_what_hosts_share():
-    for name in ("diffusers_block.py", "diffusers_connectors.py", "ltx_core_block.py"):
-        found = _imports(PACKAGE / "hosts" / name) - {"bitfuse.hosts.patch", "bitfuse.hosts.common", "bitfuse.swap"}
-        assert found, name
-        assert {n for n in found if not n.startswith("bitfuse.ops.") or n in SHARED} == set(), name
+def _of(node):
+    """The modules of bitfuse that an import statement names."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names if alias.name.split(".")[0] == "bitfuse"}
+    if not isinstance(node, ast.ImportFrom):
+        return set()
+    assert not node.level, "relative imports hide the direction"
+    if (node.module or "").split(".")[0] != "bitfuse":
+        return set()
+    names = {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name if _is_module(name) else node.module for name in names}
 
 
-def test_proof_knows_the_contract_by_its_types_only():
-    tree = ast.parse((PACKAGE / "proof.py").read_text())
-    runtime = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "bitfuse.contract"]
-    inner = [n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)]
-    assert runtime == []
-    assert not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in inner)
+def _imports(source):
+    """Every module of bitfuse that this source imports, at whatever depth, for types or for good."""
+    return set().union(*(_of(node) for node in ast.walk(ast.parse(source))))
 
 
-SHARED = {f"bitfuse.ops.{p.stem}" for p in (PACKAGE / "ops").glob("*.py") if p.stem.endswith(("_common", "_cases"))}
-REFERENCES = {o.reference.__code__.co_name: o for o in bitfuse.OPERATORS.values()}
+def _for_good(source):
+    """Those that are imported when the module itself is."""
+    found, statements = set(), list(ast.parse(source).body)
+    for node in statements:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            statements += node.orelse
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ClassDef)):
+            statements += [n for n in ast.walk(node) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        found |= _of(node)
+    return found
 
 
-def test_no_operator_imports_an_operator():
-    """Of another operator's file its reference at most, which is the PyTorch chain itself."""
-    for path in sorted((PACKAGE / "ops").glob("*.py")):
-        where = _here(path)
-        if path.name == "__init__.py":  # which imports them all, and nothing else
-            assert all(name.startswith("bitfuse.ops.") for name in _imports(path)), where
-            continue
-        others = _imports(path) - THIN - SHARED
-        if f"bitfuse.ops.{path.stem}" in SHARED:
-            assert others == set(), f"{where} is shared by operators, and so knows none of them"
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module in others:
-                for alias in node.names:
-                    home = Path(REFERENCES[alias.name].reference.__code__.co_filename)
-                    assert node.module == f"bitfuse.ops.{home.stem}", where
-                others.discard(node.module)
-        assert others == set(), where
+def _spelled(source):
+    """Modules that a string names, as `importlib.import_module("bitfuse.tools.doctor")` does."""
+    strings = {n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return {s for s in strings if s.startswith("bitfuse.") and not s.endswith(".") and _is_module(s)}
 
 
-def test_every_operator_file_is_imported_by_the_package():
-    assert {p.parent for p in OPERATOR_FILES} == {PACKAGE / "ops"}
-    assert {f"bitfuse.ops.{p.stem}" for p in OPERATOR_FILES} <= _imports(PACKAGE / "ops" / "__init__.py")
+def _trespasses(where, source):
+    """What a file imports or names that its room must not know."""
+    module = _name(PACKAGE / where)
+    front = _room(module) == "front door"  # which loads tools when they are asked for
+    names = _for_good(source) if front else _imports(source) | _spelled(source)
+    names -= BESIDE.get(where, set())
+    return {name for name in names if _room(name) not in MAY_IMPORT[_room(module)]}
 
 
-def test_nothing_but_the_front_door_imports_hosts():
-    behind = [path for path in FILES if path.parent.name != "hosts" and _here(path) not in FRONT]
-    found = {_here(path): [n for n in _imports(path) if n.startswith("bitfuse.hosts")] for path in behind}
-    assert len(found) > 20
+def test_imports_run_one_way():
+    found = {_here(path): _trespasses(_here(path), path.read_text()) for path in FILES}
+    assert {where: names for where, names in found.items() if names} == {}
+    assert {_room(_name(path)) for path in FILES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize(
+    ("where", "source", "trespass"),
+    [
+        ("core/bits.py", "from bitfuse.ops import head_gate", "bitfuse.ops.head_gate"),
+        ("core/bits.py", "def f():\n    import bitfuse.hosts.site", "bitfuse.hosts.site"),
+        ("ops/head_gate.py", "from bitfuse.run.audit import BitfuseWarning", "bitfuse.run.audit"),
+        ("run/audit.py", "from bitfuse.ops.head_gate import HEAD_GATE", "bitfuse.ops.head_gate"),
+        ("hosts/site.py", "import importlib\nimportlib.import_module('bitfuse.tools.doctor')", "bitfuse.tools.doctor"),
+        ("hosts/site.py", "import bitfuse", "bitfuse"),
+        ("__init__.py", "from bitfuse.tools.compare.trace import trace", "bitfuse.tools.compare.trace"),
+        ("__init__.py", "try:\n    import bitfuse.tools\nexcept ImportError:\n    pass", "bitfuse.tools"),
+        ("tools/doctor.py", "from bitfuse.cli import main", "bitfuse.cli"),
+        ("tools/compare/trace.py", "from bitfuse import cli", "bitfuse.cli"),
+    ],
+)
+def test_the_scan_above_finds_a_trespass(where, source, trespass):
+    assert _trespasses(where, source) == {trespass}
+
+
+def test_the_front_door_may_load_tools_later():
+    source = "if TYPE_CHECKING:\n    from bitfuse.tools.compare.trace import trace\ndef f():\n    import bitfuse.tools"
+    assert _trespasses("__init__.py", source) == set()
+    assert _trespasses("core/bits.py", source) == {"bitfuse.tools.compare.trace", "bitfuse.tools"}
+
+
+def _evidence_for_good(where, source):
+    if _is_evidence(_name(PACKAGE / where)) or where.startswith("tools/"):
+        return set()
+    return {name for name in _for_good(source) if _is_evidence(name)}
+
+
+@until_evidence_is_lazy
+def test_evidence_is_loaded_when_a_kernel_is_proved():
+    found = {_here(path): _evidence_for_good(_here(path), path.read_text()) for path in FILES}
     assert {where: names for where, names in found.items() if names} == {}
 
 
-def test_hosts_hold_no_numerics():
-    files = sorted((PACKAGE / "hosts").glob("*.py"))
-    assert len(files) > 8
-    for path in files:
-        allowed = {f"bitfuse.{name}" for name in ("contract", "proof", "graphs", "audit", "swap", "originals")}
-        allowed |= {"bitfuse"} if path.name == "sglang_plugin.py" else set()  # what SGLang's workers call as users do
-        found = {n for n in _imports(path) if not n.startswith(("bitfuse.ops.", "bitfuse.hosts"))}
-        assert found - allowed == set(), _here(path)
+def test_the_scan_above_finds_evidence():
+    source = "from bitfuse.core import values\nfrom bitfuse.core.evidence import Evidence"
+    assert _evidence_for_good("ops/head_gate.py", source) == set(EVIDENCE)
+    assert _evidence_for_good("tools/doctor.py", source) == set()
+    later = "if TYPE_CHECKING:\n    from bitfuse.core import values\ndef f():\n    import bitfuse.core.evidence"
+    assert _evidence_for_good("ops/head_gate.py", later) == set()
+
+
+REFERENCES = {o.reference.__name__ for o in bitfuse.OPERATORS.values()}
+
+
+def _of_other_operators(where, source):
+    """What an operator's file takes of another's, except references and helpers that turn values."""
+    own, found = _name(PACKAGE / where), set()
+    for node in ast.walk(ast.parse(source)):
+        for module in _of(node):
+            if _room(module) != "ops" or module in (own, own.removesuffix("_evidence")):
+                continue
+            if _is_evidence(own) and _is_evidence(module):
+                continue
+            names = {alias.name for alias in node.names if f"{node.module}.{alias.name}" != module}
+            whole = {n.attr for n in ast.walk(ast.parse(source)) if _is_attribute_of(n, module.split(".")[-1])}
+            names = names or whole
+            may = {n for n in names if n in REFERENCES or n.startswith("turn_") or n in ("Chain", "CHAINS")}
+            found |= {f"{module}.{name}" for name in names - may}
+    return found
+
+
+def _is_attribute_of(node, module):
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == module
+
+
+@until_evidence_is_lazy
+def test_of_another_operator_only_its_reference_is_taken():
+    """Which is the PyTorch chain itself: so each file can be read alone."""
+    paths = [path for path in (PACKAGE / "ops").glob("*.py") if path.name != "__init__.py"]
+    found = {_here(path): _of_other_operators(_here(path), path.read_text()) for path in paths}
+    assert {where: names for where, names in found.items() if names} == {}
+
+
+def test_the_scan_above_finds_what_is_taken():
+    source = "from bitfuse.ops import rope\nfrom bitfuse.ops.modulate import modulate, _plan\nrope.tile()"
+    found = _of_other_operators("ops/head_gate.py", source)
+    assert "bitfuse.ops.modulate._plan" in found
+    assert "bitfuse.ops.modulate.modulate" not in found
+
+
+def test_the_package_imports_every_operator_file():
+    assert {p.parent for p in OPERATOR_FILES} == {PACKAGE / "ops"}
+    assert {f"bitfuse.ops.{p.stem}" for p in OPERATOR_FILES} <= _imports((PACKAGE / "ops" / "__init__.py").read_text())
+
+
+@until_evidence_is_lazy
+def test_core_and_operators_stay_under_3000_lines():
+    """Without evidence: what somebody reads who wants to know how a call is decided and computed."""
+    paths = [path for path in FILES if _room(_name(path)) in ("core", "ops") and not _is_evidence(_name(path))]
+    assert not any(path.stem.endswith(("_common", "_cases")) for path in paths)
+    assert sum(len(path.read_text().splitlines()) for path in paths) < 3000
 
 
 # -- what may not stand in the package -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import warnings
 import pytest
 
 from bitfuse import OPERATORS, BitfuseWarning, compare
-from bitfuse.core import contract, interpreter, kernel, proof
+from bitfuse.core import bits, conditions, interpreter, kernel, launch, operator, proof
 from bitfuse.core.bits import Mismatch
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.hosts.site import Site
@@ -21,7 +21,7 @@ from bitfuse.run.audit import Auditor
 from common import small
 
 OPERATOR = OPERATORS["gated_residual"]
-FILES = {module.__file__ for module in (contract, proof, kernel, interpreter, audit)}
+FILES = {module.__file__ for module in (operator, launch, conditions, bits, proof, kernel, interpreter, audit)}
 needs_interpreter = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 pytestmark = [needs_interpreter, pytest.mark.usefixtures("fresh_routes")]
 
@@ -145,7 +145,7 @@ def _wrong(monkeypatch):
 def test_a_condemnation_is_made_whole_or_not_at_all(monkeypatch):
     args = _wrong(monkeypatch)
     parts = [inspect.getsourcelines(f) for f in (Auditor._judge, Auditor._look, Operator.condemn)]
-    files = [audit.__file__, audit.__file__, contract.__file__]
+    files = [audit.__file__, audit.__file__, operator.__file__]
     within = {(file, start + n) for (text, start), file in zip(parts, files, strict=True) for n in range(len(text))}
     warnings.simplefilter("ignore", BitfuseWarning)
 

@@ -30,7 +30,7 @@ import bitfuse
 from bitfuse.hosts import ltx2 as common
 from bitfuse.hosts import ltx_core, ltx_core_block
 from bitfuse.hosts.site import Handle, Site, source_hash
-from bitfuse.ops.split_rotary import split_rotary_per_op
+from bitfuse.ops.rope import split_rotary_per_op
 from bitfuse.run.swap import ours_in
 
 SEAMS = ltx_core_block.ops is not None
@@ -134,11 +134,20 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "call"),
-    [(kind, call) for kind in ("2.0", "2.3") for call in CALLS] + [("interleaved", "one sample")],
-)
-def test_both_streams_are_equal_and_what_is_called_is_fused(kind, call, device):
+def _launches():
+    """Each kind of model and of call: some by kernels, which take seconds, the others by references in their place."""
+    calls = [(kind, call) for kind in ("2.0", "2.3") for call in CALLS] + [("interleaved", "one sample")]
+    for kind, call in calls:
+        real = call == "one sample" or (kind, call) == ("2.0", "masks of text and tokens") or torch.cuda.is_available()
+        yield pytest.param(kind, call, "kernels", marks=() if real else pytest.mark.slow)
+        if not real:
+            yield pytest.param(kind, call, "references")
+
+
+@pytest.mark.parametrize(("kind", "call", "launched"), _launches())
+def test_both_streams_are_equal_and_what_is_called_is_fused(kind, call, launched, device, request):
+    if launched == "references":
+        request.getfixturevalue("launched_as_reference")
     model = make(kind, LAYERS if call == "one sample" else 1, device)
     inputs = feed(device, **CALLS[call])
     expected = model(*inputs)
@@ -158,6 +167,7 @@ def test_both_streams_are_equal_and_what_is_called_is_fused(kind, call, device):
     assert_same(expected, model(*inputs))
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_disabled_stream(device):
     model = make(device=device)
     for enabled in ((True, False), (False, True)):

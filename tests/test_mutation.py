@@ -15,9 +15,8 @@ from bitfuse.core import proof
 from bitfuse.core.evidence import Mutant
 from bitfuse.core.inputs import guarded, lookalike
 from bitfuse.core.launch import Out, Plan
-from bitfuse.ops.gated_residual import GATED_RESIDUAL
-from bitfuse.ops.rms_norm_modulate import RMS_NORM_MODULATE_COMPOSED, RMS_NORM_MODULATE_NATIVE
-from bitfuse.ops.split_rotary import SPLIT_PER_OP
+from bitfuse.ops.adaln import GATED_RESIDUAL, RMS_NORM_MODULATE_COMPOSED, RMS_NORM_MODULATE_NATIVE
+from bitfuse.ops.rope import SPLIT_PER_OP
 from bitfuse.tools.prove import far, mutation, verify
 from bitfuse.tools.prove.mutation import DIVISOR, EPS, FOLD, KINDS, MASK, PAST, STATISTIC, STRIDE, WIDTH
 

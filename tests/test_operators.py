@@ -5,6 +5,7 @@ Nothing here names an operator: cases, mutants and batteries come from `bitfuse.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from bitfuse.core.bits import as_tuple
 from bitfuse.core.inputs import poisoned
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Tier
-from bitfuse.ops.rotary_common import RotaryCase
+from bitfuse.ops.rope_evidence import RotaryCase
 from common import ONE_OF_EACH_FILE, ROTARY, on_tensors, small_cases, tensors_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -37,16 +38,26 @@ every_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=lab
 every_case = pytest.mark.parametrize(
     ("operator", "case"), [(o, case) for o in OPERATORS.values() for case in o.cases], ids=label
 )
-# The kernels of one file are cut from the same parts: `make test` has one of its operators, `make test-all` every one
+
+
+def variant(quick: bool) -> Any:
+    """Marks: `make test` has the quick ones of many alike, `make test-all` all; a GPU is fast enough for all."""
+    return () if quick or torch.cuda.is_available() else pytest.mark.slow
+
+
+# The kernels of one file are cut from the same parts: one of its operators is quick
 every_tier = pytest.mark.parametrize(
     ("operator", "tier"),
-    [
-        pytest.param(o, tier, marks=() if o in ONE_OF_EACH_FILE else pytest.mark.slow)
-        for o in OPERATORS.values()
-        for tier in o.tiers
-    ],
+    [pytest.param(o, tier, marks=variant(o in ONE_OF_EACH_FILE)) for o in OPERATORS.values() for tier in o.tiers],
     ids=label,
 )
+
+
+@functools.cache
+def first_of(case) -> tuple[torch.dtype, int]:
+    """Dtype and width of its first argument."""
+    first = case.arguments("cpu", tokens=1)[0]
+    return first.dtype, first.shape[-1]
 
 
 def made(case, device: torch.device) -> tuple[Any, ...]:
@@ -106,12 +117,12 @@ def test_every_case_is_equal_in_its_tiers(operator, case, device):
 
 @pytest.mark.parametrize(
     ("operator", "case"),
-    # a proof takes the interpreter seconds at real widths: one is enough
+    # A proof takes the interpreter up to seconds: at real widths one is enough
     [
-        pytest.param(o, case, marks=() if o in ONE_OF_EACH_FILE or torch.cuda.is_available() else pytest.mark.slow)
+        pytest.param(o, case, marks=variant(o in ONE_OF_EACH_FILE and (first or first_of(case)[1] <= 4096)))
         for o in OPERATORS.values()
-        for case in o.cases
-        if torch.cuda.is_available() or not case.real or case is o.cases[0]
+        for first, case in ((case is o.cases[0], case) for case in o.cases)
+        if torch.cuda.is_available() or not case.real or first
     ],
     ids=label,
 )
@@ -133,7 +144,12 @@ def test_one_token_is_fused(operator, device):
 
 @pytest.mark.parametrize(
     ("operator", "tier", "dtype"),
-    [(o, tier, dtype) for o in OPERATORS.values() for tier in o.tiers for dtype in DTYPES[o.name]],
+    [
+        pytest.param(o, tier, dtype, marks=variant(o in ONE_OF_EACH_FILE or dtype is DTYPES[o.name][0]))
+        for o in OPERATORS.values()
+        for tier in o.tiers
+        for dtype in DTYPES[o.name]
+    ],
     ids=label,
 )
 def test_the_battery_passes_and_really_feeds_the_kernel(operator, tier, dtype, device):
@@ -190,9 +206,21 @@ def test_the_number_of_warps_does_not_change_a_bit(operator, tier, num_warps, de
 # -- wrong ----------------------------------------------------------------------------------------------------------
 
 
+def told_in(operator: Operator, mutant: Any) -> list[torch.dtype]:
+    """The dtypes in which the mutant has a case that it does harm to."""
+    cases = [case for case in operator.cases if case.name == mutant.case] or small_cases(operator)
+    dtypes = {first_of(case)[0] for case in cases}
+    return [dtype for dtype in DTYPES[operator.name] if dtype in dtypes and dtype not in mutant.harmless_for]
+
+
 @pytest.mark.parametrize(
     ("operator", "mutant", "dtype"),
-    [(o, mutant, dtype) for o in OPERATORS.values() for mutant in o.mutants for dtype in DTYPES[o.name]],
+    [
+        pytest.param(o, mutant, dtype, marks=variant(dtype in told_in(o, mutant)[:1]))
+        for o in OPERATORS.values()
+        for mutant in o.mutants
+        for dtype in DTYPES[o.name]
+    ],
     ids=label,
 )
 def test_the_battery_tells_every_mutant(operator, mutant, dtype, device):

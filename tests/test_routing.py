@@ -30,9 +30,8 @@ from bitfuse.core import operator as operator_module
 from bitfuse.core.bits import as_tuple
 from bitfuse.core.kernel import Kernel
 from bitfuse.core.operator import Tier
-from bitfuse.ops import rotary_common
-from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32, INTERLEAVED_PER_OP
-from bitfuse.ops.split_rotary import SPLIT_FP32, SPLIT_PER_OP
+from bitfuse.ops import rope
+from bitfuse.ops.rope import INTERLEAVED_FP32, INTERLEAVED_PER_OP, SPLIT_FP32, SPLIT_PER_OP
 from common import ONE_OF_EACH_FILE, ROTARY, on_tensors, small, tensors_of
 
 OPERATORS = ONE_OF_EACH_FILE
@@ -468,7 +467,7 @@ def test_nothing_is_asked_of_the_device_during_a_capture(operator, device, fresh
     monkeypatch.setattr(conditions, "capturing", lambda t: capturing[0])
     for name in ("run_battery", "compare_live"):
         monkeypatch.setattr(proof, name, lambda *args: pytest.fail("a battery started"))
-    monkeypatch.setattr(rotary_common, "addcmul_fuses", lambda *args: pytest.fail("a probe started"))
+    monkeypatch.setattr(rope, "addcmul_fuses", lambda *args: pytest.fail("a probe started"))
     assert_falls_back(operator, tensors, "a CUDA graph is being captured")
     monkeypatch.undo()
     assert_fuses(operator, tensors)  # the capture's answer was not kept
@@ -489,7 +488,7 @@ def _python(code, **env):
 
 EXPLAIN = """
 import torch, bitfuse
-from bitfuse.ops.split_rotary import SPLIT_PER_OP
+from bitfuse.ops.rope import SPLIT_PER_OP
 x, cos, sin = SPLIT_PER_OP.cases[8].arguments("cpu")
 print("\\n".join(bitfuse.explain("split_rotary_per_op", x, cos, sin)))
 assert bitfuse.compare(SPLIT_PER_OP.reference(x, cos, sin), bitfuse.apply_split_rotary_emb(x, (cos, sin))) is None

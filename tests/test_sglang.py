@@ -15,7 +15,7 @@ import sglang_host
 from bitfuse import OPERATORS
 from bitfuse.core.kernel import interpreter
 from bitfuse.hosts import sglang_plugin
-from bitfuse.ops.modulate import MODULATE
+from bitfuse.ops.adaln import MODULATE
 from bitfuse.run.swap import ours_in
 from sglang_host import V23, feed, make
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import weakref
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from torch import nn
 
 import bitfuse
 from bitfuse import trace
-from bitfuse.ops.gated_residual import GATED_RESIDUAL
+from bitfuse.ops.adaln import GATED_RESIDUAL
+from bitfuse.ops.adaln import RESIDUAL_RMS_NORM_MODULATE_COMPOSED as RESIDUAL_NORM
 from bitfuse.ops.head_gate import HEAD_GATE
-from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_COMPOSED as RESIDUAL_NORM
 from bitfuse.tools.compare import bits
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -140,6 +141,16 @@ def test_a_digest_takes_all_nans_for_one_and_the_zeros_for_two():
     assert torch.equal(double.view(torch.int64), kept)
     assert int(bits.digest(torch.tensor(0.0))) != int(bits.digest(torch.tensor(-0.0)))
     assert int(bits.digest(torch.tensor(float("inf")))) != int(bits.digest(nans[0].float()))
+
+
+def test_a_sha_256_is_that_of_all_bytes_in_the_order_of_indices():
+    a = torch.tensor([[1.0, -0.0], [float("nan"), 3.0]], dtype=torch.bfloat16)
+    b = torch.arange(3)
+    content = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in (a, b))
+    expected = hashlib.sha256(content).hexdigest()
+    assert bits.sha256(a, b) == bits.sha256(a.t().contiguous().t(), b) == expected
+    assert bits.sha256(a.t(), b) != expected
+    assert bits.sha256(torch.tensor(True)) == hashlib.sha256(b"\1").hexdigest()
 
 
 def distance_label(n):

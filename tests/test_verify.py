@@ -16,7 +16,7 @@ import bitfuse
 from bitfuse import cli
 from bitfuse.core.operator import Tier
 from bitfuse.ops.head_gate import HEAD_GATE
-from bitfuse.ops.split_rotary import SPLIT_FP32
+from bitfuse.ops.rope import SPLIT_FP32
 from bitfuse.tools.prove import mutation, sweeps, verify
 
 NAME = SPLIT_FP32.name

@@ -88,15 +88,22 @@ def _compare(expected: Tensor, found: Tensor) -> Mismatch | None:
         return mismatch
     if (bits := BITS.get(expected.element_size())) is None:
         raise TypeError(f"expected and found are of {expected.dtype}; accepted: dtypes of 1, 2, 4 or 8 bytes")
-    differs = expected.view(bits) != found.view(bits)
-    if expected.is_floating_point():
-        differs &= ~(expected.isnan() & found.isnan())
+    differs = differing(expected, found)
     count = int(differs.sum())
     if not count:
         return None
     flat = int(differs.reshape(-1).to(torch.uint8).argmax())
     a, b = (int(t.reshape(-1)[flat].view(bits)) for t in (expected, found))
     return bits_mismatch(expected.shape, expected.element_size(), flat, a, b, count)
+
+
+def differing(expected: Tensor, found: Tensor) -> Tensor:
+    """Where the bits differ and not both are NaN, for two tensors of one dtype (of 1, 2, 4 or 8 bytes) and shape."""
+    bits = BITS[expected.element_size()]
+    differs = expected.view(bits) != found.view(bits)
+    if expected.is_floating_point():
+        differs &= ~(expected.isnan() & found.isnan())
+    return differs
 
 
 def bits_mismatch(shape: tuple[int, ...], size: int, flat: int, expected: int, found: int, count: int) -> Mismatch:

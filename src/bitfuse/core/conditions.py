@@ -7,19 +7,21 @@ reference takes, on a device where kernels run.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from bitfuse.core.forms import on_meta
 from bitfuse.core.kernel import interpreting
 
-_FORMS_KEPT = 4096  # forms of arguments whose outputs are remembered; a render uses some dozens
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (*HALVES, torch.float32)
+"""The dtypes that kernels take: of 16 bits, and all."""
 
 
 class ShapeError(ValueError, RuntimeError):
@@ -143,27 +145,6 @@ def _watching_functions() -> bool:
     from torch.utils._device import DeviceContext
 
     return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
-
-
-def on_meta(reference: Callable[..., Any], *args: Any) -> Any:
-    """What the reference returns, without values: shapes, strides and dtypes, and its own shape errors.
-
-    Remembered by the forms of the arguments: PyTorch takes 1 to 3 ms for it, and a proof asks seven times.
-    """
-    return _on_meta(reference, *(_Form(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args))
-
-
-class _Form(NamedTuple):
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@functools.lru_cache(_FORMS_KEPT)
-def _on_meta(reference: Callable[..., Any], *args: Any) -> Any:
-    forms = (torch.empty_strided(*a[:2], dtype=a.dtype, device="meta") if isinstance(a, _Form) else a for a in args)
-    with torch.no_grad():
-        return reference(*forms)
 
 
 def described(value: Any) -> str:

@@ -17,9 +17,15 @@ from torch import Tensor
 from bitfuse.core.bits import Outputs
 from bitfuse.core.kernel import EXACT, Kernel
 from bitfuse.core.launch import Plan
+from bitfuse.core.reduction import LAYER_NORM
 
 if TYPE_CHECKING:
     from bitfuse.core.operator import Operator
+
+
+STEPS = ("residual", "norm", "modulation", "rsqrt", "quotient", "sigmoid")
+"""What a kernel may do: add a residual; norm rows, so that one element shows in all of its row; modulate; call
+`reciprocal_root`; `divide` a sum by the width; compute 1 / (1 + e^-x)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Evidence:
                 ATen adds in another, the first tier is held against this
     witness     what the plans' `witnesses` must be, by the reference's own ops; `emulated_witness` beside `emulated`
     retiled     the same launch cut in other ways, which must not change a bit
+    steps       what the kernel does of which `verify --deep` has a sweep, by the names in `STEPS`
     """
 
     battery: Callable[..., Iterable[tuple[str, tuple[Any, ...]]]]
@@ -45,6 +52,7 @@ class Evidence:
     witness: Callable[..., tuple[Tensor, ...]] | None = None
     emulated_witness: Callable[..., tuple[Tensor, ...]] | None = None
     retiled: Callable[[Plan], Iterable[Plan]] | None = None
+    steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,66 @@ class Mutant:
 def flushed(name: str) -> str:
     """For mutants: source of a value of this name whose subnormals in fp32 are set to zero."""
     return f"tl.where(tl.abs({name}) < 1.1754943508222875e-38, {name} * 0.0, {name})"
+
+
+def fold_mutants(order: str, case: str = "1920 wide") -> tuple[Mutant, ...]:
+    """Kernels that add up a row in another order than ATen's (`bitfuse.core.reduction`): LAYER_NORM or MEAN.
+
+    case    the name of a case whose width is no power of two: there 1/N is not exact
+    """
+    halves = "sum_of_two(tl.reshape(values, (ROWS, 2, {0})))"
+    neighbours = "sum_of_two(tl.trans(tl.reshape(values, (ROWS, {0}, 2)), (0, 2, 1)))"
+
+    def folded_otherwise(*sizes: int) -> tuple[tuple[str, str], ...]:
+        return tuple((halves.format(n), neighbours.format(n)) for n in sizes)
+
+    if order == LAYER_NORM:
+        orders = (
+            Mutant(
+                "a vector's squares added up first",
+                (
+                    ("lane_sum = square0 if step == 0 else lane_sum + square0", "before = lane_sum if step else 0.0"),
+                    (
+                        "((lane_sum + square1) + square2) + square3",
+                        "before + (((square0 + square1) + square2) + square3)",
+                    ),
+                ),
+                case=case,
+            ),
+            Mutant(
+                "a product with 1/N for the division by N",
+                (("divide(fold(tl.reshape(warp_sum, (ROWS, 4)), ROWS, 4), N * 1.0)",
+                  "fold(tl.reshape(warp_sum, (ROWS, 4)), ROWS, 4) * (1.0 / N)"),),
+                case=case,
+            ),
+        )  # fmt: skip
+    else:
+        orders = (
+            Mutant(
+                "the four sums of a lane added in pairs",
+                (("((sum0 + sum1) + sum2) + sum3", "(sum0 + sum1) + (sum2 + sum3)"),),
+            ),
+            Mutant(
+                "a division by N for the product with 1/N",
+                (
+                    (
+                        "total * divide(rows.to(tl.float32), (rows.to(tl.int64) * N).to(tl.float32))",
+                        "divide(total, N * 1.0)",
+                    ),
+                ),
+                case=case,
+            ),
+        )
+    return (
+        Mutant("the lanes folded neighbours first", folded_otherwise(16, 8, 4, 2)),
+        Mutant("one fold of neighbours", folded_otherwise(8)),
+        *orders,
+        Mutant(
+            "1 / sqrt for rsqrt",
+            (("reciprocal_root(square + eps)", "(1.0 / tl.sqrt(square + eps))"),),
+            compiled_only=True,
+        ),
+    )
 
 
 @functools.cache

@@ -11,16 +11,15 @@ hardware instruction (seen on 3.6.0, 3.7.1 and 3.9.0):
 `ExactInterpretedFunction` puts the first two right while one of our kernels runs, and puts Triton back after.
 
 It also keeps a launch inside the memory of its tensors (`Memory`): upstream reads and writes at whatever address a
-kernel computes, and a wrong one ends the process. `run_planted` runs single programs of a launch that is too large
-for any memory, to see whether its offsets fit into what they are computed in.
+kernel computes, and a wrong one ends the process.
 `tests/test_interpreter.py` holds the two models against torch's CPU conversion and an exact fma.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -98,6 +97,21 @@ class Memory:
         self.zones = [_zone(name, t) for name, t in tensors.items() if t.numel()]
         self.fault: str | None = None
 
+    def load(self, builder, ptrs, mask, other, *rest, otherwise):
+        """Triton's masked load, without what lies outside; `otherwise` is the interpreter's own."""
+        dtype = upstream._get_np_dtype(ptrs.get_element_ty())
+        if other is None:
+            other = upstream.TensorHandle(np.zeros_like(ptrs.data, dtype=dtype), ptrs.get_element_ty())
+        inside = self.inside(ptrs.data, mask.data, np.dtype(dtype).itemsize, write=False)
+        kept = mask if inside is mask.data else upstream.TensorHandle(inside, tl.int1)
+        return otherwise(builder, ptrs, kept, other, *rest)
+
+    def store(self, builder, ptrs, value, mask, *rest, otherwise):
+        """Triton's masked store, without what lies outside."""
+        inside = self.inside(ptrs.data, mask.data, value.data.itemsize, write=True)
+        kept = mask if inside is mask.data else upstream.TensorHandle(inside, tl.int1)
+        return otherwise(builder, ptrs, value, kept, *rest)
+
     def inside(self, addresses: np.ndarray, mask: np.ndarray, size: int, write: bool) -> np.ndarray:
         """The mask of what may be touched, of accesses of `size` bytes."""
         if not mask.any():
@@ -138,88 +152,11 @@ def _zone(name: str, t: Any) -> Zone:
     return Zone(name, first, first + span * size, (storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
 
 
-@dataclass
-class Planted:
-    """A tensor too large for memory, of which a window is there: `values[i]` stands `offsets[i]` elements behind the
-    start of it, which has the address `base`. `offsets` are in ascending order."""
-
-    name: str
-    dtype: tl.dtype
-    base: int
-    offsets: np.ndarray
-    values: np.ndarray
-
-
-@dataclass
-class PlantedMemory:
-    """The windows of planted tensors; an access to anything else is left undone and remembered in `fault`."""
-
-    tensors: list[Planted]
-    fault: str | None = field(default=None)
-
-    def load(self, addresses: np.ndarray, mask: np.ndarray, other: np.ndarray) -> np.ndarray:
-        found = np.broadcast_to(other, addresses.shape).copy()
-        for tensor, at, here in self._found(addresses, mask, "read"):
-            found[here] = tensor.values[at[here]]
-        return found
-
-    def store(self, addresses: np.ndarray, mask: np.ndarray, values: np.ndarray) -> None:
-        values = np.broadcast_to(values, addresses.shape)
-        for tensor, at, here in self._found(addresses, mask, "written"):
-            tensor.values[at[here]] = values[here].view(tensor.values.dtype)
-
-    def _found(
-        self, addresses: np.ndarray, mask: np.ndarray, what: str
-    ) -> list[tuple[Planted, np.ndarray, np.ndarray]]:
-        left, found = mask.copy(), []
-        for tensor in self.tensors:
-            size = tensor.values.itemsize
-            offset = (addresses - np.uint64(tensor.base)).view(np.int64)
-            element = offset // size
-            at = np.minimum(np.searchsorted(tensor.offsets, element), tensor.offsets.size - 1)
-            here = left & (tensor.offsets[at] == element) & (offset % size == 0)
-            if here.any():
-                found.append((tensor, at, here))
-                left &= ~here
-        if left.any() and self.fault is None:
-            address = int(addresses[left].flat[0])
-            tensor = min(self.tensors, key=lambda t: abs(address - t.base - int(t.offsets[0]) * t.values.itemsize))
-            place = (address - tensor.base) // tensor.values.itemsize
-            self.fault = (
-                f"{int(left.sum())} elements are {what} where no tensor is, one at offset {place} of {tensor.name}, "
-                f"whose elements stand at {tensor.offsets[0]} to {tensor.offsets[-1]} there"
-            )
-        return found
-
-
-def _masked_load(builder, ptrs, mask, other, *rest, otherwise, memory):
-    element = ptrs.get_element_ty()
-    dtype = upstream._get_np_dtype(element)
-    if other is None:
-        other = upstream.TensorHandle(np.zeros_like(ptrs.data, dtype=dtype), element)
-    if isinstance(memory, PlantedMemory):
-        return upstream.TensorHandle(memory.load(ptrs.data, mask.data, other.data), element)
-    inside = memory.inside(ptrs.data, mask.data, np.dtype(dtype).itemsize, write=False)
-    return otherwise(
-        builder, ptrs, mask if inside is mask.data else upstream.TensorHandle(inside, tl.int1), other, *rest
-    )
-
-
-def _masked_store(builder, ptrs, value, mask, *rest, otherwise, memory):
-    if isinstance(memory, PlantedMemory):
-        memory.store(ptrs.data, mask.data, value.data)
-        return None
-    inside = memory.inside(ptrs.data, mask.data, value.data.itemsize, write=True)
-    return otherwise(
-        builder, ptrs, value, mask if inside is mask.data else upstream.TensorHandle(inside, tl.int1), *rest
-    )
-
-
 # What a launch replaces in Triton, as it was: (owner, its attributes). None where nothing is replaced.
 _before: list[tuple[Any, dict[str, Any]]] | None = None
 
 
-def _stand_in(memory: Memory | PlantedMemory) -> None:
+def _stand_in(memory: Any) -> None:
     """Make the interpreter round as the hardware does and keep to this memory, until `_put_back`."""
     global _before
     builder = upstream.InterpreterBuilder
@@ -232,8 +169,8 @@ def _stand_in(memory: Memory | PlantedMemory) -> None:
     _before = [*ours, *((owner, dict(vars(owner))) for owner in owners)]
     upstream._convert_float = lambda *args: _convert_float(*args, otherwise=convert)
     builder.create_fma = lambda *args: _create_fma(*args, otherwise=fma)
-    builder.create_masked_load = lambda *args: _masked_load(*args, otherwise=load, memory=memory)
-    builder.create_masked_store = lambda *args: _masked_store(*args, otherwise=store, memory=memory)
+    builder.create_masked_load = lambda *args: memory.load(*args, otherwise=load)
+    builder.create_masked_store = lambda *args: memory.store(*args, otherwise=store)
 
 
 def _put_back() -> None:
@@ -267,50 +204,19 @@ class ExactInterpretedFunction(upstream.InterpretedFunction):
         named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
         memory = Memory({name: t for name, t in named.items() if hasattr(t, "untyped_storage")})
         launch = super().run
-        result = _exactly(memory, lambda: launch(*args, grid=grid, warmup=warmup, **kwargs))
+        result = exactly(memory, lambda: launch(*args, grid=grid, warmup=warmup, **kwargs))
         if memory.fault is not None:
             raise Outside(memory.fault)
         return result
 
-    def run_planted(
-        self,
-        pointers: Sequence[Planted | None],
-        scalars: Sequence[Any],
-        grid: tuple[int, ...],
-        programs: Sequence[tuple[int, int, int]],
-    ) -> str | None:
-        """Run these programs of a launch over planted tensors; None, or a sentence on what they reached for elsewhere.
 
-        scalars    the kernel's parameters after the pointers, its constants among them
-        """
-        memory = PlantedMemory([p for p in pointers if p is not None])
-
-        def run() -> None:
-            executor = upstream.GridExecutor(self.rewrite(), self.arg_names, grid)
-            args: dict[str, Any] = dict(zip(self.arg_names, [*map(_pointer, pointers), *scalars], strict=True))
-            given = len(pointers)
-            for number, name in enumerate(self.arg_names):
-                if number >= given and name not in executor.constexprs:
-                    args[name] = upstream._implicit_cvt(args[name])
-            patched = upstream._patch_lang(self.fn)
-            try:
-                upstream.interpreter_builder.set_grid_dim(*grid)
-                for program in programs:
-                    upstream.interpreter_builder.set_grid_idx(*program)
-                    executor.fn(**args)
-            finally:
-                patched.restore()
-
-        _exactly(memory, run)
-        return memory.fault
-
-
-def _exactly(memory: Memory | PlantedMemory, run: Callable[[], Any]) -> Any:
+def exactly(memory: Any, run: Callable[[], Any]) -> Any:
+    """Run what interprets a kernel, under exact rounding, with every access through the memory's `load` and `store`."""
     # In one line: an interrupt between two lines, which a debugger may raise, could leave the lock held.
     with _LOCK: return _alone_exactly(memory, run)  # fmt: skip  # noqa: E701
 
 
-def _alone_exactly(memory: Memory | PlantedMemory, run: Callable[[], Any]) -> Any:
+def _alone_exactly(memory: Any, run: Callable[[], Any]) -> Any:
     _put_back()  # what an interrupted launch has left
     try:
         _stand_in(memory)
@@ -318,10 +224,3 @@ def _alone_exactly(memory: Memory | PlantedMemory, run: Callable[[], Any]) -> An
         with np.errstate(all="ignore"): return run()  # fmt: skip  # noqa: E701
     finally:
         _put_back()
-
-
-def _pointer(planted: Planted | None) -> Any:
-    if planted is None:
-        return None
-    kind = tl.pointer_type(planted.dtype)
-    return tl.tensor(upstream.TensorHandle(np.array([planted.base], dtype=np.uint64), kind), kind)

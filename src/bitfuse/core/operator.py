@@ -86,8 +86,9 @@ class Operator:
     source      whose chain it is: host, version, function
     why_not     sentences: why these arguments can't be fused. Raises ShapeError where the shapes don't fit
     tiers       ways to fuse arguments that `why_not` has nothing against; the first that is proved equal is taken
-    evidence    what it is proved by: an `Evidence`, or the name of a module whose `EVIDENCE` has it under the
-                operator's name, imported when it is first asked for. Its fields are also the operator's
+    evidence    what it is proved by. By default the module beside the reference's with `_evidence` after its name has
+                it, in `EVIDENCE` under the operator's name; it is imported when a kernel is about to be proved. Its
+                fields are also the operator's
     originals   (owner, name, label) of each function that the reference calls and the kernel leaves out
                 (`bitfuse.core.originals`). A call made directly runs the reference where one of them has been replaced
     """
@@ -99,7 +100,7 @@ class Operator:
         *,
         why_not: Callable[..., Iterator[str]],
         tiers: tuple[Tier, ...],
-        evidence: Evidence | str,
+        evidence: Evidence | None = None,
     ):
         self.reference, self.source, self.why_not, self.tiers = reference, source, why_not, tiers
         self.name, self.__doc__ = reference.__name__, reference.__doc__
@@ -119,9 +120,9 @@ class Operator:
 
     @functools.cached_property
     def evidence(self) -> Evidence:
-        if isinstance(self._evidence, str):
-            return importlib.import_module(self._evidence).EVIDENCE[self.name]
-        return self._evidence
+        if self._evidence is not None:
+            return self._evidence
+        return importlib.import_module(f"{self.reference.__module__}_evidence").EVIDENCE[self.name]
 
     def __getattr__(self, name: str) -> Any:
         """The fields of the evidence: `battery`, `cases`, `mutants` and so on."""
@@ -283,8 +284,14 @@ class Operator:
         if verdict is not None:
             return plan, verdict, False
         with on_device(args[0]), torch.no_grad():
-            specification, battery = self.specification(self.tiers.index(tier)), self.battery(*args)
-            return plan, proof.prove(self, tier, signature, specification, tier.plan, battery), True
+            number = self.tiers.index(tier)
+            held = lambda *given: self.specification(number)(*given)  # noqa: E731 (the evidence is not loaded yet)
+            return plan, proof.prove(self, tier, signature, held, tier.plan, self._families(args)), True
+
+    def _families(self, args: tuple[Any, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """The battery. The evidence is loaded when its first family is asked for: where errors are caught, so that a
+        disk that fails just then is a reason to run the reference, and the next call tries again."""
+        yield from self.battery(*args)
 
     def _decide(self, args: tuple[Any, ...]) -> tuple[Route, bool]:
         """The route, and whether to remember it."""

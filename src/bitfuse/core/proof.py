@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import torch
 
 from bitfuse.core.bits import Mismatch, Outputs, as_tuple, compare, form_mismatch, of_output
-from bitfuse.core.inputs import changed, guarded, kept, trespass
 from bitfuse.core.kernel import Outside
 from bitfuse.core.launch import Plan
 from bitfuse.core.lines import error_line
@@ -218,6 +217,9 @@ def run_battery(
         return Verdict(False, sentence, families, elements, time.perf_counter() - start, mismatch)
 
     try:
+        # not at the top: a process that proves nothing needs none of it
+        from bitfuse.core.inputs import changed, guarded, kept, trespass
+
         for family, args in battery:
             plan = plan_of(*args)
             if isinstance(plan, str):

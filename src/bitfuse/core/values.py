@@ -7,7 +7,7 @@ fixed, the generator is private (the user's random state is untouched) and every
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -70,5 +70,113 @@ def signs(n: int, generator: torch.Generator) -> Tensor:
     return torch.randint(2, (n,), device=generator.device, generator=generator) * 2.0 - 1.0
 
 
-def _normal(n: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(n, device=generator.device, generator=generator)
+def _normal(shape: int | list[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, device=generator.device, generator=generator)
+
+
+# -- rows that are normed, added and modulated -------------------------------------------------------------------------
+#
+# Each family draws one operand of a kernel on rows, and is told what that operand is: "x" (rows that are normed), "y"
+# (rows that are added), "mask", or anything else: values that rows are multiplied with and added to.
+
+
+def _mask(shape: list[int], generator: torch.Generator) -> Tensor:
+    """Zeros and ones; by turns where there is one for each sample, so that no two neighbours are alike."""
+    if list(shape[1:]) == [1, 1]:
+        return (torch.arange(shape[0], device=generator.device) % 2).float().view(shape)
+    return torch.randint(0, 2, shape, generator=generator, device=generator.device).float()
+
+
+def _some_special(shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Special values, drawn one by one: zeros of both signs, subnormals, the largest values, infinities, NaN."""
+    few = specials(dtype, generator.device)
+    return few[torch.randint(few.numel(), shape, generator=generator, device=generator.device)]
+
+
+def _rows_live(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if what == "mask":
+        return _mask(shape, generator)
+    return _normal(shape, generator) * (1.0 if what in "xy" else 0.5)
+
+
+def _rows_wide(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Elements, rows and values of very different sizes; a mask that is no mere yes or no."""
+    if what == "mask":
+        return 1 + _normal(shape, generator)
+    exponent = torch.randint(-12, 13, shape, generator=generator, device=generator.device)
+    if what in "xy" and dtype != torch.float16:
+        exponent = exponent + torch.randint(-20, 21, [*shape[:-1], 1], generator=generator, device=generator.device)
+    return torch.ldexp(_normal(shape, generator), exponent)
+
+
+def _rows_absorption(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """One element of a row so large that what is added after it, one by one, is lost: the order shows."""
+    drawn = _rows_live(what, shape, dtype, generator)
+    if what == "x":
+        where = torch.randint(shape[-1], [*shape[:-1], 1], generator=generator, device=generator.device)
+        drawn.scatter_(-1, where, 2.0**12)
+    return drawn
+
+
+def _rows_ties(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Sums and products that end half-way between two values of the dtype."""
+    n, unit = torch.Size(shape).numel(), torch.finfo(dtype).eps
+    if what == "mask":
+        return torch.ones(shape, device=generator.device)
+    if what == "x":  # y * gate is near 1; half a unit of it is a tie
+        return (signs(n, generator) * unit / 2).view(shape)
+    if what == "y":
+        return significands(dtype, n, generator).view(shape)
+    odd = 2 * torch.randint(0, 64, shape, generator=generator, device=generator.device) + 1
+    return odd * unit / 2  # 1 + this is a tie
+
+
+def _rows_specials(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Special values and gates on live rows."""
+    if what == "mask":
+        return _mask(shape, generator)
+    live = _normal(shape, generator).to(dtype)
+    if what == "x":
+        return live
+    return torch.where(_mask(shape, generator) > 0, live, _some_special(shape, dtype, generator))
+
+
+def _rows_of_one_kind(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Rows of zeros, of subnormals, of the largest values, with one special value; single tokens of everything."""
+    if what == "y":
+        return -torch.zeros(shape, device=generator.device)
+    if what != "x":  # zeros among the shifts let the smallest results through
+        return _rows_live(what, shape, dtype, generator) * _mask(shape, generator)
+    tiny = torch.finfo(dtype).smallest_normal
+    live = _normal(shape, generator)
+    number = torch.arange(shape[0] * shape[1], device=generator.device).view(shape[0], shape[1], 1)
+    kind = number % 8
+    one = torch.zeros(shape, device=generator.device)
+    one[..., 7::61] = 1.0
+    few = specials(dtype, generator.device).flip(0)  # each in its turn, NaN first: 32 rows of 128 are for 18 values
+    some = few[(number // 8 * 2 + (kind == 6)) % few.numel()]
+    rows = torch.where(kind == 0, -torch.zeros_like(live), live)
+    rows = torch.where(kind == 1, live * tiny, rows)
+    rows = torch.where(kind == 2, live.sign() * torch.finfo(dtype).max, rows)
+    rows = torch.where(kind == 3, one, rows)
+    rows = torch.where(kind == 4, live * 2.0**-20, rows).to(dtype)
+    at = torch.arange(shape[-1], device=generator.device) == shape[-1] // 3
+    return torch.where(((kind == 5) | (kind == 6)) & at, some, rows)
+
+
+ROW_FAMILIES: dict[str, Callable[..., Tensor]] = {
+    "live": _rows_live,
+    "wide": _rows_wide,
+    "absorption": _rows_absorption,
+    "ties": _rows_ties,
+    "specials": _rows_specials,
+    "special rows": _rows_of_one_kind,
+}
+"""By name: draw(what the operand is, shape, dtype, generator) -> fp32, or the dtype, to be rounded to it."""
+
+
+def battery_shape(batch: int, tokens: int, few: bool = False) -> tuple[int, int]:
+    """(B, T) of a battery: 126 rows of two samples, whatever the call's own shape, as its signature also serves calls
+    of more samples and tokens; with `few`, as few as the call's own below 16, where ATen's mean adds up in another
+    order (`bitfuse.core.reduction`)."""
+    return (batch, tokens) if few and batch * tokens < 16 else (2, 63)

@@ -36,9 +36,8 @@ from bitfuse.hosts.ltx2 import (
 )
 from bitfuse.hosts.site import Handle, Site, source_hash, why_norms_are_called, why_not_stock
 from bitfuse.ops.head_gate import HEAD_GATE
-from bitfuse.ops.interleaved_rotary import INTERLEAVED_FP32
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_RMS_NORM, QK_SPLIT_FP32
-from bitfuse.ops.split_rotary import SPLIT_FP32
+from bitfuse.ops.rope import INTERLEAVED_FP32, SPLIT_FP32
 from bitfuse.run import memo as constant
 from bitfuse.run.graphs import graph_forward
 from bitfuse.run.memo import Constant, Prelude

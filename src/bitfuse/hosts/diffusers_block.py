@@ -18,10 +18,13 @@ from torch import Tensor
 
 from bitfuse.hosts.ltx2 import ABSENT, Ada, Beside, Block, Model, Norms, Quiet, Rehearsal, Values, calls_of, modulation
 from bitfuse.hosts.site import Site, own_method, ways, why_not_stock
-from bitfuse.ops.gated_residual import GATED_RESIDUAL
-from bitfuse.ops.modulate import MODULATE
-from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_COMPOSED, RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED
-from bitfuse.ops.rms_norm_modulate import RMS_NORM_MODULATE_COMPOSED
+from bitfuse.ops.adaln import (
+    GATED_RESIDUAL,
+    MODULATE,
+    RESIDUAL_RMS_NORM_MODULATE_COMPOSED,
+    RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED,
+    RMS_NORM_MODULATE_COMPOSED,
+)
 from bitfuse.run.swap import named
 
 _Stock: Any = upstream.LTX2VideoTransformerBlock

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitfuse.hosts.ltx2 import ABSENT, Model, Norms, Part
 from bitfuse.hosts.site import Site, ways, why_not_stock
-from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_NATIVE
+from bitfuse.ops.adaln import RESIDUAL_RMS_NORM_MODULATE_NATIVE
 from bitfuse.run.swap import named
 
 _Stock: Any = upstream.LTX2TransformerBlock1d

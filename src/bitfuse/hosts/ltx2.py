@@ -22,8 +22,9 @@ from bitfuse.core.bits import compare
 from bitfuse.core.conditions import around
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator, Route
-from bitfuse.core.originals import Originals, is_own, names_of
+from bitfuse.core.originals import Originals
 from bitfuse.hosts.site import COMPILING, Handle, Site, ways
+from bitfuse.hosts.source import is_own, names_of
 from bitfuse.run.swap import Forward, bound, hooked, hooked_everywhere, innermost, named, ours_in, plain
 
 Ada = tuple[Tensor, Tensor | None]  # an AdaLN value [B, T or 1, D] and the table row [D] that is added to it

@@ -37,9 +37,8 @@ from bitfuse.hosts.ltx2 import (
 from bitfuse.hosts.ltx_core_block import Seam, ops, why_seam_stays
 from bitfuse.hosts.site import Handle, Site, not_own, source_hash, why_norms_are_called, why_not_read, why_not_stock
 from bitfuse.ops.head_gate import HEAD_GATE
-from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_PER_OP, QK_RMS_NORM, QK_SPLIT_PER_OP
-from bitfuse.ops.split_rotary import SPLIT_PER_OP
+from bitfuse.ops.rope import INTERLEAVED_PER_OP, SPLIT_PER_OP
 from bitfuse.run.graphs import graph_forward
 
 

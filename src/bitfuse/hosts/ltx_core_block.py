@@ -25,10 +25,13 @@ from torch import Tensor
 
 from bitfuse.hosts.ltx2 import ABSENT, ENDED, Ada, Beside, Block, Entry, Model, Quiet, Rehearsal, Values, modulation
 from bitfuse.hosts.site import Site, own_method, source_hash, why_not_stock
-from bitfuse.ops.gated_residual import GATED_RESIDUAL
-from bitfuse.ops.modulate import MODULATE
-from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_NATIVE, RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE
-from bitfuse.ops.rms_norm_modulate import RMS_NORM_MODULATE_NATIVE
+from bitfuse.ops.adaln import (
+    GATED_RESIDUAL,
+    MODULATE,
+    RESIDUAL_RMS_NORM_MODULATE_NATIVE,
+    RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE,
+    RMS_NORM_MODULATE_NATIVE,
+)
 from bitfuse.run.swap import named
 
 ops: Any = None

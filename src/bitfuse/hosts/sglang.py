@@ -29,11 +29,10 @@ from bitfuse.hosts import sglang_block
 from bitfuse.hosts.ltx2 import ENDED, Model, ModelForward, Part, models_in, of_operators, rotary_difference, watched
 from bitfuse.hosts.sglang_block import call, unaffected, why_autocast
 from bitfuse.hosts.site import Handle, Site, source_hash, why_norms_are_called, why_not_read, why_not_stock
+from bitfuse.ops.adaln import MODULATE
 from bitfuse.ops.head_gate import HEAD_GATE
-from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
-from bitfuse.ops.modulate import MODULATE
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_PER_OP, QK_RMS_NORM, QK_SPLIT_PER_OP
-from bitfuse.ops.split_rotary import SPLIT_PER_OP
+from bitfuse.ops.rope import INTERLEAVED_PER_OP, SPLIT_PER_OP
 
 NAME = f"SGLang {__version__}"
 

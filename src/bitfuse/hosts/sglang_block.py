@@ -23,13 +23,15 @@ from bitfuse.core.bits import compare
 from bitfuse.core.operator import Operator
 from bitfuse.hosts.ltx2 import ABSENT, Ada, Block, Entry, Model, Values, calls_of, modulation
 from bitfuse.hosts.site import Site, own_method, source_hash, ways, why_not_stock
-from bitfuse.ops.gated_residual import GATED_RESIDUAL
+from bitfuse.ops.adaln import (
+    GATED_RESIDUAL,
+    MODULATE,
+    RESIDUAL_RMS_NORM_MODULATE_NATIVE,
+    RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE,
+    RMS_NORM_MODULATE_NATIVE,
+)
 from bitfuse.ops.head_gate import HEAD_GATE
-from bitfuse.ops.interleaved_rotary import INTERLEAVED_PER_OP
-from bitfuse.ops.modulate import MODULATE
-from bitfuse.ops.residual_rms_norm import RESIDUAL_RMS_NORM_MODULATE_NATIVE, RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE
-from bitfuse.ops.rms_norm_modulate import RMS_NORM_MODULATE_NATIVE
-from bitfuse.ops.split_rotary import SPLIT_PER_OP
+from bitfuse.ops.rope import INTERLEAVED_PER_OP, SPLIT_PER_OP
 from bitfuse.run.swap import hooked, named
 
 _Stock: Any = upstream.LTX2TransformerBlock

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bitfuse.core.operator import Operator, Route
-from bitfuse.core.originals import source_of
+from bitfuse.hosts.source import source_of
 from bitfuse.run.audit import Auditor
 from bitfuse.run.swap import Forward, bound, hooked, innermost, named, ours_in, places
 

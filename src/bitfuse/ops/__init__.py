@@ -1,23 +1,5 @@
 """Exact operators, one chain family per file. Importing this package defines them all."""
 
-from bitfuse.ops import (
-    gated_residual,
-    head_gate,
-    interleaved_rotary,
-    modulate,
-    qk_norm,
-    residual_rms_norm,
-    rms_norm_modulate,
-    split_rotary,
-)
+from bitfuse.ops import adaln, head_gate, qk_norm, rope
 
-__all__ = [
-    "gated_residual",
-    "head_gate",
-    "interleaved_rotary",
-    "modulate",
-    "qk_norm",
-    "residual_rms_norm",
-    "rms_norm_modulate",
-    "split_rotary",
-]
+__all__ = ["adaln", "head_gate", "qk_norm", "rope"]

@@ -1,21 +1,25 @@
 """RMSNorm over all heads of queries and keys, then their rotary embedding, both streams in one launch.
 
-`F.rms_norm` with a weight, as every LTX-2 host calls it on the projections to_q and to_k, and then one of the four
-rotary chains, or none (the attention to the text). A program takes one row, of the queries or of the keys, by turns,
-so that the tables of a token are read from memory once and found in the cache the second time.
+n = weight * x / rms(x) over a row, which is all heads of a token; then n is turned by one of the four chains of
+`rope.py`, or by none (in the attention to the text). A program takes rows of the queries or of the keys, by turns, so
+that the tables of a token are read from memory once and found in the cache the second time.
+
+Versus whom: `F.rms_norm` with a weight, as every LTX-2 host calls it on the projections to_q and to_k, and then
+    fp32, none       diffusers 0.37-0.42.1: `LTX2AudioVideoAttnProcessor` and `LTX2PerturbedAttnProcessor`
+    per_op, none     Lightricks' ltx-core and SGLang: attention
 
 Roundings, in order:
-    r1  weight * (rstd * x), to x's dtype; rstd = rsqrt.approx(mean square + eps) in fp32, mean square in ATen's
-        order LAYER_NORM (`bitfuse.core.reduction`)
-    then r1 to r3 of `split_rotary` or `interleaved_rotary`
+    r1          weight * (rstd * x), to x's dtype; rstd = rsqrt.approx(mean square + eps) in fp32
+    r2 to r4    r1 to r3 of `rope.py`
 
+Reduction order: LAYER_NORM of `bitfuse.core.reduction`. Where the statistic so found is not ATen's (a misaligned row, a
+CPU), ATen computes it, GIVEN, and the rest is fused: that is the second tier.
 NaN and infinities spread over their row as in the chain; signed zeros and subnormals are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,26 +27,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.core.conditions import on_meta
-from bitfuse.core.evidence import Evidence
+from bitfuse.core.conditions import FLOATS, HALVES, fitting, plain, runnable
 from bitfuse.core.kernel import kernel, power_of_2, triton_dtype
-from bitfuse.core.launch import Out, Plan, in_vectors, outputs_like, strides
+from bitfuse.core.launch import ROW_WARPS, Out, Plan, in_vectors, named, rows_per_program, strides
 from bitfuse.core.numerics import addcmul_fuses, round_to
 from bitfuse.core.operator import Operator, Tier
-from bitfuse.core.reduction import GIVEN, LAYER_NORM, layer_norm_mean_square, row_rstd
-from bitfuse.ops.adaln_common import WARPS, named, rows_per_program
-from bitfuse.ops.interleaved_rotary import interleaved_rotary_fp32, interleaved_rotary_per_op
-from bitfuse.ops.qk_common import Form, Turn, audits, battery, cases, mutants, why_not
-from bitfuse.ops.rotary_common import interleaved_misfit, split_misfit, turn_halves, turn_neighbours
-from bitfuse.ops.split_rotary import split_rotary_fp32, split_rotary_per_op
+from bitfuse.core.reduction import GIVEN, LAYER_NORM, row_rstd
+from bitfuse.ops import rope
+from bitfuse.ops.rope import Chain, turn_halves, turn_neighbours
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 _Pair = tuple[Tensor, Tensor]
 
-
-# -- references --------------------------------------------------------------------------------------------------------
+# -- references ------------------------------------------------------------------------------------------------------
 
 
 def qk_rms_norm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float = 1e-6) -> _Pair:
@@ -56,92 +55,64 @@ def qk_rms_norm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: f
 
 
 def qk_rms_norm_split_rotary_fp32(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    q_cos: Tensor,
-    q_sin: Tensor,
-    k_cos: Tensor | None = None,
-    k_sin: Tensor | None = None,
-    eps: float = 1e-6,
-) -> _Pair:
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_cos: Tensor, q_sin: Tensor,
+    k_cos: Tensor | None = None, k_sin: Tensor | None = None, eps: float = 1e-6,
+) -> _Pair:  # fmt: skip
     """(q, k), normed and turned: diffusers' LTX2 attention processors with rope_type "split".
 
     q, k, weights    as in `qk_rms_norm`
     q_cos, q_sin     [B, H, T, N/H/2], as in `split_rotary_fp32`
     k_cos, k_sin     [B, H, S, N/H/2]; None: the queries' tables serve both
     """
-    return _turned(split_rotary_fp32, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
+    return _turned(rope.split_rotary_fp32, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
 
 
 def qk_rms_norm_split_rotary_per_op(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    q_cos: Tensor,
-    q_sin: Tensor,
-    k_cos: Tensor | None = None,
-    k_sin: Tensor | None = None,
-    eps: float = 1e-6,
-) -> _Pair:
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_cos: Tensor, q_sin: Tensor,
+    k_cos: Tensor | None = None, k_sin: Tensor | None = None, eps: float = 1e-6,
+) -> _Pair:  # fmt: skip
     """(q, k), normed and turned: ltx-core's and SGLang's attention with split tables of q's dtype."""
-    return _turned(split_rotary_per_op, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
+    return _turned(rope.split_rotary_per_op, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
 
 
 def qk_rms_norm_interleaved_rotary_fp32(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    q_cos: Tensor,
-    q_sin: Tensor,
-    k_cos: Tensor | None = None,
-    k_sin: Tensor | None = None,
-    eps: float = 1e-6,
-) -> _Pair:
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_cos: Tensor, q_sin: Tensor,
+    k_cos: Tensor | None = None, k_sin: Tensor | None = None, eps: float = 1e-6,
+) -> _Pair:  # fmt: skip
     """(q, k), normed and turned: diffusers' LTX2 attention processors with rope_type "interleaved".
 
     q_cos, q_sin     [B, T, N], k_cos and k_sin [B, S, N], as in `interleaved_rotary_fp32`
     """
-    return _turned(interleaved_rotary_fp32, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
+    return _turned(rope.interleaved_rotary_fp32, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
 
 
 def qk_rms_norm_interleaved_rotary_per_op(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    q_cos: Tensor,
-    q_sin: Tensor,
-    k_cos: Tensor | None = None,
-    k_sin: Tensor | None = None,
-    eps: float = 1e-6,
-) -> _Pair:
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_cos: Tensor, q_sin: Tensor,
+    k_cos: Tensor | None = None, k_sin: Tensor | None = None, eps: float = 1e-6,
+) -> _Pair:  # fmt: skip
     """(q, k), normed and turned: ltx-core's attention with interleaved tables of q's dtype."""
-    return _turned(interleaved_rotary_per_op, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
+    return _turned(rope.interleaved_rotary_per_op, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
 
 
 def _turned(
-    turn: Turn,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    q_cos: Tensor,
-    q_sin: Tensor,
-    k_cos: Tensor | None,
-    k_sin: Tensor | None,
-    eps: float,
-) -> _Pair:
-    q, k = qk_rms_norm(q, k, q_weight, k_weight, eps)
+    turn: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor,
+    q_cos: Tensor, q_sin: Tensor, k_cos: Tensor | None, k_sin: Tensor | None, eps: float,
+) -> _Pair:  # fmt: skip
+    q, k = qk_rms_norm(q, k, q_weight, k_weight, eps)  # r1
     if k_cos is None or k_sin is None:
         k_cos, k_sin = q_cos, q_sin
-    return turn(q, q_cos, q_sin), turn(k, k_cos, k_sin)
+    return turn(q, q_cos, q_sin), turn(k, k_cos, k_sin)  # r2, r3, r4
 
 
-# -- the kernel --------------------------------------------------------------------------------------------------------
+_REFERENCES: tuple[Callable[..., _Pair], ...] = (
+    qk_rms_norm,
+    qk_rms_norm_split_rotary_per_op, qk_rms_norm_split_rotary_fp32,
+    qk_rms_norm_interleaved_rotary_per_op, qk_rms_norm_interleaved_rotary_fp32,
+)  # fmt: skip
+CHAINS: dict[Callable[..., _Pair], Chain | None] = dict(zip(_REFERENCES, (None, *rope.CHAINS), strict=True))
+"""Each reference, and the chain by which it turns."""
+
+# -- the kernel ------------------------------------------------------------------------------------------------------
 
 
 @kernel(do_not_specialize=("q_rows", "k_rows", "q_tokens", "k_tokens"))
@@ -195,9 +166,9 @@ def _qk_rms_norm_rotary_kernel(
         rstd = row_rstd(x_ptr + start, rstd_ptr, row, rows, eps, N, ROWS, ORDER, LANES)
         n1 = round_to(w1 * (rstd * x1), dtype)  # r1
         n2 = round_to(w2 * (rstd * x2), dtype)  # r1
-        out1, out2 = turn_halves(n1, n2, c, s, PRODUCT, FUSED)
-        tl.store(out_ptr + start + first, out1.to(dtype), mask=here)
-        tl.store(out_ptr + start + first + HALF, out2.to(dtype), mask=here)
+        out1, out2 = turn_halves(n1, n2, c, s, PRODUCT, FUSED)  # r2, r3
+        tl.store(out_ptr + start + first, out1.to(dtype), mask=here)  # r4
+        tl.store(out_ptr + start + first + HALF, out2.to(dtype), mask=here)  # r4
     else:
         here = inside & (lane < N)
         x = tl.load(x_ptr + start + lane, mask=here, other=0.0).to(tl.float32)
@@ -207,11 +178,14 @@ def _qk_rms_norm_rotary_kernel(
         if TURN == "neighbours":
             c = tl.load(cos_ptr + cos_at + lane, mask=here, other=0.0).to(tl.float32)
             s = tl.load(sin_ptr + sin_at + lane, mask=here, other=0.0).to(tl.float32)
-            out = turn_neighbours(out, c, s, ROWS, WIDTH, PRODUCT)
-        tl.store(out_ptr + start + lane, out.to(dtype), mask=here)
+            out = turn_neighbours(out, c, s, ROWS, WIDTH, PRODUCT)  # r2, r3
+        tl.store(out_ptr + start + lane, out.to(dtype), mask=here)  # r4, or r1 as it is
 
 
-def _plan(*args: Any, reference: Callable[..., Any], form: Form, order: str) -> Plan | str:
+# -- plans -----------------------------------------------------------------------------------------------------------
+
+
+def _plan(*args: Any, reference: Callable[..., _Pair], chain: Chain | None, order: str) -> Plan | str:
     given = named(reference, args)
     q, k = given["q"], given["k"]
     for name in ("q", "k", "q_weight", "k_weight"):
@@ -219,22 +193,23 @@ def _plan(*args: Any, reference: Callable[..., Any], form: Form, order: str) -> 
             return f"{name} does not start at a multiple of 4 elements, and ATen adds up such rows in another order"
     width, per_program = q.shape[-1], rows_per_program()
     rows = [t.numel() // width for t in (q, k)]
-    strides_of = [0] * 12
-    half, product = width, torch.float32 if form.in_fp32 else q.dtype
-    if form.turn != "none":
-        tables = [given[name] for name in ("q_cos", "q_sin", "k_cos", "k_sin")]
-        half = tables[0].shape[-1]
-        strides_of = [n for x, t in zip((q, q, k, k), tables, strict=True) for n in _table_strides(t, x, form)]
+    turn, half, strides_of, product, fused = "none", width, [0] * 12, q.dtype, False
+    if chain is not None:
+        turn, product = "halves" if chain.split else "neighbours", chain.product(q)
+        fused = chain.split and bool(addcmul_fuses(q.device, product))
+        half = given["q_cos"].shape[-1]
+        tables = [(x, given[f"{side}_{name}"]) for side, x in (("q", q), ("k", k)) for name in ("cos", "sin")]
+        strides_of = [n for x, table in tables for n in _table_strides(table, x, chain)]
     constants = {
         "N": width,
         "HALF": half,
-        "WIDTH": power_of_2(width // 2 if form.turn == "halves" else width),
+        "WIDTH": power_of_2(width // 2 if turn == "halves" else width),
         "ROWS": per_program,
         "ORDER": order,
         "LANES": 128,
-        "TURN": form.turn,
+        "TURN": turn,
         "PRODUCT": triton_dtype(product),
-        "FUSED": form.turn == "halves" and addcmul_fuses(q.device, product),
+        "FUSED": fused,
     }
     statistics = tuple(Out((*t.shape[:2], 1), (t.shape[1], 1, 1), torch.float32) for t in (q, k))
     return Plan(
@@ -242,19 +217,20 @@ def _plan(*args: Any, reference: Callable[..., Any], form: Form, order: str) -> 
         (2 * max(-(-n // per_program) for n in rows), 1, 1),
         (*rows, q.shape[1], k.shape[1], given["eps"], *strides_of),
         constants,
-        WARPS,
-        outputs_like(on_meta(reference, *args)),
+        ROW_WARPS,
+        # contiguous, as q and k are. Asked of `F.rms_norm` on meta, it would take torch._dynamo, and seconds, to say so
+        tuple(Out(tuple(t.shape), strides(t), t.dtype) for t in (q, k)),
         witnesses=() if order == GIVEN else statistics,
-        before=partial(_statistics, reference=reference, rstd=_rstd) if order == GIVEN else None,
+        before=partial(statistics_of_aten, reference=reference) if order == GIVEN else None,
         extras=(torch.float32, torch.float32) if order == GIVEN else (),
     )
 
 
-def _table_strides(table: Tensor | None, x: Tensor, form: Form) -> tuple[int, int, int]:
+def _table_strides(table: Tensor | None, x: Tensor, chain: Chain) -> tuple[int, int, int]:
     """(batch, token, head) strides of split tables, (batch, token, 0) of interleaved ones; 0 for absent tables."""
     if table is None:
         return 0, 0, 0
-    if form.turn == "neighbours":
+    if not chain.split:
         batch, token, _ = strides(table.expand(x.shape))
         return batch, token, 0
     _, heads, tokens, half = table.shape
@@ -262,75 +238,93 @@ def _table_strides(table: Tensor | None, x: Tensor, form: Form) -> tuple[int, in
     return batch, token, head
 
 
-def _rstd(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # with the weight: where that lies decides the order, too
-    return torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight, eps)[1]
-
-
-def _emulated_rstd(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(layer_norm_mean_square(x) + eps)
-
-
-def _statistics(*args: Any, reference: Callable[..., Any], rstd: Callable[..., Tensor]) -> _Pair:
+def statistics_of_aten(*args: Any, reference: Callable[..., _Pair]) -> _Pair:
+    """1 / rms of the rows of q and of k, fp32. With the weight: where that lies decides the order, too."""
     given = named(reference, args)
-    eps = given["eps"]
-    return rstd(given["q"], given["q_weight"], eps), rstd(given["k"], given["k_weight"], eps)
+    q, k = (
+        torch.ops.aten._fused_rms_norm(given[x], given[x].shape[-1:], given[f"{x}_weight"], given["eps"])[1]
+        for x in "qk"
+    )
+    return q, k
 
 
-def _emulated(*args: Any, reference: Callable[..., Any], form: Form) -> _Pair:
-    """The reference's own steps, with the statistics in CUDA's order."""
+# -- when it can't be fused ------------------------------------------------------------------------------------------
+
+
+def _why_not(*args: Any, reference: Callable[..., _Pair], chain: Chain | None) -> Iterator[str]:
     given = named(reference, args)
-    outs = []
+    tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
+    reasons = list(plain(tensors))
+    if not reasons:
+        reasons += fitting(reference, given, _misfit(given, chain))
+    reasons += runnable(tensors)
+    q, width = given["q"], given["q"].shape[-1] if given["q"].ndim else 1
+    if q.dtype not in HALVES:
+        reasons.append(f"q is {q.dtype}; accepted: {', '.join(map(str, HALVES))}")
+    for name in ("k", "q_weight", "k_weight"):
+        if given[name].dtype != q.dtype:
+            reasons.append(f"{name} is {given[name].dtype} and q {q.dtype}; they must have one dtype")
+    for name in ("q", "k", "q_weight", "k_weight"):
+        if not given[name].is_contiguous():
+            reasons.append(f"{name} is not contiguous: its strides are {given[name].stride()}")
+    if width % 128 or width > 8192:
+        reasons.append(f"q is {width} wide; accepted: multiples of 128 up to 8192")
+    if chain is not None:
+        tables = {name: t for name, t in tensors.items() if name.endswith(("_cos", "_sin"))}
+        wanted = FLOATS if chain.in_fp32 else (q.dtype,)
+        of_all = "one of torch.float32, torch.bfloat16, torch.float16 for all"
+        accepted = of_all if chain.in_fp32 else "q's dtype"
+        for name, t in tables.items():
+            if t.dtype not in wanted or t.dtype != given["q_cos"].dtype:
+                reasons.append(f"{name} is {t.dtype}; accepted: {accepted}")
+            if t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1:
+                reasons.append(f"the last dimension of {name} has stride {t.stride(-1)}; accepted: 1")
+    if (max(q.numel(), given["k"].numel()) // max(1, width)) >= 2**30:
+        reasons.append(f"q {list(q.shape)} or k {list(given['k'].shape)} needs a larger grid than one launch has")
+    yield from reasons
+    if not reasons and chain is not None and chain.split and addcmul_fuses(q.device, chain.product(q)) is None:
+        yield f"addcmul on {q.device} rounds neither once nor twice, so no kernel here equals it"
+
+
+def _misfit(given: dict[str, Any], chain: Chain | None) -> str | None:
+    """What is wrong with these shapes, if anything."""
+    q, k = given["q"], given["k"]
+    if q.ndim != 3 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        return f"q is {list(q.shape)} and k {list(k.shape)}; accepted: [B, T, N] and [B, S, N]"
+    for name in ("q_weight", "k_weight"):
+        if list(given[name].shape) != [q.shape[2]]:
+            return f"{name} is {list(given[name].shape)}; accepted: [{q.shape[2]}]"
+    if chain is None:
+        return None
+    if (given["k_cos"] is None) != (given["k_sin"] is None):
+        return "of k_cos and k_sin one is None; accepted: both or neither"
     for side in "qk":
-        x, weight = given[side], given[f"{side}_weight"]
-        n = (weight.float() * (_emulated_rstd(x, weight, given["eps"]) * x.float())).to(x.dtype)
-        if form.reference:
-            own = side if given.get(f"{side}_cos") is not None else "q"
-            n = form.reference(n, given[f"{own}_cos"], given[f"{own}_sin"])
-        outs.append(n)
-    return outs[0], outs[1]
+        own = side if given[f"{side}_cos"] is not None else "q"
+        if problem := rope.misfit(given[side], given[f"{own}_cos"], given[f"{own}_sin"], chain):
+            return f"{side} and its tables: {problem}"
+    return None
 
 
-# -- the operators -----------------------------------------------------------------------------------------------------
+# -- the operators ---------------------------------------------------------------------------------------------------
+
+_DIFFUSERS = "diffusers 0.37-0.42.1: LTX2 attention processors"
+_LTX_CORE = "ltx-core, SGLang: attention"
 
 
-def _operator(reference: Callable[..., Any], source: str, form: Form) -> Operator:
-    plan = partial(_plan, reference=reference, form=form)
+def _operator(reference: Callable[..., _Pair], chain: Chain | None) -> Operator:
+    source = f"{_DIFFUSERS}; {_LTX_CORE}" if chain is None else _DIFFUSERS if chain.in_fp32 else _LTX_CORE
+    plan = partial(_plan, reference=reference, chain=chain)
     return Operator(
         reference,
         source,
-        why_not=partial(why_not, reference=reference, form=form),
+        why_not=partial(_why_not, reference=reference, chain=chain),
         tiers=(
             Tier("single pass", partial(plan, order=LAYER_NORM)),
             Tier("ATen's statistic", partial(plan, order=GIVEN)),
         ),
-        evidence=Evidence(
-            battery=partial(battery, reference=reference),
-            cases=cases(form),
-            mutants=mutants(form),
-            audits=audits(form),
-            emulated=partial(_emulated, reference=reference, form=form),
-            witness=partial(_statistics, reference=reference, rstd=_rstd),
-            emulated_witness=partial(_statistics, reference=reference, rstd=_emulated_rstd),
-            retiled=_retiled,
-        ),
     )
 
 
-def _retiled(plan: Plan) -> Iterator[Plan]:
-    rows = max(plan.scalars[:2])
-    for per_program in (1, 2, 4):
-        yield replace(plan, grid=(2 * -(-rows // per_program), 1, 1), constants={**plan.constants, "ROWS": per_program})
-
-
-_HALVES_FP32 = Form("halves", True, split_rotary_fp32, split_misfit)
-_HALVES_PER_OP = Form("halves", False, split_rotary_per_op, split_misfit)
-_NEIGHBOURS_FP32 = Form("neighbours", True, interleaved_rotary_fp32, interleaved_misfit)
-_NEIGHBOURS_PER_OP = Form("neighbours", False, interleaved_rotary_per_op, interleaved_misfit)
-_DIFFUSERS = "diffusers 0.37-0.42.1: LTX2 attention processors"
-_LTX_CORE = "ltx-core, SGLang: attention"
-
-QK_RMS_NORM = _operator(qk_rms_norm, f"{_DIFFUSERS}; {_LTX_CORE}", Form("none"))
-QK_SPLIT_FP32 = _operator(qk_rms_norm_split_rotary_fp32, _DIFFUSERS, _HALVES_FP32)
-QK_SPLIT_PER_OP = _operator(qk_rms_norm_split_rotary_per_op, _LTX_CORE, _HALVES_PER_OP)
-QK_INTERLEAVED_FP32 = _operator(qk_rms_norm_interleaved_rotary_fp32, _DIFFUSERS, _NEIGHBOURS_FP32)
-QK_INTERLEAVED_PER_OP = _operator(qk_rms_norm_interleaved_rotary_per_op, _LTX_CORE, _NEIGHBOURS_PER_OP)
+QK_RMS_NORM, QK_SPLIT_PER_OP, QK_SPLIT_FP32, QK_INTERLEAVED_PER_OP, QK_INTERLEAVED_FP32 = (
+    _operator(reference, chain) for reference, chain in CHAINS.items()
+)

@@ -24,11 +24,11 @@ from torch.multiprocessing.reductions import StorageWeakRef  # its storage's add
 
 from bitfuse.core.bits import as_tuple
 from bitfuse.core.conditions import around
-from bitfuse.run.graphs import flat, stand_in
 from bitfuse.run.swap import hooked
+from bitfuse.run.twin import flat, stand_in
 
 _KEPT = 2  # results of one function: the conditional and the unconditional prompt, say
-_here = threading.local()  # .prelude: whoever notes, or hands out, the constants of this thread's forward
+_here = threading.local()  # .prelude: the one in use in this thread, for a model may be called in another meanwhile
 
 
 class Constant:
@@ -139,14 +139,13 @@ class Prelude:
         self._filled: list[tuple] = []  # what the arguments were
 
     @contextlib.contextmanager
-    def noting(self) -> Iterator[None]:
+    def in_use(self) -> Iterator[None]:
+        """Within, the calls of this thread's `Constant`s are noted; once they are laid out, results are handed out."""
         _here.prelude = self
         try:
             yield
         finally:
             _here.prelude = None
-
-    serving = noting  # whichever it is: results are handed out once they are laid out
 
     def note(self, constant: Constant, x: Tensor, compute: Callable[[Tensor], Any], value: Any) -> None:
         if self._results is None and not torch.is_grad_enabled():

@@ -7,6 +7,7 @@ whatever happens (no room, Ctrl-C) there is the old file or the new one, and no 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -114,16 +115,16 @@ def write(path: Path, content: str) -> None:
         facts = os.stat(path)
     except FileNotFoundError:
         facts = None
+    own = None if facts is None else _own_output(facts)
     try:
-        if facts is not None and (own := _own_output(facts)) is not None:
-            sys.stdout.flush()
-            _pour(own, data)
-        elif facts is not None and not stat.S_ISREG(facts.st_mode):
-            _write_in_place(path, data)
-        else:
+        if facts is None or (own is None and stat.S_ISREG(facts.st_mode)):
             target = Path(os.path.realpath(path))
             target.parent.mkdir(parents=True, exist_ok=True)
             _replace(target, data, facts)
+        else:
+            sys.stdout.flush()
+            with open(path if own is None else own, "wb", closefd=own is None) as file:
+                file.write(data)
     except OSError as error:  # which may name the temporary file
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
@@ -148,36 +149,20 @@ def _own_output(facts: os.stat_result) -> int | None:
 def _replace(target: Path, data: bytes, old: os.stat_result | None) -> None:
     temporary = target.with_name(f".bitfuse-{secrets.token_hex(8)}")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            _pour(descriptor, data)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
             with contextlib.suppress(OSError):  # not every file system can
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+                os.fsync(file.fileno())
         if old is not None:
             os.chmod(temporary, stat.S_IMODE(old.st_mode))
         os.replace(temporary, target)
     except PermissionError:
         if old is None:
             raise
-        _write_in_place(target, data)  # the file is one's own to write, and its folder is not
+        target.write_bytes(data)  # the file is one's own to write, and its folder is not
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _write_in_place(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC)
-    try:
-        _pour(descriptor, data)
-    finally:
-        os.close(descriptor)
-
-
-def _pour(descriptor: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
 
 
 @contextlib.contextmanager
@@ -213,6 +198,14 @@ def _quoted(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _quoted(inner) for name, inner in value.items()}
     return [_quoted(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def sha256(path: Path) -> str | None:
+    """Of what stands in a file; None where it can't be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 # -- what an earlier run wrote -----------------------------------------------------------------------------------------

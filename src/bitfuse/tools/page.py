@@ -6,11 +6,11 @@ import base64
 import io
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from bitfuse.core.bits import differing
 from bitfuse.core.lines import visible
 
 if TYPE_CHECKING:
@@ -52,20 +52,6 @@ def times_sentence(times: dict[str, Any]) -> str:
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
-
-
-def render(
-    document: dict[str, Any], kinds: list[dict[str, Any]], geometry: Geometry, stock: Denoising, fused: Denoising
-) -> str:
-    """report.html for a demo's document, its sites folded (`Report.kinds`), and the latents of both runs."""
-    return fill(
-        "demo.html.j2",
-        command="demo",
-        document=document,
-        pictures=latent_pictures(geometry, stock, fused),
-        kinds=kinds,
-        charts=charts(document["steps"]),
-    )
 
 
 def fill(template: str, **values: Any) -> str:
@@ -117,12 +103,6 @@ def latent_pictures(geometry: Geometry, stock: Denoising, fused: Denoising) -> d
             },
         },
     }
-
-
-def differing(expected: Tensor, found: Tensor) -> Tensor:
-    """Where the bit patterns differ and not both are NaN, for a picture: the verdict is `bitfuse.compare`'s."""
-    bits = {2: torch.int16, 4: torch.int32}[expected.element_size()]
-    return (expected.view(bits) != found.view(bits)) & ~(expected.isnan() & found.isnan())
 
 
 def _unit(values: Tensor, scale_of: Tensor) -> Tensor:

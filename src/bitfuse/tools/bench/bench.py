@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import hashlib
 import json
 import math
 import os
@@ -35,8 +34,8 @@ from bitfuse.core import proof
 from bitfuse.core.bits import compare
 from bitfuse.core.lines import error_line
 from bitfuse.core.operator import OPERATORS, Operator
-from bitfuse.ops.rotary_common import RotaryCase
-from bitfuse.ops.split_rotary import SPLIT_PER_OP
+from bitfuse.ops.rope import SPLIT_PER_OP
+from bitfuse.ops.rope_evidence import RotaryCase
 from bitfuse.tools.bench.measure import (
     captured,
     copy_gb_per_s,
@@ -464,10 +463,11 @@ def _graph(trial: _Trial, model: Any, expected: Any, undo: contextlib.ExitStack,
 
 
 def _check_fused(trial: _Trial, handle: Any) -> None:
+    from bitfuse.tools.compare import runs
+
     report = handle.report()
     if not report.fused:
-        reasons = dict.fromkeys(reason for site in report.sites for reason in site.reasons)
-        trial.reason = trial.reason or f"nothing was fused: {'; '.join(reasons) or 'no site was called'}"
+        trial.reason = trial.reason or f"nothing was fused: {runs.reasons(report) or 'no site was called'}"
 
 
 def _compiled(trials: dict[str, _Trial], model: Any, expected: Any) -> float | None:
@@ -701,6 +701,7 @@ def time_first_step(way: str, version: str, tokens: str, layers: str) -> None:
     """What a fresh process does: print, as JSON, the seconds up to the end of its first step, and what came out."""
     import bitfuse
     from bitfuse.tools import seeded
+    from bitfuse.tools.compare.bits import sha256
 
     device = _device()
     geometry = _geometry(device, int(tokens), int(layers), version, image_to_video=False)
@@ -713,7 +714,7 @@ def time_first_step(way: str, version: str, tokens: str, layers: str) -> None:
     out = step()
     torch.cuda.synchronize()
     facts["seconds"] = time.perf_counter() - start
-    facts["sha256"] = hashlib.sha256(b"".join(_raw(t) for t in out)).hexdigest()
+    facts["sha256"] = sha256(*out)
     if handle:
         verdicts = proof.verdicts().values()
         facts["sites_fused"] = handle.report().fused
@@ -724,7 +725,3 @@ def time_first_step(way: str, version: str, tokens: str, layers: str) -> None:
     torch.cuda.synchronize()
     facts["second_step_s"] = time.perf_counter() - start
     print(json.dumps(facts))
-
-
-def _raw(t: Tensor) -> bytes:
-    return t.cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -5,16 +5,17 @@ NaN counts as equal to NaN, as in `compare`, which decides whether two tensors a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bitfuse.core.bits import compare
+from bitfuse.core.bits import BITS, compare, differing
 
 _CHUNK = 1 << 24  # elements looked at together: a few int64 temporaries of 128 MiB, however large the tensor is
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SIGNED = BITS | {1: torch.int8}  # by element size, as an order of floating-point numbers by their bits needs them
 _BAR = 40  # characters of the longest bar of a histogram
 
 
@@ -70,9 +71,14 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(t[start : start + _CHUNK] for t in flat)
 
 
+def _integers(t: Tensor) -> Tensor:
+    """The bits of each element, as an int64 that has the sign of theirs."""
+    return t.contiguous().view(_SIGNED[t.element_size()]).to(torch.int64)
+
+
 def _bits(t: Tensor) -> Tensor:
     """As int64, every NaN as one that no other value has the bits of."""
-    bits = t.contiguous().view(_INTEGERS[t.element_size()]).to(torch.int64)
+    bits = _integers(t)
     return bits.masked_fill(t.isnan(), 0x7FF8 << 48) if t.is_floating_point() else bits
 
 
@@ -103,6 +109,14 @@ def digest(t: Tensor) -> Tensor:
     return total
 
 
+def sha256(*tensors: Tensor) -> str:
+    """Of the bytes of all these tensors, each in the order of its indices: for people and documents."""
+    found = hashlib.sha256()
+    for t in tensors:
+        found.update(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def ulps(expected: Tensor, found: Tensor) -> Tensor:
     """found - expected in units in the last place, elementwise: an int64 tensor of the same shape.
 
@@ -121,7 +135,7 @@ def _rank(t: Tensor) -> Tensor:
     """How many steps from zero."""
     if not t.is_floating_point():
         return t.to(torch.int64)
-    bits = t.contiguous().view(_INTEGERS[t.element_size()]).to(torch.int64)
+    bits = _integers(t)
     smallest = -(1 << (8 * t.element_size() - 1))  # the sign's bit alone: -0
     return torch.where(bits < 0, smallest - bits, bits)
 
@@ -137,7 +151,7 @@ def difference(expected: Tensor, found: Tensor) -> tuple[Bits | None, str]:
         return None, mismatch.sentence
     counts, unlike = torch.zeros(65, dtype=torch.int64), 0
     for a, b in _pieces(expected, found):
-        differs = _bits(a) != _bits(b)
+        differs = differing(a, b)
         a, b = a[differs], b[differs]
         if a.is_floating_point():
             numbers = ~(a.isnan() | b.isnan())

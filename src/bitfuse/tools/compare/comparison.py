@@ -1,21 +1,17 @@
 """`bitfuse compare`: a user's own pipeline, stock and accelerated, compared from the first step to the last frame.
 
-The pipeline is diffusers' own, called as a user calls it: nothing in it is replaced but what `bitfuse.accelerate`
-replaces. The stock run comes twice first: where it does not equal itself, nothing can be shown to equal it.
+The stock run comes twice first: where it does not equal itself, nothing can be shown to equal it. `bitfuse demo` is the
+same with random weights, and with a report of another `Form`.
 (The module is not called compare: `bitfuse.compare` is the comparison of two tensors.)
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import inspect
 import logging
 import os
-import re
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,49 +20,54 @@ from rich.console import Console
 
 import bitfuse
 from bitfuse.core.kernel import interpreter, interpreting
-from bitfuse.core.lines import error_line, one_line
-from bitfuse.tools import files, page
-from bitfuse.tools.compare import films as comparison_page
-from bitfuse.tools.compare import runs
-from bitfuse.tools.compare.request import ARGUMENTS, Request, check
+from bitfuse.core.lines import error_line
+from bitfuse.tools import files, packages, page
+from bitfuse.tools.compare import films, runs
+from bitfuse.tools.compare import subject as subjects
+from bitfuse.tools.compare.request import Request, check
 from bitfuse.tools.compare.runs import Result
+from bitfuse.tools.compare.subject import Subject
 from bitfuse.tools.machine import machine
-from bitfuse.tools.seeded import CannotRun, Denoising, Geometry, build, denoise, geometry_for, make_inputs, now
+from bitfuse.tools.seeded import CannotRun, Denoising, now
 from bitfuse.tools.text import cell, say, say_all
 
 _log = logging.getLogger("bitfuse")
 
-PROMPT = "A red fox trots through fresh snow at dawn, its breath steaming; the snow creaks and a raven calls far off."
-_DEFAULT_FRAME_RATE = 24.0
-NAMES = ("compare.json", "compare.html", *comparison_page.FILES)
+NAMES = ("compare.json", "compare.html", *films.FILES)
 """Every file that `run` may write."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is run three times.
+class Form:
+    """How a comparison is reported.
 
-    target         what is accelerated: the pipeline or the transformer
-    model          the transformer
-    denoise        one run of so many `steps`, given what to call after each
-    facts          for the document: what it is and how it is called
-    frame_rate     of the film, per second
-    sample_rate    of the waveform, per second; None without one
-    geometry       of a transformer alone, whose latents are shown in place of a film
+    command      whose report it is; its page's template has this name
+    names        of the files with the document and the page
+    opening      the lines printed before the runs, given the request, what is run and the facts of `machine`
+    facts        of what is run, for the document
+    left_out     what stands in compare's document and not in this one
+    no_memory    what is said where the device has too little
     """
 
-    target: Any
-    model: torch.nn.Module
-    steps: int
-    denoise: Callable[[Callable[[], None]], Denoising]
-    facts: dict[str, Any]
-    frame_rate: float = _DEFAULT_FRAME_RATE
-    sample_rate: int | None = None
-    geometry: Geometry | None = None
+    command: str
+    names: tuple[str, str]
+    opening: Callable[[Request, Subject, dict[str, Any]], tuple[str, ...]]
+    facts: Callable[[Subject], dict[str, Any]]
+    no_memory: Callable[[Request], str]
+    left_out: frozenset[str] = frozenset()
 
 
-class _Failed(Exception):
-    """The accelerated run raised where the stock run did not."""
+def _opening(request: Request, subject: Subject, facts: dict[str, Any]) -> tuple[str, ...]:
+    on = f"{facts['device']}, torch {facts['torch']}, {runs.named(request.host)}, bfloat16, seed {request.seed}"
+    return subject.facts["sentence"], on
+
+
+def _no_memory(request: Request) -> str:
+    fewer = "fewer --layers" if request.random_weights else "--offload"
+    return f"Try {fewer}, a smaller --size, or fewer --frames."
+
+
+_COMPARE = Form("compare", (NAMES[0], NAMES[1]), _opening, lambda subject: subject.facts, _no_memory)
 
 
 def run(request: Request, out: Path, console: Console | None = None) -> Result:
@@ -77,69 +78,83 @@ def run(request: Request, out: Path, console: Console | None = None) -> Result:
     or printed then: the verdict says why). The files of an earlier run stay until those of this one take their places,
     and files that bitfuse did not write stay for good.
     """
-    console = console or Console()
     try:
         call = check(request)
-        runs.need_packages(*(("diffusers", "transformers") if request.model else ()))
+    except CannotRun as why:
+        return Result(2, str(why))
+    return report(request, call, out, console or Console(), _COMPARE)
+
+
+def report(request: Request, call: dict[str, Any], out: Path, console: Console, form: Form) -> Result:
+    """What `run` does, for a call that is checked, reported in this form."""
+    try:
+        for package in ("jinja2", "matplotlib", "numpy", *(("diffusers", "transformers") if request.model else ())):
+            packages.need(package)
         device = runs.pick_device(request.device)
         try:
-            files.check_folder(out, NAMES[:2])
+            files.check_folder(out, form.names)
         except ValueError as why:
             raise CannotRun(str(why)) from None
         gpus = [device] if device.type == "cuda" else []  # the process's random state is left as it was
         with interpreter() if not gpus else contextlib.nullcontext(), torch.random.fork_rng(devices=gpus):
             try:
-                return _run(request, call, device, out, console)
+                return _report(request, call, device, out, console, form)
             except _Failed as why:
-                return _failed(why, out, console)
+                return _failed(why, out, console, form)
     except CannotRun as why:
         return Result(2, str(why))
     except torch.OutOfMemoryError:
-        fewer = "fewer --layers" if request.random_weights else "--offload"
-        return Result(2, f"The device ran out of memory. Try {fewer}, a smaller --size, or fewer --frames.")
+        return Result(2, f"The device ran out of memory. {form.no_memory(request)}")
 
 
-def _failed(why: _Failed, out: Path, console: Console) -> Result:
+class _Failed(Exception):
+    """The accelerated run raised where the stock run did not."""
+
+
+def _failed(why: _Failed, out: Path, console: Console, form: Form) -> Result:
     result = Result(1, f"The accelerated run failed where the stock run did not: {why}")
     say(console, cell(result.verdict, "red"))
-    with _new_result(out) as making:
-        (making / "compare.json").write_text(files.as_json(result.as_dict(), indent=2), encoding="utf-8")
-    say(console, f"Written: {out / 'compare.json'}")
+    with _new_result(out, form) as making:
+        (making / form.names[0]).write_text(files.as_json(result.as_dict(), indent=2), encoding="utf-8")
+    say(console, f"Written: {out / form.names[0]}")
     return result
 
 
-def _run(request: Request, call: dict[str, Any], device: torch.device, out: Path, console: Console) -> Result:
+def _report(
+    request: Request, call: dict[str, Any], device: torch.device, out: Path, console: Console, form: Form
+) -> Result:
     facts = machine(device)
-    subject = _transformer(request, call, device) if request.random_weights else _pipeline(request, call, device)
-    say(console, subject.facts["sentence"])
-    host = runs.named(request.host)
-    say(console, f"{facts['device']}, torch {facts['torch']}, {host}, bfloat16, seed {request.seed}")
-
-    measured: dict[str, dict[str, Any]] = {}
-
-    def loop(which: str, on_step: Callable[[], None]) -> Denoising:
-        torch.manual_seed(request.seed)  # draws outside of the pipeline's own generator repeat too
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        with _failures(which):
-            start = now(device)
-            done = subject.denoise(on_step)
-            measured[which] = {"seconds": round(now(device) - start, 3), "peak_bytes": _peak(device)}
-        return done
-
+    subject = subjects.of(request, call, device)
+    for line in form.opening(request, subject, facts):
+        say(console, line)
     options = {"cuda_graph": request.cuda_graph, "keep_text": request.keep_text}
+    measured: dict[str, dict[str, Any]] = {}
     try:
-        stock, fused, report = runs.stock_twice_then_fused(subject.target, loop, subject.steps, console, **options)
+        with runs.progress(console, 3 * subject.steps) as (begin, advance):
+
+            def loop(which: str) -> Denoising:
+                begin(which)
+                torch.manual_seed(request.seed)  # draws outside of the pipeline's own generator repeat too
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                with _failures(which):
+                    start = now(device)
+                    done = subject.denoise(advance)
+                    measured[which] = {"seconds": round(now(device) - start, 3), "peak_bytes": _peak(device)}
+                if which == "stock":
+                    runs.check_finite(done)  # before minutes are spent on a second run
+                return done
+
+            stock, fused, sites = runs.stock_twice_then_fused(subject.target, loop, runs.check_repeats, **options)
     except runs.DoesNotRepeat as why:
         if not request.trace:
             raise
-        raise CannotRun(
-            f"{why}\n{_traced(subject, request, contextlib.nullcontext) or 'Traced, it did repeat.'}"
-        ) from None
+        where = _traced(subject, request, contextlib.nullcontext)
+        raise CannotRun(f"{why}\n{where or 'Traced, it did repeat.'}") from None
     rows = runs.compare_steps(stock, fused)
     decoded = {name: runs.compared(expected, fused.decoded[name]) for name, expected in stock.decoded.items()}
     times = runs.times(stock, fused)
-    exit_code, verdict = runs.verdict(rows, report, times, decoded)
+    exit_code, verdict = runs.verdict(rows, sites, times, decoded)
 
     divergence = None
     if request.trace and not all(row["equal"] for row in (*rows, *decoded.values())):
@@ -149,7 +164,7 @@ def _run(request: Request, call: dict[str, Any], device: torch.device, out: Path
     console.print(page.table(rows))
     for name, row in decoded.items():
         say(console, f"{name}: {'equal' if row['equal'] else row['mismatch']}, SHA-256 {row['sha256_bitfuse']}")
-    say_all(console, str(report))
+    say_all(console, str(sites))
     say(console, page.times_sentence(times))
     if divergence:
         say_all(console, str(divergence))
@@ -158,13 +173,13 @@ def _run(request: Request, call: dict[str, Any], device: torch.device, out: Path
         say(console, f"{equal}: what differs is not in its eager forward.")
     say(console, cell(verdict, "green" if exit_code == 0 else "red"))
 
-    with _new_result(out) as making:
-        films = comparison_page.write_films(making, stock, fused, subject.frame_rate, subject.sample_rate, _taken(out))
+    with _new_result(out, form) as making:
+        film = films.write_films(making, stock, fused, subject.frame_rate, subject.sample_rate, _taken(out))
         document = {
             "interpreted": interpreting(),
             "machine": facts,
-            "host": host,
-            **subject.facts,
+            "host": runs.named(request.host),
+            **form.facts(subject),
             "dtype": "bfloat16",
             "seed": request.seed,
             "options": {**options, "offload": request.offload},
@@ -172,16 +187,24 @@ def _run(request: Request, call: dict[str, Any], device: torch.device, out: Path
             "decoded": decoded,
             "times": times,
             "runs": {"stock": measured["stock, again"], "bitfuse": measured["bitfuse"]},
-            "film": films.sentence,
-            "files": films.files,
-            "sites": report.as_dict(),
+            "film": film.sentence,
+            "files": film.files,
+            "sites": sites.as_dict(),
             "divergence": divergence and {**divergence.as_dict(), "text": str(divergence)},
         }
-        result = Result(exit_code, verdict, document)
-        html = comparison_page.render(result.as_dict(), report.kinds(), films, subject.geometry, stock, fused)
-        (making / "compare.html").write_text(html, encoding="utf-8")
-        (making / "compare.json").write_text(files.as_json(result.as_dict(), indent=2), encoding="utf-8")
-    say(console, f"Written: {', '.join(str(out / name) for name in (*NAMES[:2], *films.files))}")
+        result = Result(exit_code, verdict, {name: of for name, of in document.items() if name not in form.left_out})
+        html = page.fill(
+            f"{form.command}.html.j2",
+            command=form.command,
+            document=result.as_dict(),
+            kinds=sites.kinds(),
+            films=film,
+            pictures=subject.geometry and page.latent_pictures(subject.geometry, stock, fused),
+            charts=page.charts(rows),
+        )
+        (making / form.names[1]).write_text(html, encoding="utf-8")
+        (making / form.names[0]).write_text(files.as_json(result.as_dict(), indent=2), encoding="utf-8")
+    say(console, f"Written: {', '.join(str(out / name) for name in (*form.names, *film.files))}")
     return result
 
 
@@ -194,38 +217,6 @@ def _traced(subject: Subject, request: Request, around: Callable[[], Any]) -> bi
         return {"video": done.video, "audio": done.audio, **done.decoded}
 
     return bitfuse.trace(run, run, (), model=subject.model, around_b=around)
-
-
-@contextlib.contextmanager
-def _new_result(out: Path) -> Iterator[Path]:
-    """A folder to write the result to, which takes the place of an earlier one in `out` at the end."""
-    try:
-        with files.new_result(out, _earlier(out), last="compare.json") as making:
-            yield making
-    except OSError as error:
-        raise CannotRun(f"--out {out} can't be written: {error.strerror or error}") from None
-
-
-def _earlier(out: Path) -> set[str]:
-    """The files in `out` that an earlier run wrote: of films those of which its compare.json has the SHA-256."""
-    found = {name for name in NAMES[:2] if files.is_result(out / name)}
-    if "compare.json" in found:
-        digests = files.read_json(out / "compare.json", "", "").get("files")
-        digests = digests if isinstance(digests, dict) else {}
-        found |= {n for n in comparison_page.FILES if n in digests and _sha256(out / n) == digests[n]}
-    return found
-
-
-def _taken(out: Path) -> set[str]:
-    """Names of films and sounds in `out` that are somebody else's, and so are not to be written."""
-    return {name for name in comparison_page.FILES if os.path.lexists(out / name)} - _earlier(out)
-
-
-def _sha256(file: Path) -> str | None:
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError:
-        return None
 
 
 @contextlib.contextmanager
@@ -246,151 +237,29 @@ def _peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-# -- a transformer alone ------------------------------------------------------------------------------------------
+# -- the folder with the result ---------------------------------------------------------------------------------------
 
 
-def _transformer(request: Request, call: dict[str, Any], device: torch.device) -> Subject:
-    version = (request.random_weights or "").removeprefix("ltx-")
-    geometry, fit = geometry_for(device, request.layers, version, request.host)
-    sizes = {"steps": call.get("num_inference_steps", geometry.steps)}
-    if "width" in call:
-        sizes |= {"width": call["width"] // 32, "height": call["height"] // 32}
-    if frames := call.get("num_frames"):  # the pipeline's own sums; the audio VAE makes 25 latent frames a second
-        sizes |= {"frames": (frames - 1) // 8 + 1, "audio_frames": round(25 * frames / _DEFAULT_FRAME_RATE)}
-    geometry = replace(geometry, **sizes)
-    model = build(geometry, device, request.seed)
-    inputs = make_inputs(model, geometry, device, request.seed)
-    return Subject(
-        model,
-        model,
-        geometry.steps,
-        lambda on_step: denoise(model, geometry, inputs, on_step),
-        {
-            "sentence": f"A transformer of LTX-{version} with random weights: {geometry.sentence}. {fit}".rstrip(),
-            "model": f"LTX-{version} of {request.host}, random weights",
-            "call": {},
-            "geometry": asdict(geometry),
-        },
-        geometry=geometry,
-    )
-
-
-# -- a pipeline -----------------------------------------------------------------------------------------------------
-
-
-def _pipeline(request: Request, given: dict[str, Any], device: torch.device) -> Subject:
-    name = str(request.model)
-    if request.offload and device.type != "cuda":
-        raise CannotRun("--offload moves parts of the pipeline off a GPU; it needs a CUDA device.")
-    pipe = _load(name)
-    accepted = inspect.signature(pipe.__call__).parameters
-    if unknown := [argument for argument in given if argument not in accepted]:
-        known = ", ".join(argument for argument in ARGUMENTS if argument in accepted)
-        raise CannotRun(f"The pipeline of this diffusers takes no {unknown[0]}; accepted: {known}")
-    given = {"prompt": PROMPT, **given}
-    if "sigmas" in given:
-        given["num_inference_steps"] = len(given["sigmas"])
-    defaults = {argument: accepted[argument].default for argument in ARGUMENTS if argument in accepted}
-    call = {argument: value for argument, value in {**defaults, **given}.items() if value is not None}
-
-    if request.offload:
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.to(device)
-    pipe.set_progress_bar_config(disable=True)
-    return Subject(
-        pipe,
-        pipe.transformer,
-        call["num_inference_steps"],
-        lambda on_step: _denoise(pipe, call, request.seed, device, on_step),
-        {
-            "sentence": f"{type(pipe).__name__} with {len(pipe.transformer.transformer_blocks)} layers: {_sizes(call)}",
-            "model": os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name,
-            "call": call,
-        },
-        frame_rate=float(call.get("frame_rate", _DEFAULT_FRAME_RATE)),
-        sample_rate=int(getattr(pipe.vocoder.config, "output_sampling_rate", 24000)),
-    )
-
-
-def _sizes(call: dict[str, Any]) -> str:
-    frames = call.get("num_frames", "as many as the pipeline chooses")
-    return (
-        f"{call['width']}x{call['height']}, frames: {frames}, {call['num_inference_steps']} steps, {call['prompt']!r}"
-    )
-
-
-def _load(name: str) -> Any:
-    """The pipeline of a folder or a hub id, in bf16, on the CPU; of weights only safetensors, which run no code."""
-    if os.path.isdir(name):
-        _check_index(name)
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
-        raise CannotRun(f"{name!r} is neither a folder nor a hub id; accepted: a folder, or an id as in owner/name")
+@contextlib.contextmanager
+def _new_result(out: Path, form: Form) -> Iterator[Path]:
+    """A folder to write the result to, which takes the place of an earlier one in `out` at the end."""
     try:
-        from diffusers import LTX2Pipeline, LTX2VideoTransformer3DModel
-
-        with warnings.catch_warnings():  # 0.42 says that it is `dtype` now; older ones know only this name
-            warnings.simplefilter("ignore", FutureWarning)
-            pipe: Any = LTX2Pipeline.from_pretrained(name, torch_dtype=torch.bfloat16, use_safetensors=True)
-    except Exception as error:  # whatever a damaged or foreign folder makes the host raise
-        _log.debug("%s could not be loaded", name, exc_info=True)
-        raise CannotRun(f"{name} can't be loaded as an LTX-2 pipeline: {error_line(error, 400)}") from error
-    if not isinstance(pipe.transformer, LTX2VideoTransformer3DModel):
-        raise CannotRun(f"The transformer of {name} is a {type(pipe.transformer).__name__}, not diffusers' LTX-2 one.")
-    return pipe
+        with files.new_result(out, _earlier(out, form), last=form.names[0]) as making:
+            yield making
+    except OSError as error:
+        raise CannotRun(f"--out {out} can't be written: {error.strerror or error}") from None
 
 
-def _check_index(folder: str) -> None:
-    file, accepted = Path(folder, "model_index.json"), "what a diffusers LTX-2 pipeline's save_pretrained writes"
-    if not file.is_file():
-        raise CannotRun(f"{folder} holds no model_index.json; accepted: {accepted}, or a hub id")
-    try:
-        index = files.read_json(file, f"model_index.json in {folder}", accepted)
-    except ValueError as why:
-        raise CannotRun(str(why)) from None
-    kind = index.get("_class_name") if isinstance(index, dict) else None
-    if not str(kind).startswith("LTX2"):
-        given = one_line(kind, 80)
-        raise CannotRun(
-            f"{folder} is a folder of {given}; accepted: one of diffusers' LTX-2 pipelines, as LTX2Pipeline"
-        )
+def _earlier(out: Path, form: Form = _COMPARE) -> set[str]:
+    """The files in `out` that an earlier run wrote: of films those of which its document has the SHA-256."""
+    found = {name for name in form.names if files.is_result(out / name)}
+    if form.names[0] in found:
+        digests = files.read_json(out / form.names[0], "", "").get("files")
+        digests = digests if isinstance(digests, dict) else {}
+        found |= {n for n in films.FILES if str(digests.get(n)) == files.sha256(out / n)}
+    return found
 
 
-def _denoise(
-    pipe: Any, call: dict[str, Any], seed: int, device: torch.device, on_step: Callable[[], None]
-) -> Denoising:
-    """One call of the pipeline. Steps are timed from the end of the one before, without the copies made here."""
-    done, mark = Denoising(), 0.0
-
-    def starts(*args: Any, **kwargs: Any) -> Any:
-        nonlocal mark
-        mark = now(device)
-        return type(pipe).progress_bar(pipe, *args, **kwargs)
-
-    def after_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal mark
-        done.ms.append(1e3 * (now(device) - mark))
-        done.sigmas.append(float(pipe.scheduler.sigmas[step]))
-        done.video.append(tensors["latents"].to("cpu", copy=True))
-        done.audio.append(tensors["audio_latents"].to("cpu", copy=True))
-        on_step()
-        mark = now(device)
-        return {}
-
-    # Both through the pipeline's own seams, and off the transformer, where a hook would keep bitfuse from fusing:
-    # the loop begins where it opens its progress bar, and a callback may have any of its variables that is listed.
-    pipe.progress_bar = starts
-    pipe._callback_tensor_inputs = [*type(pipe)._callback_tensor_inputs, "audio_latents"]
-    try:
-        frames, waveform = pipe(
-            **call,
-            generator=torch.Generator("cpu").manual_seed(seed),  # the same noise on every device
-            output_type="pt",
-            return_dict=False,
-            callback_on_step_end=after_step,
-            callback_on_step_end_tensor_inputs=["latents", "audio_latents"],
-        )
-    finally:
-        del pipe.progress_bar, pipe._callback_tensor_inputs
-    done.decoded = {"decoded frames": frames.cpu(), "audio samples": waveform.cpu()}
-    return done
+def _taken(out: Path) -> set[str]:
+    """Names of films and sounds in `out` that are somebody else's, and so are not to be written."""
+    return {name for name in films.FILES if os.path.lexists(out / name)} - _earlier(out)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-import bitfuse
-from bitfuse.core.bits import compare
+from bitfuse.core.bits import Outputs, compare
 from bitfuse.tools import seeded
 from bitfuse.tools.compare import runs
 
@@ -53,6 +53,10 @@ def check(host: str, version: str, device: torch.device) -> Step:
     """A step of one version, in the interpreter on a CPU; declined where the host does not have it, or stock differs
     from itself."""
     start = time.perf_counter()
+    return replace(_check(host, version, device), seconds=time.perf_counter() - start)
+
+
+def _check(host: str, version: str, device: torch.device) -> Step:
     found = Step(runs.named(host), version, "", "declined", "", 0, 0, 0, 0.0)
     try:
         geometry, _ = seeded.geometry_for(device, _LAYERS, version, host)
@@ -60,23 +64,30 @@ def check(host: str, version: str, device: torch.device) -> Step:
             geometry = replace(geometry, frames=2, height=3, width=4)
         model = seeded.build(geometry, device, seed=0)
     except seeded.CannotRun as why:
-        return replace(found, reason=str(why), seconds=time.perf_counter() - start)
+        return replace(found, reason=str(why))
     step = seeded.one_step(model, seeded.make_inputs(model, geometry, device, seed=0))
-    expected, again = step(), step()
-    found = replace(found, geometry=geometry.sentence, elements=sum(t.numel() for t in expected))
-    if mismatch := compare(expected, again):
-        reason = f"the stock step does not repeat itself, so nothing can be shown to equal it: it {mismatch.sentence}"
-        return replace(found, reason=reason, seconds=time.perf_counter() - start)
-    with bitfuse.accelerated(model) as handle:
-        mismatch = compare(expected, step())
-        report = handle.report()
-    outcome = "differs" if mismatch else "equal" if report.fused else "declined"
-    reasons = dict.fromkeys(reason for site in report.sites for reason in site.reasons)
+
+    def run(which: str) -> tuple[Tensor, ...]:
+        nonlocal found
+        out = step()
+        found = replace(found, geometry=geometry.sentence, elements=sum(t.numel() for t in out))
+        return out
+
+    try:
+        expected, accelerated, report = runs.stock_twice_then_fused(model, run, _check_repeats)
+    except runs.DoesNotRepeat as why:
+        return replace(found, reason=str(why))
+    mismatch = compare(expected, accelerated)
     return replace(
         found,
-        outcome=outcome,
-        reason=mismatch.sentence if mismatch else "; ".join(reasons),
+        outcome="differs" if mismatch else "equal" if report.fused else "declined",
+        reason=mismatch.sentence if mismatch else runs.reasons(report),
         sites_fused=report.fused,
         sites_seen=report.seen,
-        seconds=time.perf_counter() - start,
     )
+
+
+def _check_repeats(first: Outputs, again: Outputs) -> None:
+    if mismatch := compare(first, again):
+        begin = "the stock step does not repeat itself, so nothing can be shown to equal it"
+        raise runs.DoesNotRepeat(f"{begin}: it {mismatch.sentence}")

@@ -1,25 +1,19 @@
-"""The demo: a real LTX-2 transformer with seeded weights, denoised stock and accelerated, compared bit for bit.
-
-The stock loop runs twice first: where it does not equal itself, nothing can be shown to equal it.
-"""
+"""The demo: `compare` of a real LTX-2 transformer with seeded weights, for which no checkpoint is needed."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
 
-from bitfuse.core.kernel import interpreter, interpreting
-from bitfuse.tools import files, page
-from bitfuse.tools.compare import runs
+from bitfuse.tools.compare import comparison, runs
+from bitfuse.tools.compare.comparison import Form
+from bitfuse.tools.compare.request import Request
 from bitfuse.tools.compare.runs import Result
-from bitfuse.tools.machine import machine
-from bitfuse.tools.seeded import REAL, CannotRun, Denoising, build, denoise, geometry_for, make_inputs
-from bitfuse.tools.text import cell, say, say_all
+from bitfuse.tools.compare.subject import Subject
+from bitfuse.tools.seeded import REAL
 
 NAMES = ("report.json", "report.html")
 
@@ -48,72 +42,27 @@ def run(
         raise ValueError(f"steps is {steps}; accepted: 2 or more")
     if layers is not None and not 1 <= layers <= REAL.layers:
         raise ValueError(f"layers is {layers}; accepted: 1 to {REAL.layers}")
-    console = console or Console()
-    try:
-        runs.need_packages()
-        where = runs.pick_device(device)
-        try:
-            files.check_folder(Path(out), NAMES)
-        except ValueError as why:
-            raise CannotRun(str(why)) from None
-        with interpreter() if where.type == "cpu" else contextlib.nullcontext():
-            return _run(Path(out), where, steps, layers, seed, host, console)
-    except CannotRun as why:
-        return Result(2, str(why))
-    except torch.OutOfMemoryError:
-        return Result(2, "The device ran out of memory. Fewer layers need less: try `bitfuse demo --layers 4`.")
+    request = Request(random_weights="2.0", layers=layers, seed=seed, device=device, host=host)
+    call = {} if steps is None else {"num_inference_steps": steps}
+    return comparison.report(request, call, Path(out), console or Console(), _DEMO)
 
 
-def _run(
-    out: Path,
-    device: torch.device,
-    steps: int | None,
-    layers: int | None,
-    seed: int,
-    host: str,
-    console: Console,
-) -> Result:
-    geometry, fit = geometry_for(device, layers, host=host)
-    geometry = replace(geometry, steps=steps or geometry.steps)
-    facts = machine(device)
-    say(console, f"LTX-2 transformer of {runs.named(host)}: {geometry.sentence}")
-    say(console, f"{facts['device']}, torch {facts['torch']}, bfloat16, seed {seed}. {fit}".rstrip())
+def _opening(request: Request, subject: Subject, facts: dict[str, Any]) -> tuple[str, ...]:
+    on = f"{facts['device']}, torch {facts['torch']}, bfloat16, seed {request.seed}. {subject.fit}"
+    return f"LTX-2 transformer of {runs.named(request.host)}: {_geometry(subject)['sentence']}", on.rstrip()
 
-    model = build(geometry, device, seed)
-    inputs = make_inputs(model, geometry, device, seed)
 
-    def loop(which: str, on_step: Callable[[], None]) -> Denoising:
-        return denoise(model, geometry, inputs, on_step)
+def _geometry(subject: Subject) -> dict[str, Any]:
+    assert subject.geometry is not None
+    g = subject.geometry
+    return {**asdict(g), "video_tokens": g.video_tokens, "sentence": g.sentence}
 
-    stock, fused, report = runs.stock_twice_then_fused(model, loop, geometry.steps, console)
-    rows = runs.compare_steps(stock, fused)
-    times = runs.times(stock, fused)
-    exit_code, verdict = runs.verdict(rows, report, times)
-    document = {
-        "interpreted": interpreting(),
-        "machine": facts,
-        "host": runs.named(host),
-        "geometry": {**asdict(geometry), "video_tokens": geometry.video_tokens, "sentence": geometry.sentence},
-        "memory": fit,
-        "dtype": "bfloat16",
-        "seed": seed,
-        "steps": rows,
-        "times": times,
-        "sites": report.as_dict(),
-    }
-    result = Result(exit_code, verdict, document)
 
-    console.print(page.table(rows))
-    say_all(console, str(report))
-    say(console, page.times_sentence(times))
-    say(console, cell(verdict, "green" if exit_code == 0 else "red"))
-
-    try:
-        with files.new_result(out, (), last="report.json") as making:
-            html = page.render(result.as_dict(), report.kinds(), geometry, stock, fused)
-            (making / "report.html").write_text(html, encoding="utf-8")
-            (making / "report.json").write_text(files.as_json(result.as_dict(), indent=2), encoding="utf-8")
-    except OSError as error:
-        raise CannotRun(f"--out {out} can't be written: {error.strerror or error}") from None
-    say(console, f"Written: {out / 'report.json'}, {out / 'report.html'}")
-    return result
+_DEMO = Form(
+    "demo",
+    NAMES,
+    _opening,
+    lambda subject: {"geometry": _geometry(subject), "memory": subject.fit},
+    lambda request: "Fewer layers need less: try `bitfuse demo --layers 4`.",
+    left_out=frozenset({"options", "decoded", "runs", "film", "files", "divergence"}),
+)

@@ -1,8 +1,7 @@
-"""The films and the page of `bitfuse compare`. Nothing here decides: bits were compared before, on the tensors."""
+"""The films and sounds of `bitfuse compare`. Nothing here decides: bits were compared before, on the tensors."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import io
 import math
@@ -15,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfuse.core.bits import differing
 from bitfuse.core.lines import one_line
-from bitfuse.tools import page
-from bitfuse.tools.seeded import Denoising, Geometry
+from bitfuse.tools import files, page
+from bitfuse.tools.seeded import Denoising
 
 _LONGEST_SIDE = 384  # of a film in the page, in pixels: bigger ones are made smaller, and are beside it in full
 _MOST_FRAMES = 240  # in the page
 
 FILES = tuple(f"{run}.{suffix}" for run in ("stock", "bitfuse") for suffix in ("mp4", "webp", "png", "wav"))
 """Every file that `write_films` may write."""
+CAPTIONS = ("stock", "with bitfuse", "difference")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Films:
     """
 
     sentence: str = "A transformer alone makes no film."
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str | None] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
     sounds: dict[str, str] = field(default_factory=dict)
     size: tuple[int, int] = (3, 2)
@@ -56,121 +57,101 @@ def write_films(
     """
     if not stock.decoded:
         return Films()
-    pairs = {"stock": stock, "bitfuse": fused}
-    frames = {name: _pixels(run.decoded["decoded frames"]) for name, run in pairs.items()}
-    sounds = {name: run.decoded["audio samples"][0].float().nan_to_num() for name, run in pairs.items()}
-    sample_rate = sample_rate or 24000
-
-    names, sentence = _write_all(out, frames, sounds, frame_rate, sample_rate, taken)
-    waves = {f"{name}.wav": _wav(sound, sample_rate) for name, sound in sounds.items()}
-    if others := [name for name in waves if name in taken]:
+    films = {name: _Film.of(run, frame_rate, sample_rate) for name, run in (("stock", stock), ("bitfuse", fused))}
+    names, sentence = _write_all(out, films, taken)
+    sounds = {f"{name}.wav": _wav(film) for name, film in films.items()}
+    if others := [name for name in sounds if name in taken]:
         sentence += f" No sound as a file: there is a {others[0]} that bitfuse did not write."
     else:
-        for name, content in waves.items():
+        for name, content in sounds.items():
             (out / name).write_bytes(content)
             names.append(name)
 
-    differs = page.differing(stock.decoded["decoded frames"][0], fused.decoded["decoded frames"][0]).any(1)
-    films = {"stock": frames["stock"], "with bitfuse": frames["bitfuse"]}
+    differs = differing(stock.decoded["decoded frames"][0], fused.decoded["decoded frames"][0]).any(1)
+    shown = (films["stock"].frames, films["bitfuse"].frames, _mask(differs))
     return Films(
         sentence,
-        {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names},
-        {caption: _moving(film, frame_rate) for caption, film in films.items()}
-        | {"difference": _moving(_mask(differs), frame_rate)},
-        {
-            caption: page.data_uri(content, "audio/wav")
-            for caption, content in zip(("stock", "with bitfuse"), waves.values(), strict=True)
-        },
+        {name: files.sha256(out / name) for name in names},
+        dict(zip(CAPTIONS, (_moving(frames, frame_rate) for frames in shown), strict=True)),
+        dict(zip(CAPTIONS, (page.data_uri(sound, "audio/wav") for sound in sounds.values()), strict=False)),
         (int(differs.shape[2]), int(differs.shape[1])),
-    )
-
-
-def render(
-    document: dict[str, Any],
-    kinds: list[dict[str, Any]],
-    films: Films,
-    geometry: Geometry | None,
-    stock: Denoising,
-    fused: Denoising,
-) -> str:
-    """compare.html for a document, its sites folded (`Report.kinds`), the films, or else both runs' latents."""
-    return page.fill(
-        "compare.html.j2",
-        command="compare",
-        document=document,
-        kinds=kinds,
-        films=films,
-        pictures=geometry and page.latent_pictures(geometry, stock, fused),
-        charts=page.charts(document["steps"]),
     )
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def _write_all(
-    out: Path,
-    frames: dict[str, Any],
-    sounds: dict[str, Tensor],
-    frame_rate: float,
-    sample_rate: int,
-    taken: Collection[str],
-) -> tuple[list[str], str]:
+@dataclass(frozen=True)
+class _Film:
+    """The first of a batch: frames [F, H, W, 3] as a numpy array of bytes, and a waveform [channels, samples]."""
+
+    frames: Any
+    frame_rate: float
+    sound: Tensor
+    sample_rate: int
+
+    @classmethod
+    def of(cls, run: Denoising, frame_rate: float, sample_rate: int | None) -> _Film:
+        sound = run.decoded["audio samples"][0].float().nan_to_num()
+        return cls(_pixels(run.decoded["decoded frames"]), frame_rate, sound, sample_rate or 24000)
+
+
+_FORMATS: dict[str, tuple[str, Callable[[Path, _Film], object]]] = {
+    "mp4": ("H.264 with sound, by diffusers' encode_video", lambda path, film: _mp4(path, film)),
+    "webp": (
+        "lossless animated WebP by Pillow, the sound beside it",
+        lambda path, film: path.write_bytes(_animated(film.frames, film.frame_rate, "WEBP", lossless=True)),
+    ),
+    "png": (
+        "animated PNG by Pillow, the sound beside it",
+        lambda path, film: path.write_bytes(_animated(film.frames, film.frame_rate, "PNG")),
+    ),
+}
+
+
+def _write_all(out: Path, films: dict[str, _Film], taken: Collection[str]) -> tuple[list[str], str]:
     """The names of the films written, in the first of the formats that works here, and a sentence about it."""
-    formats: dict[str, tuple[str, Callable[[Path, str], object]]] = {
-        "mp4": (
-            "H.264 with sound, by diffusers' encode_video",
-            lambda path, name: _mp4(path, frames[name], frame_rate, sounds[name], sample_rate),
-        ),
-        "webp": (
-            "lossless animated WebP by Pillow, the sound beside it",
-            lambda path, name: path.write_bytes(_animated(frames[name], frame_rate, "WEBP", lossless=True)),
-        ),
-        "png": (
-            "animated PNG by Pillow, the sound beside it",
-            lambda path, name: path.write_bytes(_animated(frames[name], frame_rate, "PNG")),
-        ),
-    }
     missed = []
-    for suffix, (words, write) in formats.items():
-        names = [f"{name}.{suffix}" for name in frames]
-        if others := [name for name in names if name in taken]:
+    for suffix, (words, write) in _FORMATS.items():
+        paths = {f"{name}.{suffix}": film for name, film in films.items()}
+        if others := [name for name in paths if name in taken]:
             missed.append(f"no {suffix} (there is a {others[0]} that bitfuse did not write)")
             continue
         try:
-            for name in frames:
-                write(out / f"{name}.{suffix}", name)
+            for name, film in paths.items():
+                write(out / name, film)
         except Exception as error:  # a codec that is not there, or won't: no reason to lose a verdict
-            for name in names:
+            for name in paths:
                 (out / name).unlink(missing_ok=True)
             missed.append(f"no {suffix} ({one_line(error, 200) or type(error).__name__})")
         else:
-            return names, f"{', '.join(names)}: {words}{'; ' if missed else ''}{', '.join(missed)}."
+            return list(paths), f"{', '.join(paths)}: {words}{'; ' if missed else ''}{', '.join(missed)}."
     return [], f"No film could be written: {', '.join(missed)}."
 
 
-def _mp4(path: Path, frames: Any, frame_rate: float, sound: Tensor, sample_rate: int) -> None:
+def _mp4(path: Path, film: _Film) -> None:
     try:
         from diffusers.utils import encode_video as encode
     except ImportError:  # it was the pipeline's own at first
         encode = importlib.import_module("diffusers.pipelines.ltx2.export_utils").encode_video
     encode(
-        video=torch.from_numpy(frames),
-        fps=round(frame_rate),
+        video=torch.from_numpy(film.frames),
+        fps=round(film.frame_rate),
         output_path=str(path),
-        audio=sound,
-        audio_sample_rate=sample_rate,
+        audio=film.sound,
+        audio_sample_rate=film.sample_rate,
     )
 
 
-def _wav(sound: Tensor, sample_rate: int) -> bytes:
-    """16-bit PCM of a waveform [channels, samples] in [-1, 1]."""
+def _wav(film: _Film) -> bytes:
+    """The sound as 16-bit PCM, of a waveform in [-1, 1]."""
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
-        writer.setnchannels(sound.shape[0])
+        writer.setnchannels(film.sound.shape[0])
         writer.setsampwidth(2)
-        writer.setframerate(sample_rate)
-        writer.writeframes((sound.clamp(-1, 1) * 32767).round().to(torch.int16).T.contiguous().numpy().tobytes())
+        writer.setframerate(film.sample_rate)
+        samples = (film.sound.clamp(-1, 1) * 32767).round().to(torch.int16)
+        writer.writeframes(samples.T.contiguous().numpy().tobytes())
     return file.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""What a stock run and an accelerated one are asked for by `bitfuse demo` and `bitfuse compare` alike.
+"""A stock run and an accelerated one, side by side, for `demo`, `compare`, `verify --host` and `bench` alike.
 
 Does stock equal itself, does the accelerated run equal stock after every step, how long did each take: as sentences
 for people and as plain values for the JSON.
@@ -6,11 +6,10 @@ for people and as plain values for the JSON.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -18,12 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import bitfuse
+from bitfuse.core.bits import compare
 from bitfuse.core.kernel import interpreting
 from bitfuse.hosts.registry import HOSTS
+from bitfuse.tools.compare.bits import sha256
 from bitfuse.tools.seeded import CannotRun, Denoising
 
 STREAMS = ("video", "audio")
-INSTALL = "pip install 'bitfuse[demo]'"
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,6 @@ class Result:
 
 
 # -- what can run here --------------------------------------------------------------------------------------------
-
-
-def need_packages(*more: str) -> None:
-    """Raise CannotRun naming the first package that the page needs, or `more`, and that is not installed."""
-    for package in ("jinja2", "matplotlib", "numpy", *more):
-        if importlib.util.find_spec(package) is None:
-            raise CannotRun(f"This needs {package}, which is not installed: {INSTALL}")
 
 
 def named(host: str) -> str:
@@ -74,35 +67,39 @@ def pick_device(asked: str | None) -> torch.device:
 # -- three runs --------------------------------------------------------------------------------------------------
 
 
+Run = TypeVar("Run")
+
+
+class DoesNotRepeat(CannotRun):
+    """The stock run does not equal itself."""
+
+
 def stock_twice_then_fused(
-    target: Any,
-    denoise: Callable[[str, Callable[[], None]], Denoising],
-    steps: int,
-    console: Console,
-    **options: Any,
-) -> tuple[Denoising, Denoising, bitfuse.Report]:
-    """The second stock run, the accelerated one, and the report of its sites; CannotRun if stock is not fit for it.
+    target: Any, run: Callable[[str], Run], check: Callable[[Run, Run], None], **options: Any
+) -> tuple[Run, Run, bitfuse.Report]:
+    """The second stock run, the accelerated one, and the report of its sites. What is accelerated is then as it was.
 
     target     what is accelerated
-    denoise    one run: given which one it is, and what to call after each of its `steps`
+    run        one run, given which it is: "stock", "stock, again" or "bitfuse"
+    check      raises DoesNotRepeat where its second argument, the second stock run, is not the first in every bit
     options    of `bitfuse.accelerate`
     """
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=3 * steps)
-
-        def loop(which: str) -> Denoising:
-            progress.update(task, description=which)
-            return denoise(which, lambda: progress.advance(task))
-
-        first = loop("stock")
-        check_finite(first)
-        stock = loop("stock, again")
-        check_repeats(first, stock)
-        del first
-        with bitfuse.accelerated(target, **options) as handle:
-            fused = loop("bitfuse")
+    first = run("stock")
+    stock = run("stock, again")
+    check(first, stock)
+    del first
+    with bitfuse.accelerated(target, **options) as handle:
+        fused = run("bitfuse")
     return stock, fused, handle.report()
+
+
+@contextlib.contextmanager
+def progress(console: Console, steps: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """A bar over all steps: functions to say what begins now, and that a step is done."""
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=steps)
+        yield lambda which: bar.update(task, description=which), lambda: bar.advance(task)
 
 
 # -- what came out ------------------------------------------------------------------------------------------------
@@ -110,17 +107,9 @@ def stock_twice_then_fused(
 
 def check_finite(stock: Denoising) -> None:
     """Raise CannotRun where something is NaN or infinite: equal NaNs would show nothing."""
-    for step in range(len(stock.ms)):
-        for stream, latents in _streams(stock, step).items():
-            if not latents.isfinite().all():
-                raise CannotRun(f"The stock {stream} latents are not finite after step {step + 1}: nothing to compare.")
-    for name, values in stock.decoded.items():
+    for when, what, values in _outcomes(stock):
         if not values.isfinite().all():
-            raise CannotRun(f"The stock {name} are not finite: nothing to compare.")
-
-
-class DoesNotRepeat(CannotRun):
-    """The stock run does not equal itself."""
+            raise CannotRun(f"The stock {what} are not finite{when}: nothing to compare.")
 
 
 def check_repeats(first: Denoising, again: Denoising) -> None:
@@ -128,16 +117,18 @@ def check_repeats(first: Denoising, again: Denoising) -> None:
     begin = "The stock run does not repeat itself here, so no run can be shown to equal it:"
     if len(first.ms) != len(again.ms):
         raise DoesNotRepeat(f"{begin} its first run took {len(first.ms)} steps, its second {len(again.ms)}.")
-    for step in range(len(first.ms)):
-        for stream, latents in _streams(first, step).items():
-            if mismatch := bitfuse.compare(latents, _streams(again, step)[stream]):
-                raise DoesNotRepeat(
-                    f"{begin} after step {step + 1} the {stream} latents of its second run "
-                    f"{as_plural(mismatch.sentence)}."
-                )
-    for name, expected in first.decoded.items():
-        if mismatch := bitfuse.compare(expected, again.decoded[name]):
-            raise DoesNotRepeat(f"{begin} the {name} of its second run {as_plural(mismatch.sentence)}.")
+    for (when, what, expected), (_, _, found) in zip(_outcomes(first), _outcomes(again), strict=True):
+        if mismatch := compare(expected, found):
+            raise DoesNotRepeat(f"{begin}{when} the {what} of its second run {as_plural(mismatch.sentence)}.")
+
+
+def _outcomes(run: Denoising) -> Iterator[tuple[str, str, Tensor]]:
+    """What a run made, in the order of time: (" after step 1", "video latents", values), ..."""
+    for step in range(len(run.ms)):
+        for stream, latents in _streams(run, step).items():
+            yield f" after step {step + 1}", f"{stream} latents", latents
+    for name, values in run.decoded.items():
+        yield "", name, values
 
 
 def compare_steps(stock: Denoising, fused: Denoising) -> list[dict[str, Any]]:
@@ -155,7 +146,7 @@ def compare_steps(stock: Denoising, fused: Denoising) -> list[dict[str, Any]]:
 
 def compared(expected: Tensor, found: Tensor) -> dict[str, Any]:
     """One tensor of both runs: whether equal in every bit, where not, and the SHA-256 of each one's bytes."""
-    mismatch = bitfuse.compare(expected, found)
+    mismatch = compare(expected, found)
     return {
         "equal": mismatch is None,
         "mismatch": mismatch and mismatch.sentence,
@@ -164,11 +155,6 @@ def compared(expected: Tensor, found: Tensor) -> dict[str, Any]:
         "sha256_stock": sha256(expected),
         "sha256_bitfuse": sha256(found),
     }
-
-
-def sha256(values: Tensor) -> str:
-    """Of the bytes of a tensor on the CPU, in the order of its indices."""
-    return hashlib.sha256(values.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def times(stock: Denoising, fused: Denoising) -> dict[str, Any]:
@@ -199,19 +185,20 @@ def verdict(
         if mismatch:
             return 1, f"Not bit-identical to the unfused run: {what} {as_plural(mismatch)}."
     if not any(site.fused for site in report.sites):
-        reasons = "; ".join(dict.fromkeys(reason for site in report.sites for reason in site.reasons))
-        return 1, f"Nothing was fused, so nothing was shown: {reasons or 'no site was seen'}."
+        return 1, f"Nothing was fused, so nothing was shown: {reasons(report) or 'no site was seen'}."
     speed = f", at {times['ratio']:.3f} times its speed" if times["ratio"] else ""
     parts = [f"both latents after each of {len(rows)} steps", *(f"the {name}" for name in decoded)]
     what = " and ".join((", ".join(parts[:-1]), parts[-1])) if parts[1:] else parts[0]
     return 0, f"Bit-identical to the unfused run: {what}, with {report.fused} of {report.seen} sites fused{speed}."
 
 
+def reasons(report: bitfuse.Report) -> str:
+    """Why sites were not fused, each reason once."""
+    return "; ".join(dict.fromkeys(reason for site in report.sites for reason in site.reasons))
+
+
 def _streams(run: Denoising, step: int) -> dict[str, Tensor]:
     return {"video": run.video[step], "audio": run.audio[step]}
-
-
-# -- in words and in the terminal -----------------------------------------------------------------------------------
 
 
 def as_plural(sentence: str) -> str:

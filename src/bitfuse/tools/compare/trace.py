@@ -13,7 +13,7 @@ import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -127,8 +127,8 @@ def trace(
     """
     feeds = _feeds(inputs)
     numbers = list(range(len(feeds))) if steps is None else _chosen(steps, len(feeds))
-    a = _Run.of("model_a", model_a, model, around_a)
-    b = _Run.of("model_b", model_b, model, around_b)
+    a = _Run.of("model_a", model_a, model, around_a, feeds)
+    b = _Run.of("model_b", model_b, model, around_b, feeds)
 
     heard: dict[int, list[_Event]] = {}
 
@@ -136,54 +136,36 @@ def trace(
         heard[step] = watch.events
         return False
 
-    a.go(feeds, numbers, lambda step: _Watch(), keep)
+    a.go(numbers, lambda step: _Watch(), keep)
     if not any(event.tensors for events in heard.values() for event in events if event.key.kind == "output"):
         raise TypeError("the result of model_a holds no tensor; accepted: tensors, alone or in lists, tuples and dicts")
-    partings: list[_Parting] = []
+    partings: list[tuple[Divergence, _Key, tuple[_Seen, ...]]] = []
 
     def part(step: int, watch: _Watch) -> bool:
         partings.extend(_part(step, heard[step], watch.events))
         return bool(partings)
 
-    b.go(feeds, numbers, lambda step: _Watch(known={event.key for event in heard[step]}), part)
+    b.go(numbers, lambda step: _Watch(known={event.key for event in heard[step]}), part)
     if not partings:
         return None
-
-    (parting,) = partings
-    notes = [*parting.notes, *_weights(a.root, b.root)]
+    ((found, key, seen),) = partings
+    notes = [*found.notes, *_weights(a.root, b.root)]
     if a.root is None and b.root is None:
         notes.append("these are no modules, so only results and fused sites were compared; model= looks inside one")
-    bits, sentence = parting.bits, parting.sentence
-    if bits is None and not sentence:
-        until, pair = numbers[: numbers.index(parting.step) + 1], []
-        for run, seen in zip((a, b), parting.seen, strict=True):
-            tensor = run.fetch(feeds, until, parting.event.key, parting.what)
+    bits, sentence = found.bits, found.sentence
+    if seen:  # the digests differ: fetch the two tensors
+        until, pair = numbers[: numbers.index(found.step) + 1], []
+        for run, digests in zip((a, b), seen, strict=True):
+            tensor = run.fetch(until, key, found.what)
             if tensor is not None:
                 pair.append(tensor)
-            if tensor is None or _settled({"": _seen(tensor)})[""] != seen:
+            if tensor is None or _settled({"": _seen(tensor)})[""] != digests:
                 notes.append(f"{run.name} does not repeat itself: run again, it gave other bits here")
         if len(pair) == 2:
             bits, sentence = difference(*pair)
         if bits is None and not sentence:
             sentence = "the bits parted, and no longer did when both were run again"
-    key = parting.event.key
-    return Divergence(
-        step=parting.step,
-        kind="site" if parting.run else key.kind,
-        place=key.place,
-        block=next((int(part) for part in key.place.split(".") if part.isdigit()), None),
-        what=parting.what,
-        operator=parting.event.operator,
-        module=parting.event.module,
-        run=parting.run,
-        call=key.call,
-        within=parting.event.within,
-        after=parting.after,
-        passed=parting.passed,
-        bits=bits,
-        sentence=sentence,
-        notes=tuple(notes),
-    )
+    return replace(found, bits=bits, sentence=sentence, notes=tuple(notes))
 
 
 def _feeds(inputs: Any) -> list[tuple[tuple, dict]]:
@@ -212,6 +194,9 @@ def _chosen(steps: Any, count: int) -> list[int]:
 # -- a run, and listening to it ---------------------------------------------------------------------------------------
 
 
+_AROUND = "accepted: a function that returns a context manager, as in lambda: bitfuse.accelerated(model)"
+
+
 @dataclass(frozen=True)
 class _Run:
     """One of the two: what is called, and the modules to look into, by their paths."""
@@ -221,37 +206,26 @@ class _Run:
     root: nn.Module | None
     places: dict[nn.Module, str]
     around: Callable[[], Any]
+    feeds: list[tuple[tuple, dict]]
 
     @classmethod
-    def of(cls, name: str, call: Any, model: Any, around: Any) -> _Run:
+    def of(cls, name: str, call: Any, model: Any, around: Any, feeds: list[tuple[tuple, dict]]) -> _Run:
         if not callable(call):
             raise TypeError(f"{name} is a {type(call).__name__}; accepted: an nn.Module or another callable")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}; accepted: the nn.Module that both runs call")
         if not callable(around):
-            raise TypeError(
-                f"around_{name[-1]} is a {type(around).__name__}; accepted: a function that returns a context manager, "
-                "as in lambda: bitfuse.accelerated(model)"
-            )
+            raise TypeError(f"around_{name[-1]} is a {type(around).__name__}; {_AROUND}")
         root = model if model is not None else call if isinstance(call, nn.Module) else None
         places = {} if root is None else {module: _path(path) for path, module in root.named_modules()}
-        return cls(name, call, root, places, around)
+        return cls(name, call, root, places, around, feeds)
 
-    def go(
-        self,
-        feeds: list[tuple[tuple, dict]],
-        numbers: list[int],
-        listener: Callable[[int], _Watch],
-        stop: Callable[[int, _Watch], bool],
-    ) -> None:
+    def go(self, numbers: list[int], listener: Callable[[int], _Watch], stop: Callable[[int, _Watch], bool]) -> None:
         """Run these steps, each heard by a listener of its own, until `stop(step, listener)`."""
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         around = self.around()
         if not isinstance(around, contextlib.AbstractContextManager):
-            raise TypeError(
-                f"around_{self.name[-1]} returned a {type(around).__name__}; accepted: a function that returns a "
-                "context manager, as in lambda: bitfuse.accelerated(model)"
-            )
+            raise TypeError(f"around_{self.name[-1]} returned a {type(around).__name__}; {_AROUND}")
         with torch.random.fork_rng(devices), around:
             for module in self.places:
                 if module in _active and _active[module].cuda_graph:
@@ -260,7 +234,7 @@ class _Run:
                         "accepted: cuda_graph=False"
                     )
             for step in numbers:
-                args, kwargs = feeds[step]
+                args, kwargs = self.feeds[step]
                 watch = listener(step)
                 with torch.no_grad(), watch.listening(self.places):
                     watch.heard(self.call, _CALL, None, args, kwargs)
@@ -274,7 +248,7 @@ class _Run:
                 if stop(step, watch):
                     return
 
-    def fetch(self, feeds: list[tuple[tuple, dict]], numbers: list[int], key: _Key, what: str) -> Tensor | None:
+    def fetch(self, numbers: list[int], key: _Key, what: str) -> Tensor | None:
         """On the CPU, the tensor of this key in the last of these steps, run once more."""
         watches: list[_Watch] = []
 
@@ -282,7 +256,7 @@ class _Run:
             watches.append(_Watch(known=set(), wanted=(key, what)))
             return watches[-1]
 
-        self.go(feeds, numbers, listener, lambda step, watch: False)
+        self.go(numbers, listener, lambda step, watch: False)
         return watches[-1].fetched
 
 
@@ -446,56 +420,63 @@ def _tensors(values: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 # -- where two runs part ----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Parting:
-    """The first event at which two runs of a step part. `run` is set for a fused site that fails its check.
+def _part(step: int, a: list[_Event], b: list[_Event]) -> Iterator[tuple[Divergence, _Key, tuple[_Seen, ...]]]:
+    """The first place where two runs of a step part, or none: the place, its key, and both digests that parted there.
 
-    seen    what model_a and model_b have there
+    Of b's order, unless a fused site of a's fails its check earlier in a's order. There are no digests where the bits
+    are known, or where it is not bits that differ.
     """
-
-    step: int
-    event: _Event
-    what: str
-    run: str = ""
-    bits: Bits | None = None
-    sentence: str = ""
-    seen: tuple[_Seen, ...] = ()
-    after: str = ""
-    passed: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-def _part(step: int, a: list[_Event], b: list[_Event]) -> list[_Parting]:
-    """One parting or none. Of b's order, unless a fused site of a's fails its check earlier in a's order."""
     in_a = {event.key: i for i, event in enumerate(a)}
     in_b = {event.key for event in b}
-    first = next((i for i, event in enumerate(b) if event.failed or _differs(a, in_a, event)), None)
+
+    def differs(event: _Event) -> bool:
+        return event.key in in_a and _what(a[in_a[event.key]], event) is not None
+
+    first = next((i for i, event in enumerate(b) if event.failed or differs(event)), None)
     failed = next((i for i, event in enumerate(a) if event.failed), None)
     if failed is not None and (first is None or failed < in_a.get(b[first].key, len(a))):
-        found = _failed("model_a", step, a[failed])
-        before, common = a[:failed], in_b
+        run, event, before, common = "model_a", a[failed], a[:failed], in_b
     elif first is not None:
-        event = b[first]
-        found = _failed("model_b", step, event) if event.failed else _parted(step, a[in_a[event.key]], event)
-        before, common = b[:first], set(in_a)
+        run, event, before, common = "model_b", b[first], b[:first], set(in_a)
     else:
-        return []
-    last = max((i for i, event in enumerate(before) if event.key in common and event.tensors), default=-1)
-    if last >= 0:
-        key = before[last].key
-        found.after = f"the {key.kind} of {_in_words(key.place)}"
-    found.passed = tuple((e.key.place, str(e.operator)) for e in before[last + 1 :] if e.key.kind == "check")
+        return
+    bits: Bits | None = None
+    seen: tuple[_Seen, ...] = ()
+    if event.failed:
+        what, bits, sentence = event.failed
+    else:
+        other = a[in_a[event.key]]
+        what, sentence, run = _what(other, event) or "", "", ""
+        if missing := [name for name, e in (("model_a", other), ("model_b", event)) if what not in e.tensors]:
+            sentence = f"{missing[0]} gives no such tensor, the other run does"
+        else:
+            seen = other.tensors[what], event.tensors[what]
+
+    key = event.key
+    last = max((i for i, e in enumerate(before) if e.key in common and e.tensors), default=-1)
+    notes = []
     for name, only in (("model_a", set(in_a) - in_b), ("model_b", in_b - set(in_a))):
-        kinds = sorted({kind_of(key.place) for key in only if key.kind == "output" and not key.fused})
-        if kinds:
-            some = ", ..." if len(kinds) > _NAMED else ""
-            examples = ", ".join(map(_in_words, kinds[:_NAMED])) + some
-            found.notes += (f"called by {name} alone or more often, so not compared there: {examples}",)
-    return [found]
-
-
-def _differs(a: list[_Event], in_a: dict[_Key, int], event: _Event) -> bool:
-    return event.key in in_a and _what(a[in_a[event.key]], event) is not None
+        if kinds := sorted({kind_of(k.place) for k in only if k.kind == "output" and not k.fused}):
+            examples = ", ".join(map(_in_words, kinds[:_NAMED])) + (", ..." if len(kinds) > _NAMED else "")
+            notes.append(f"called by {name} alone or more often, so not compared there: {examples}")
+    found = Divergence(
+        step=step,
+        kind="site" if run else key.kind,
+        place=key.place,
+        block=next((int(part) for part in key.place.split(".") if part.isdigit()), None),
+        what=what,
+        operator=event.operator,
+        module=event.module,
+        run=run,
+        call=key.call,
+        within=event.within,
+        after=f"the {before[last].key.kind} of {_in_words(before[last].key.place)}" if last >= 0 else "",
+        passed=tuple((e.key.place, str(e.operator)) for e in before[last + 1 :] if e.key.kind == "check"),
+        bits=bits,
+        sentence=sentence,
+        notes=tuple(notes),
+    )
+    yield found, key, seen
 
 
 def _what(a: _Event, b: _Event) -> str | None:
@@ -504,20 +485,6 @@ def _what(a: _Event, b: _Event) -> str | None:
     if a.key.kind == "input":
         names = [name for name in names if name in a.tensors and name in b.tensors]
     return next((name for name in names if a.tensors.get(name) != b.tensors.get(name)), None)
-
-
-def _failed(run: str, step: int, event: _Event) -> _Parting:
-    assert event.failed is not None
-    what, bits, sentence = event.failed
-    return _Parting(step, event, what, run, bits, sentence)
-
-
-def _parted(step: int, a: _Event, b: _Event) -> _Parting:
-    what = _what(a, b) or ""
-    for name, event in (("model_a", a), ("model_b", b)):
-        if what not in event.tensors:
-            return _Parting(step, b, what, sentence=f"{name} gives no such tensor, the other run does")
-    return _Parting(step, b, what, seen=(a.tensors[what], b.tensors[what]))
 
 
 def _check(expected: Outputs, found: Outputs) -> tuple[str, Bits | None, str] | None:

@@ -27,10 +27,10 @@ from bitfuse.core.launch import Plan
 from bitfuse.core.lines import error_line
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.proof import Verdict
-from bitfuse.ops.adaln_cases import AdalnCase
-from bitfuse.ops.head_gate import HeadGateCase
-from bitfuse.ops.qk_common import QKCase
-from bitfuse.ops.rotary_common import RotaryCase
+from bitfuse.ops.adaln_evidence import AdalnCase
+from bitfuse.ops.head_gate_evidence import HeadGateCase
+from bitfuse.ops.qk_norm_evidence import QKCase
+from bitfuse.ops.rope_evidence import RotaryCase
 
 WHAT = "offsets beyond 2^31 elements"
 _BATCH, _WIDTH = 2, 256
@@ -118,6 +118,8 @@ def _run(
     blocks: int,
 ) -> tuple[str | None, tuple[Tensor, ...]]:
     """(what was reached for that is not there, the outputs' window)"""
+    from bitfuse.tools.prove.planted import run_planted
+
     pointers: list[Any] = []
 
     def plant(shape: tuple[int, ...], strides: tuple[int, ...], t: Tensor) -> Any:
@@ -139,8 +141,12 @@ def _run(
     programs = [
         (x, plan.grid[1] - 1, z) for x in range(plan.grid[0] - blocks, plan.grid[0]) for z in range(plan.grid[2])
     ]
-    fault = plan.kernel.interpreted.run_planted(
-        [p and p[0] for p in pointers], (*plan.scalars, *plan.constants.values()), plan.grid, programs
+    fault = run_planted(
+        plan.kernel.interpreted,
+        plan.filled(p and p[0] for p in pointers),
+        (*plan.scalars, *plan.constants.values()),
+        plan.grid,
+        programs,
     )
     return fault, tuple(_window(p, t) for p, t in zip(written, expected, strict=True))
 
@@ -149,7 +155,7 @@ def _plant(name: str, base: int, shape: tuple[int, ...], strides: tuple[int, ...
     """(the planted tensor, which of its values each element of the window is)"""
     import numpy as np
 
-    from bitfuse.core.interpreter import Planted
+    from bitfuse.tools.prove.planted import Planted
 
     offsets = np.zeros((1,) * t.ndim, dtype=np.int64)
     for dim, (n, stride) in enumerate(zip(shape, strides, strict=True)):

@@ -28,10 +28,10 @@ from bitfuse.core.evidence import Mutant
 from bitfuse.core.kernel import Kernel, interpreter
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator, Tier
-from bitfuse.ops.adaln_cases import AdalnCase
-from bitfuse.ops.head_gate import HeadGateCase
-from bitfuse.ops.qk_common import QKCase
-from bitfuse.ops.rotary_common import RotaryCase
+from bitfuse.ops.adaln_evidence import AdalnCase
+from bitfuse.ops.head_gate_evidence import HeadGateCase
+from bitfuse.ops.qk_norm_evidence import QKCase
+from bitfuse.ops.rope_evidence import RotaryCase
 from bitfuse.tools.prove import far
 
 ROUNDING, CONTRACTION, FOLD, STATISTIC, EPS, DIVISOR = (
@@ -214,21 +214,36 @@ class _Function:
         assignment = self.inside(rounded, lambda n: isinstance(n, ast.Assign))
         if not isinstance(assignment, ast.Assign) or assignment.value is not rounded:
             return {}
-        name, others, stored = self.text(assignment.targets[0]), [], False
-        statements = ast.walk(ast.parse(self.launched.source))
-        dropped = any(isinstance(n, ast.Expr) and _called(n.value, self.name) for n in statements)
-        for node in self.body:
-            if not isinstance(node, ast.Name) or node.id != name or not isinstance(node.ctx, ast.Load):
-                continue
+        others: list[tuple[str, int]] = []
+        stored = False
+        for node in self.reads(assignment):
             parent = self.parents[node]
-            if node.lineno <= assignment.lineno or (isinstance(parent, ast.Return) and dropped):
-                continue
             if isinstance(parent, ast.Attribute) and parent.attr == "to" and self.inside(node, _stores) is not None:
                 stored = True
                 continue
-            others.append(self.inside(node, lambda n: isinstance(n, ast.stmt)).lineno)
+            kept = self.kept_by_the_kernel() if isinstance(parent, ast.Return) else None
+            others += [(self.name, self.statement(node).lineno)] if kept is None else kept
         reason = "its result is only stored, and rounded there to the same dtype"
-        return {"exact": reason, "unless": tuple((self.name, line) for line in others)} if stored else {}
+        return {"exact": reason, "unless": tuple(others)} if stored else {}
+
+    def reads(self, assignment: Any) -> Iterator[Any]:
+        """Where the assigned name is read further on."""
+        name = self.text(assignment.targets[0])
+        for node in self.body:
+            read = isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)
+            if read and node.lineno > assignment.end_lineno:
+                yield node
+
+    def kept_by_the_kernel(self) -> list[tuple[str, int]] | None:
+        """Lines of the launched kernel that use what this helper returns; None where it is called in another way than
+        by a statement of its own."""
+        kernel = _Function(self.launched, self.launched, {})
+        calls = [n for n in kernel.body if isinstance(n, (ast.Assign, ast.Expr)) and _called(n.value, self.name)]
+        reads = [node for call in calls if isinstance(call, ast.Assign) for node in kernel.reads(call)]
+        return [(kernel.name, kernel.statement(node).lineno) for node in reads] if calls else None
+
+    def statement(self, node: Any) -> Any:
+        return self.inside(node, lambda n: isinstance(n, ast.stmt))
 
     def in_row(self, node: Any) -> bool:
         """Whether an offset is made of constants and ranges alone: then it is a place in one row, below its width."""
@@ -506,9 +521,9 @@ def _short(text: str) -> str:
 def _alike(plan: Plan, args: tuple[Any, ...]) -> dict[str, tuple[str, ...]]:
     """For each pointer of the kernel those to other tensors of the same shape and dtype."""
     forms: dict[str, Any] = {}
-    names = iter(plan.kernel.parameters)
-    for name, t in zip(names, plan.pointers(args), strict=False):
-        forms[name] = None if t is None else (t.dtype, tuple(t.shape))
+    for name, t in zip(plan.slots or plan.kernel.parameters, plan.pointers(args), strict=False):
+        if name is not None:
+            forms[name] = None if t is None else (t.dtype, tuple(t.shape))
     return {
         name: tuple(other for other, theirs in forms.items() if other != name and theirs == form)
         for name, form in forms.items()

@@ -70,7 +70,7 @@ def compile_for(plan: Plan, args: tuple[Any, ...], capability: int) -> Any:
     bind = create_function_from_signature(jit.signature, jit.params, backend)
     device = args[0].device
     extras = (torch.empty(16, dtype=dtype, device=device) for dtype in plan.extras)
-    parameters = (*plan.pointers(args), *extras, *plan.empty(device), *plan.scalars)
+    parameters = (*plan.filled((*plan.pointers(args), *extras, *plan.empty(device))), *plan.scalars)
     bound, specialization, options = bind(*parameters, **plan.constants, num_warps=plan.num_warps, **plan.options)
     options, signature, constants, attributes = jit._pack_args(backend, options, bound, specialization, options)
     source = ASTSource(jit, signature, constants, attributes)

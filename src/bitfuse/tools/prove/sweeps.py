@@ -31,13 +31,13 @@ from bitfuse.core import proof, values
 from bitfuse.core.bits import compare
 from bitfuse.core.inputs import poisoned
 from bitfuse.core.kernel import kernel
+from bitfuse.core.launch import named
 from bitfuse.core.numerics import divide, exponential, reciprocal_root, round_to
 from bitfuse.core.operator import OPERATORS, Operator
-from bitfuse.ops.adaln_cases import AdalnCase
-from bitfuse.ops.adaln_common import named
-from bitfuse.ops.head_gate import HeadGateCase
-from bitfuse.ops.qk_common import QKCase
-from bitfuse.ops.rotary_common import RotaryCase
+from bitfuse.ops.adaln_evidence import AdalnCase
+from bitfuse.ops.head_gate_evidence import HeadGateCase
+from bitfuse.ops.qk_norm_evidence import QKCase
+from bitfuse.ops.rope_evidence import RotaryCase
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -300,9 +300,13 @@ def _rotary_steps() -> Iterator[Step]:
                 yield Step(step + tables, operator, arguments, (f"qk_rms_norm_{operator}",), table, per_pair=4)
 
 
-_MODULATING = tuple(name for name in OPERATORS if name.endswith(("_modulate", "_native", "_composed")))
-_RESIDUAL = tuple(name for name in OPERATORS if name.startswith("residual_"))
-_QK = tuple(name for name in OPERATORS if name.startswith("qk_"))
+def _with(step: str, but: str = "") -> tuple[str, ...]:
+    """The operators whose kernels hold this step, by name."""
+    return tuple(o.name for o in OPERATORS.values() if step in o.evidence.steps and o.name != but)
+
+
+_MODULATING, _RESIDUAL = _with("modulation", but="modulate"), _with("residual", but="gated_residual")
+_QK = tuple(o.name for o in OPERATORS.values() if isinstance(o.cases[0], QKCase))
 
 STEPS = (
     Step("x * (1 + scale)", "modulate", _modulated_product, _MODULATING),
@@ -365,7 +369,7 @@ def _broad(case: Any, tokens: int, batch: int = 1) -> Any:
 
 def _value_job(operator: Operator, device: torch.device, extent: Extent) -> Job:
     filled, in_rows, masks = extent.rows
-    normed = "norm" in operator.name
+    normed = "norm" in operator.evidence.steps
     parameters = list(named(operator.reference, ()))
     shapes: dict[str, tuple[int, int]] = {}  # tokens and batch of the call for each argument
     calls = 0
@@ -441,39 +445,36 @@ class Primitive:
     name: str
     which: str
     reference: Callable[[Tensor], Tensor]
-    names: Callable[[str], bool]
+    step: str  # that operators with it have among their `steps`; "": every kernel has it
     divisor: int = 1
     needs_gpu: str = ""
 
     def used_by(self) -> tuple[str, ...]:
-        return tuple(filter(self.names, OPERATORS))
+        return _with(self.step) if self.step else tuple(OPERATORS)
 
 
 def _quotient(divisor: int) -> Primitive:
     def reference(x: Tensor) -> Tensor:  # by a number on the CPU, ATen would multiply with its reciprocal
         return torch.div(x, torch.full((), float(divisor), device=x.device))
 
-    def divided(name: str) -> bool:
-        return name.startswith("qk_") or name.endswith("_native")
-
-    return Primitive(f"x / {divisor}", "quotient", reference, divided, divisor)
+    return Primitive(f"x / {divisor}", "quotient", reference, "quotient", divisor)
 
 
 PRIMITIVES = (
-    Primitive("x rounded to bf16", "round", lambda x: x.to(_BF16).float(), lambda name: True),
-    Primitive("rsqrt(x)", "root", torch.rsqrt, lambda name: "rms_norm" in name),
+    Primitive("x rounded to bf16", "round", lambda x: x.to(_BF16).float(), ""),
+    Primitive("rsqrt(x)", "root", torch.rsqrt, "rsqrt"),
     Primitive(
         "1 + e^x",  # alone, e^x is flushed where it is subnormal; beside 1 that is lost, and no kernel uses it alone
         "exponential",
         lambda x: 1.0 + torch.exp(x),
-        lambda name: name == "head_gate",
+        "sigmoid",
         needs_gpu="in the interpreter e^x is NumPy's, and on a CPU ATen's own: neither is CUDA's expf",
     ),
     Primitive(
         "1 / x",
         "reciprocal",
         lambda x: torch.div(torch.ones((), device=x.device), x),
-        lambda name: name == "head_gate",
+        "sigmoid",
     ),
     *map(_quotient, (2048, 3840, 4096)),  # the widths of LTX-2's rows
 )
