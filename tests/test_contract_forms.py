@@ -580,7 +580,7 @@ AUDITED = """
 import json
 import test_contract_forms
 from bitfuse.tools.prove import ptx
-for row in ptx.audited([test_contract_forms.OPERATOR], [90]):
+for row in ptx.kernel_counts([test_contract_forms.OPERATOR], [90]):
     accesses = (row.loads, row.stores) == (row.counts.loads, row.counts.stores)
     print(json.dumps([row.tier, row.counts.rounding, row.as_expected, accesses]))
 """
