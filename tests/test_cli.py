@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 import typing
 from pathlib import Path
@@ -416,6 +417,31 @@ def test_no_command_shows_the_help(monkeypatch, capfd):
 
 def test_version(monkeypatch, capfd):
     assert call("--version", monkeypatch=monkeypatch, capfd=capfd) == (0, f"bitfuse {bitfuse.__version__}\n", "")
+
+
+WITHOUT_THE_FRONT_DOOR = """
+import sys, types
+package = types.ModuleType("bitfuse")
+package.__path__, package.__version__ = [sys.argv[1]], "0"
+sys.modules["bitfuse"] = package
+from bitfuse import cli
+for call in ("--help", "--version", "bench --help", "bench --nope", "bench --layers x", "verify extra", "nope"):
+    sys.argv = ["bitfuse", *call.split()]
+    try:
+        cli.main()
+    except SystemExit as end:
+        print("exit code", end.code)
+print("torch" in sys.modules)
+"""
+
+
+def test_help_and_wrong_calls_import_no_torch_of_their_own():
+    """What `import bitfuse` imports is another matter: here the package is an empty one in the same place."""
+    command = [sys.executable, "-c", WITHOUT_THE_FRONT_DOOR, str(Path(bitfuse.__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    codes = [line for line in done.stdout.splitlines() if line.startswith("exit code")]
+    assert codes == [f"exit code {code}" for code in (0, 0, 0, 2, 2, 2, 2)]
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize(

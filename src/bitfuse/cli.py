@@ -63,7 +63,7 @@ def _whole(help: str, least: int | None = None, most: int | None = None) -> Any:
 
 
 def _one_of(option: str, what: str, names: str, help: str) -> Any:
-    """An option whose value is one of `names`, a tuple or dict of bitfuse: "tools.seeded.HOSTS".
+    """An option whose value is one of `names`, a tuple or dict of bitfuse: "hosts.registry.HOSTS".
 
     It is imported when there is a value to look at. Not an Enum: for that --help would import torch, and what typer
     says of a wrong value differs from version to version.
@@ -105,7 +105,7 @@ Operators = Annotated[
 ]
 Host = Annotated[
     str,
-    _one_of("--host", "a host", "tools.seeded.HOSTS", "Whose transformer: diffusers, ltx-core or sglang."),
+    _one_of("--host", "a host", "hosts.registry.HOSTS", "Whose transformer: diffusers, ltx-core or sglang."),
 ]
 
 
@@ -178,7 +178,7 @@ def verify(
         _one_of(
             "--host",
             "a host",
-            "tools.seeded.HOSTS",
+            "hosts.registry.HOSTS",
             "Also a step of this host's transformer: diffusers, ltx-core or sglang.",
         ),
     ] = None,

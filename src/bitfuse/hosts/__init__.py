@@ -1,31 +1,27 @@
-"""The front door: find the host of a model, and take over its sites. No numerics and no predicates here."""
+"""The front door: find the host of a model, and take over its sites. No numerics and no predicates here.
+
+An adapter of a host (`registry.Host.adapter`) is a module that has
+
+    NAME                        the host and its version, as reports name it
+    transformers(target)        the models in it that can be accelerated, as a list
+    accelerate(model, handle)   take over every site of one of them, noting each in the handle
+    unrecognised(target)        a sentence by the name of each part in which a model should be and none was found
+"""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
+from bitfuse.hosts.registry import HOSTS
 from bitfuse.hosts.site import Handle, Options, Site, lock
 from bitfuse.run.swap import named
 
 _log = logging.getLogger("bitfuse")
-# An adapter has NAME, transformers(target) -> list of models to be accelerated, accelerate(model, handle), and
-# unrecognised(target) -> sentences by the name of each part in which there should be a model and none was found.
-# By a module of the host that has been imported where there is a model of it.
-_ADAPTERS = {
-    "diffusers": "diffusers",
-    "ltx_core": "ltx_core",
-    "sglang.multimodal_gen.runtime.models.dits.ltx_2": "sglang",
-}
-_ACCEPTED = (
-    "a diffusers LTX-2 pipeline or LTX2VideoTransformer3DModel or LTX2TextConnectors, "
-    "or an ltx-core LTXModel or X0Model, or an SGLang LTX2VideoTransformer3DModel"
-)
 _active: weakref.WeakKeyDictionary[Any, Handle] = weakref.WeakKeyDictionary()
 
 
@@ -114,7 +110,8 @@ def _begin(target: Any, options: Options, user: Accelerated | None = None) -> Ha
     """
     adapter, models = _find(target)
     if adapter is None:
-        raise TypeError(f"target is a {named(type(target))}; accepted: {_ACCEPTED}")
+        accepted = ", or ".join(host.accepts for host in HOSTS.values())
+        raise TypeError(f"target is a {named(type(target))}; accepted: {accepted}")
     made: Handle | None = None
     try:
         with lock:
@@ -177,11 +174,11 @@ def _forget(handle: Handle) -> None:
 
 def _find(target: Any) -> tuple[Any, list[Any]]:
     """The adapter of the target's host, and the models of it; (None, []) where it is no host's."""
-    for package, adapter in _ADAPTERS.items():
-        if package not in sys.modules:  # then target can't be one of its models
+    for host in tuple(HOSTS.values()):
+        if (host.models or host.package) not in sys.modules:  # then target can't be one of its models
             continue
         try:
-            found = importlib.import_module(f"bitfuse.hosts.{adapter}")
+            found = host.load()
         except ImportError:  # a version without LTX-2, or without something that it needs
             continue
         models = list({id(model): model for model in found.transformers(target)}.values())  # each once

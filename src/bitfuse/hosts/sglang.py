@@ -66,6 +66,10 @@ _READ = {
 }
 
 
+_READ |= sglang_block._READ
+READ = _READ
+
+
 # -- functions of SGLang's module --------------------------------------------------------------------------------------
 
 

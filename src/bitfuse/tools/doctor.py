@@ -38,6 +38,7 @@ from bitfuse.core.conditions import around
 from bitfuse.core.kernel import interpreter
 from bitfuse.core.lines import error_line
 from bitfuse.core.operator import OPERATORS
+from bitfuse.hosts.registry import HOSTS, Host
 from bitfuse.hosts.site import why_not_read
 from bitfuse.tools import explain, packages, seeded
 from bitfuse.tools.machine import machine
@@ -466,23 +467,17 @@ def _attention(device: torch.device) -> Iterator[Finding]:
 # -- hosts, and what can be shown here and now -----------------------------------------------------------------------
 
 
-_READ = {"diffusers": "0.38 to 0.42.1", "ltx-core": "1.0.0 to 1.2.0", "sglang": "0.5.12 to 0.5.23"}  # and restated
-
-
 def _hosts(device: torch.device) -> Iterator[Finding]:
     installed = seeded.installed()
-    if "diffusers" in installed:
-        yield from _models("diffusers")
-        yield from _connectors()
-    if "ltx-core" in installed:
-        yield from _models("ltx-core")
-    if "sglang" in installed:
-        yield from _sglang()
+    for host in installed:
+        yield from _models(host) if HOSTS[host].standalone else _sources(HOSTS[host])
+        if host == "diffusers":
+            yield from _connectors()
     if not installed:
-        found = f"none of {', '.join(seeded.HOSTS)} is installed"
+        found = f"none of {', '.join(HOSTS)} is installed"
         meaning = "no model can be accelerated; operators can be called by themselves"
         yield Finding("hosts", WARNING, found, meaning, "pip install 'bitfuse[diffusers]'")
-    elif missing := [f"{host} ({_READ[host]})" for host in seeded.HOSTS if host not in installed]:
+    elif missing := [f"{name} ({host.versions})" for name, host in HOSTS.items() if name not in installed]:
         meaning = (
             "bitfuse knows the sources of these versions; models of what is installed are accelerated without them"
         )
@@ -524,24 +519,23 @@ def _taken_over(host: str, model: Any, of: str, what: str) -> Finding:
         return _known(f"{handle.host}, {of}", host, taken, len(handle.sites), what, list(alone))
 
 
-def _sglang() -> Iterator[Finding]:
-    """Its sources by their hashes: a model of SGLang can't be built without the distributed environment around it."""
+def _sources(host: Host) -> Iterator[Finding]:
+    """Its sources by their hashes, of a host whose model can't be built without more of the host around it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from bitfuse.hosts import sglang, sglang_block
-    except Exception as error:  # of what SGLang imports: packages, drivers
+            adapter = host.load()
+    except Exception as error:  # of what the host imports: packages, drivers
         why = str(error) if isinstance(error, ModuleNotFoundError) else type(error).__name__  # others' text holds paths
         found = f"its LTX-2 can't be imported: {why}"
-        name = f"SGLang {packages.version('sglang') or ''}".rstrip()
-        yield Finding(name, NOTE, found, "nothing to accelerate", "pip install 'sglang[diffusion]'")
+        name = f"{host.title} {packages.version(host.name) or ''}".rstrip()
+        yield Finding(name, NOTE, found, "nothing to accelerate", host.install)
         return
-    read = {**sglang._READ, **sglang_block._READ}
-    sources = {name: _attribute(sglang.upstream, name) for name in read}
+    sources = {name: _attribute(adapter.upstream, name) for name in adapter.READ}
     sources = {name: code for name, code in sources.items() if code is not None}  # the others are of other versions
-    unknown = list(why_not_read(sglang.NAME, read, sources))
+    unknown = list(why_not_read(adapter.NAME, adapter.READ, sources))
     known, what = len(sources) - len(unknown), "sources that bitfuse restates are known"
-    yield _known(sglang.NAME, "SGLang", known, len(sources), what, unknown)
+    yield _known(adapter.NAME, host.name, known, len(sources), what, unknown)
 
 
 def _attribute(owner: Any, path: str) -> Any:
@@ -554,8 +548,9 @@ def _known(name: str, host: str, good: int, of: int, what: str, rest: list[str])
     counts = f"{good} of {of} {what}"
     if good == of:
         return Finding(name, OK, counts, "its code is the code that bitfuse read and restates: all may be fused")
-    meaning = f"what is not known keeps the code of {host}: right bits, less gain"
-    advice = f"use {host} {_READ[host.lower()]}, or a newer bitfuse"
+    title = HOSTS[host].title
+    meaning = f"what is not known keeps the code of {title}: right bits, less gain"
+    advice = f"use {title} {HOSTS[host].versions}, or a newer bitfuse"
     return Finding(name, WARNING, f"{counts}; {_list(rest)}", meaning, advice)
 
 

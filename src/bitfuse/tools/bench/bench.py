@@ -257,10 +257,15 @@ Step = Callable[[], tuple[Tensor, Tensor]]
 
 @dataclass
 class _Trial:
-    """One way to run the step. `peak`: bytes at its peak; `difference`: from stock, `reason`: why it gets no time.
+    """One way to run the step, and what was found of it.
 
-    watts    power while it was timed, one figure of each turn, where NVML counts energy
-    around    what a turn stands in, where the way changes what the others would run too
+    exact         whether its bits must be stock's: one that must and differs gets no time
+    around        a context for each turn, of a way that changes what the others would run too
+    peak          bytes of memory at its peak
+    difference    where it first differs from stock
+    reason        why it gets no time
+    ms            of each timed step
+    watts         power while it was timed, one figure a turn, where NVML counts energy
     """
 
     step: Step

@@ -7,7 +7,6 @@ for people and as plain values for the JSON.
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from torch import Tensor
 import bitfuse
 from bitfuse.core.bits import compare
 from bitfuse.core.kernel import interpreting
+from bitfuse.hosts.registry import HOSTS
 from bitfuse.tools.compare.bits import sha256
 from bitfuse.tools.seeded import CannotRun, Denoising
 
@@ -44,7 +44,7 @@ class Result:
 
 def named(host: str) -> str:
     """A host and its version, as in the reports: "diffusers 0.42.1". Only where it is installed."""
-    return importlib.import_module(f"bitfuse.hosts.{host.replace('-', '_')}").NAME
+    return HOSTS[host].load().NAME
 
 
 def pick_device(asked: str | None) -> torch.device:

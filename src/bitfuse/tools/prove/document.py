@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import bitfuse
+from bitfuse.hosts.registry import HOSTS
 from bitfuse.tools import files, packages, page, text
 from bitfuse.tools.machine import machine
 from bitfuse.tools.packages import CannotRun
@@ -26,7 +27,6 @@ from bitfuse.tools.prove.verify import Result, exit_code
 FORMAT, VERSION = "bitfuse proof", 1
 _PACKAGE = Path(bitfuse.__file__).parent
 _SOURCES = ("core", "ops", "tools/prove")  # what decides what is computed, and how it is judged
-_HOSTS = ("diffusers", "ltx-core", "sglang", "comfyui")
 _FOUND = ("checks", "tiers", "controls", "batteries", "kinds", "sweeps", "transformers")  # of a result, in this order
 _JUDGED = ("checks", "sweeps", "transformers")  # what has an outcome
 
@@ -57,7 +57,7 @@ def make(result: Result) -> dict[str, Any]:
 
 def hosts() -> dict[str, str | None]:
     """Versions of the frameworks that bitfuse accelerates, None for those that are not installed."""
-    return {package: packages.version(package) for package in _HOSTS}
+    return {package: packages.version(package) for package in (*HOSTS, "comfyui")}
 
 
 def sources() -> dict[str, str]:

@@ -66,8 +66,11 @@ _GIVING = frozenset((
 
 
 def layouts(operator: Operator) -> tuple[Any, ...]:
-    """Small cases of an operator that have every tensor it may have, sizes that no tile divides, and no stride that is
-    0; strides of 1 are in other places in the second one."""
+    """Small cases of an operator, with every tensor that it may have, on which its mutants are tried.
+
+    No tile divides their sizes and no stride is 0, so that a wrong mask or stride shows. In a second one, where there
+    is one, the strides of 1 are in other places.
+    """
     case = operator.cases[0]
     if isinstance(case, AdalnCase):
         there: dict[str, Any] = dict.fromkeys(
@@ -206,8 +209,8 @@ class _Function:
         return f"{name} is only multiplied with arguments of 64 bits, and so in 64 bits"
 
     def stored(self, rounded: Any) -> dict[str, Any]:
-        """Of a rounding whose result is stored, which rounds it to the same dtype: that it is made twice, unless one
-        of the lines is run that use it otherwise."""
+        """Why a kernel without this rounding gives the same bits: its result is only stored, and the store rounds to
+        the same dtype. That does not hold where one of the lines in `unless` is run, which use the result otherwise."""
         assignment = self.inside(rounded, lambda n: isinstance(n, ast.Assign))
         if not isinstance(assignment, ast.Assign) or assignment.value is not rounded:
             return {}
@@ -228,7 +231,7 @@ class _Function:
         return {"exact": reason, "unless": tuple((self.name, line) for line in others)} if stored else {}
 
     def in_row(self, node: Any) -> bool:
-        """Whether a place is made of constants and ranges alone, and so is one in a row."""
+        """Whether an offset is made of constants and ranges alone: then it is a place in one row, below its width."""
         if any(_called(n, "program_id") or _called(n, "load") for n in ast.walk(node)):
             return False
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - {"tl", "lane"}
@@ -542,8 +545,8 @@ class Judged:
 def judge(operator: Operator, site: Site, device: torch.device | str) -> Judged:
     """Run a mutant on every layout, by every tier that runs its line, until it is caught.
 
-    On a GPU those of `ADDRESSES` run in the interpreter, and so does what the GPU shows no difference of: a tile that
-    ends with its rows has no place for a row too many.
+    On a GPU those of `ADDRESSES` run in the interpreter. So does a mutant that the GPU did not catch: a row too many,
+    for example, shows only where a tile reaches beyond the last row, and in the interpreter tiles are larger.
     """
     if torch.device(device).type == "cuda" and site.kind not in ADDRESSES:
         found = _judged(operator, site, device)

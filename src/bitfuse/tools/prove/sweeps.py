@@ -31,7 +31,6 @@ from bitfuse.core import proof, values
 from bitfuse.core.bits import compare
 from bitfuse.core.inputs import poisoned
 from bitfuse.core.kernel import kernel
-from bitfuse.core.launch import Plan
 from bitfuse.core.numerics import divide, exponential, reciprocal_root, round_to
 from bitfuse.core.operator import OPERATORS, Operator
 from bitfuse.ops.adaln_cases import AdalnCase
@@ -167,18 +166,6 @@ def compared(operator: Operator, what: str, args: tuple[Any, ...]) -> Found:
         return Found("equal", "", route.tier, verdict.elements)
     reason = verdict.mismatch.sentence if verdict.mismatch else verdict.sentence
     return Found("differs" if verdict.final else "declined", reason, route.tier, 0)
-
-
-@functools.cache
-def _plan(operator: Operator) -> Plan | None:
-    """How its first tier launches its kernel, on its first case; None where it can't."""
-    plan = operator.tiers[0].plan(*operator.cases[0].arguments("cpu", tokens=1))
-    return plan if isinstance(plan, Plan) else None
-
-
-def _calls(plan: Plan, function: Any) -> bool:
-    """Whether the kernel, or a helper of it, calls this function of `numerics`."""
-    return any(kernel is function for kernel in plan.kernel._tree())
 
 
 def _patterns(dtype: torch.dtype, n: int, device: torch.device, seed: int) -> Tensor:
@@ -378,9 +365,7 @@ def _broad(case: Any, tokens: int, batch: int = 1) -> Any:
 
 def _value_job(operator: Operator, device: torch.device, extent: Extent) -> Job:
     filled, in_rows, masks = extent.rows
-    plan = _plan(operator)
-    # rows are normed in the kernel, or by ATen before it
-    normed = plan is not None and ("ORDER" in plan.constants or plan.before is not None)
+    normed = "norm" in operator.name
     parameters = list(named(operator.reference, ()))
     shapes: dict[str, tuple[int, int]] = {}  # tokens and batch of the call for each argument
     calls = 0
@@ -450,47 +435,45 @@ def _primitive_kernel(x_ptr, out_ptr, n, PRIMITIVE: tl.constexpr, DIVISOR: tl.co
 class Primitive:
     """A primitive of `numerics`, and the ATen op that it must equal.
 
-    uses         whether a kernel so launched uses it
     needs_gpu    why a CPU can't show it, where that is so
     """
 
     name: str
     which: str
     reference: Callable[[Tensor], Tensor]
-    uses: Callable[[Plan], bool]
+    names: Callable[[str], bool]
     divisor: int = 1
     needs_gpu: str = ""
 
     def used_by(self) -> tuple[str, ...]:
-        plans = {name: _plan(operator) for name, operator in OPERATORS.items()}
-        return tuple(name for name, plan in plans.items() if plan is not None and self.uses(plan))
+        return tuple(filter(self.names, OPERATORS))
 
 
 def _quotient(divisor: int) -> Primitive:
     def reference(x: Tensor) -> Tensor:  # by a number on the CPU, ATen would multiply with its reciprocal
         return torch.div(x, torch.full((), float(divisor), device=x.device))
 
-    # the mean of `mean_square` is the sum divided by the width in this order alone
-    return Primitive(
-        f"x / {divisor}", "quotient", reference, lambda plan: plan.constants.get("ORDER") == "layer norm", divisor
-    )
+    def divided(name: str) -> bool:
+        return name.startswith("qk_") or name.endswith("_native")
+
+    return Primitive(f"x / {divisor}", "quotient", reference, divided, divisor)
 
 
 PRIMITIVES = (
-    Primitive("x rounded to bf16", "round", lambda x: x.to(_BF16).float(), lambda plan: _calls(plan, round_to)),
-    Primitive("rsqrt(x)", "root", torch.rsqrt, lambda plan: _calls(plan, reciprocal_root)),
+    Primitive("x rounded to bf16", "round", lambda x: x.to(_BF16).float(), lambda name: True),
+    Primitive("rsqrt(x)", "root", torch.rsqrt, lambda name: "rms_norm" in name),
     Primitive(
         "1 + e^x",  # alone, e^x is flushed where it is subnormal; beside 1 that is lost, and no kernel uses it alone
         "exponential",
         lambda x: 1.0 + torch.exp(x),
-        lambda plan: _calls(plan, exponential),
+        lambda name: name == "head_gate",
         needs_gpu="in the interpreter e^x is NumPy's, and on a CPU ATen's own: neither is CUDA's expf",
     ),
     Primitive(
         "1 / x",
         "reciprocal",
         lambda x: torch.div(torch.ones((), device=x.device), x),
-        lambda plan: _calls(plan, divide) and "ORDER" not in plan.constants,  # a norm divides by a width or a count
+        lambda name: name == "head_gate",
     ),
     *map(_quotient, (2048, 3840, 4096)),  # the widths of LTX-2's rows
 )

@@ -79,8 +79,10 @@ class TierCheck:
 
 @dataclass(frozen=True)
 class Control:
-    """One mutant of one operator: whether the battery caught it, as it must, and on what. `kind`: of those that
-    `mutation` generates."""
+    """One mutant of one operator, which the battery must catch: whether it did, and the mismatch that it found.
+
+    kind    of a mutant that `mutation` generates; None for one that is listed by hand
+    """
 
     operator: str
     mutant: str
@@ -151,7 +153,8 @@ class Result:
 
 
 def exit_code(outcomes: Iterable[str], caught: Iterable[bool]) -> int:
-    """Of these outcomes of checks and sweeps, and of whether each mutant was caught."""
+    """0, 1 or 2 as `Result.exit_code` has it, from the outcomes of all that was compared, and for each mutant whether
+    it was caught."""
     seen = set(outcomes)
     return 1 if "differs" in seen or not all(caught) else 0 if "equal" in seen else 2
 

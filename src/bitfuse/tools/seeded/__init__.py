@@ -3,7 +3,7 @@
 No checkpoint is downloaded: equality of bits does not depend on what the weights mean. What is real is the host's
 code (transformer, scheduler and coordinates, called as the host's own pipeline calls them) and, on a GPU, the sizes.
 
-What is one host's stands in its module, `seeded_diffusers`, `seeded_ltx_core` or `seeded_sglang`:
+What is one host's stands in its module (`bitfuse.hosts.registry` names it), which has
 
     need(device)                   CannotRun, with the cure, where the host is not installed or can't run there
     on_meta(geometry)              its transformer on the meta device, in bf16
@@ -26,12 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfuse.tools import packages
+from bitfuse.hosts.registry import HOSTS
 from bitfuse.tools.packages import CannotRun as CannotRun
 
 VERSIONS = ("2.0", "2.3", "2.5")
-HOSTS = {"diffusers": "diffusers", "ltx-core": "ltx_core", "sglang": "sglang"}
-"""By name the module that is imported, which is there where the host is installed."""
 
 FPS = 24.0
 _MARGIN = 6 << 30  # bytes left free for activations: at 6144 tokens the feed-forward and the text bias take 1 to 2 GiB
@@ -143,12 +141,12 @@ def _bytes(module: torch.nn.Module) -> int:
 
 def installed() -> list[str]:
     """Those of `HOSTS` that are; none is imported."""
-    return [host for host, module in HOSTS.items() if packages.installed(module)]
+    return [name for name, host in HOSTS.items() if host.installed]
 
 
 def of_host(name: str) -> Any:
     """The module with what is this host's, one of `HOSTS`; the host itself is imported when it is first needed."""
-    return importlib.import_module(f"bitfuse.tools.seeded.{name.replace('-', '_')}")
+    return importlib.import_module(HOSTS[name].seeded)
 
 
 def _on_meta(geometry: Geometry) -> Any:

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfuse.hosts.registry import HOSTS
 from bitfuse.tools import packages
 from bitfuse.tools.packages import CannotRun
 from bitfuse.tools.seeded import FPS, Geometry, Schedule, first_frame
 
 LATENTS = torch.float32  # bf16 into the transformer, fp32 between steps
 FIRST = 1000.0
+_INSTALL = HOSTS["diffusers"].install
 
 
 def need(device: torch.device) -> None:
-    packages.need("diffusers")
+    packages.need("diffusers", install=_INSTALL)
     wrong = (ImportError, RuntimeError)  # RuntimeError: diffusers' lazy imports wrap what went wrong
-    with packages.importing("This needs diffusers 0.37 or newer, with LTX-2", errors=wrong):
+    with packages.importing("This needs diffusers 0.37 or newer, with LTX-2", _INSTALL, wrong):
         from diffusers import LTX2VideoTransformer3DModel  # noqa: F401
 
 

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfuse.hosts.registry import HOSTS
 from bitfuse.tools import packages
 from bitfuse.tools.packages import CannotRun
 from bitfuse.tools.seeded import FPS, Geometry, Schedule
 
 LATENTS = torch.bfloat16
 FIRST = 1.0
-_INSTALL = "pip install ltx-core, or PYTHONPATH=LTX-2/packages/ltx-core/src of a checkout"
+_INSTALL = HOSTS["ltx-core"].install
 
 
 def need(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfuse.hosts.registry import HOSTS
 from bitfuse.tools import packages
 from bitfuse.tools.packages import CannotRun
 from bitfuse.tools.seeded import FPS, Geometry, Schedule
@@ -28,7 +29,7 @@ from bitfuse.tools.seeded.diffusers import flow_match, text_and_coordinates
 
 LATENTS = torch.float32  # bf16 into the transformer, fp32 between steps
 FIRST = 1000.0
-_INSTALL = "pip install 'sglang[diffusion]'"
+_INSTALL = HOSTS["sglang"].install
 
 
 def ranks() -> int:
