@@ -29,7 +29,6 @@ NaN and infinities spread over their row where it is normed, as in the chain; si
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
 VALUES = ("gate", "scale", "shift", "scale2", "shift2")
 """The AdaLN values, by the names that every reference has for them; the table of each is called NAME_table."""
 MAX_WIDTH = 8192
+Rstd = Callable[[Tensor, float], Tensor]  # (rows, eps) -> 1 / rms of each, in fp32
 
 # -- the references' steps ---------------------------------------------------------------------------------------------
 
@@ -98,11 +98,7 @@ def gated_residual(
 
 
 def modulate(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    scale_table: Tensor | None = None,
-    shift_table: Tensor | None = None,
+    x: Tensor, scale: Tensor, shift: Tensor, scale_table: Tensor | None = None, shift_table: Tensor | None = None
 ) -> Tensor:
     """x * (1 + scale) + shift, rounded after every op: the text's modulation in LTX-2.3 and 2.5.
 
@@ -357,14 +353,27 @@ def load_ada(value_ptr, table_ptr, row, lane, here, DTYPE: tl.constexpr):
 # -- launches ----------------------------------------------------------------------------------------------------------
 
 
-def _plan(*args: Any, reference: Callable[..., Any], order: str = "none", **more: Any) -> Plan:
-    """A launch over the rows of x: each argument goes to the kernel's pointer of its name."""
+def _plan(
+    *args: Any,
+    reference: Callable[..., Any],
+    order: str = "none",
+    x_slot: str | None = "x_ptr",
+    added: tuple[str, ...] = (),
+    **more: Any,
+) -> Plan:
+    """A launch over the rows of x: each tensor goes to the kernel's pointer of its name.
+
+    x_slot    the pointer for x itself; None where the kernel does not read it
+    added     those for what the plan adds to the call's tensors: its extras and witnesses
+    """
     given = named(reference, args)
     x = given["x"]
     batch, tokens, width = x.shape
     per_program, lanes = rows_per_program(), mean_lanes(batch * tokens, width) if order == MEAN else 128
     gate, scale, shift, scale2, shift2 = (_row_strides(given.get(name), x) for name in VALUES)
     mask, _ = _row_strides(given.get("mask"), x)
+    tensors = (x_slot if name == "x" else f"{name}_ptr" for name in given if name != "eps")
+    outputs = (out for of, out in (("y", "sum_ptr"), ("scale", "out_ptr"), ("scale2", "out2_ptr")) if of in given)
     return Plan(
         _adaln_kernel,
         (-(-batch * tokens // per_program), 1, 1),
@@ -372,22 +381,15 @@ def _plan(*args: Any, reference: Callable[..., Any], order: str = "none", **more
         {"N": width, "WIDTH": power_of_2(width), "ROWS": per_program, "ORDER": order, "LANES": lanes},
         ROW_WARPS,
         outputs_like(on_meta(reference, *args)),
-        slots=_slots(given),
+        slots=(*tensors, *added, *outputs),
         **more,
     )
 
 
-def _slots(given: dict[str, Any], x: str | None = "x_ptr", *others: str) -> tuple[str | None, ...]:
-    """The kernel's pointers for the call's tensors, x among them, for what the plan adds, and for the outputs."""
-    tensors = (x if name == "x" else f"{name}_ptr" for name in given if name != "eps")
-    outputs = {"y": "sum_ptr", "scale": "out_ptr", "scale2": "out2_ptr"}
-    return (*tensors, *others, *(pointer for name, pointer in outputs.items() if name in given))
-
-
 def _layer_norm_plan(*args: Any) -> Plan:
     """The kernel reads what ATen has normed in the place of x."""
-    plan = _plan(*args, reference=layer_norm_modulate, before=_layer_norm, extras=(args[0].dtype,))
-    return replace(plan, slots=_slots(named(layer_norm_modulate, args), None, "x_ptr"))
+    normed: dict[str, Any] = {"before": _layer_norm, "extras": (args[0].dtype,)}
+    return _plan(*args, reference=layer_norm_modulate, x_slot=None, added=("x_ptr",), **normed)
 
 
 def _layer_norm(*args: Any) -> tuple[Tensor]:
@@ -402,12 +404,10 @@ def _norm_plan(*args: Any, reference: Callable[..., Any], order: str, rstd: Rstd
         return f"ATen splits rows of {width} between warps, in an order that is not reproduced here"
     if order == LAYER_NORM and "y" not in given and not in_vectors(given["x"]):  # a sum of two is new
         return "x does not start at a multiple of 4 elements, and ATen adds up such rows in another order"
-    plan = _plan(*args, reference=reference, order=order)
-    slots = _slots(given, "x_ptr", "rstd_ptr")
+    plan = partial(_plan, *args, reference=reference, order=order, added=("rstd_ptr",))
     if order == GIVEN:
-        before = partial(statistic, reference=reference, rstd=rstd)
-        return replace(plan, slots=slots, before=before, extras=(torch.float32,))
-    return replace(plan, slots=slots, witnesses=(Out((batch, tokens, 1), (tokens, 1, 1), torch.float32),))
+        return plan(before=partial(statistic, reference=reference, rstd=rstd), extras=(torch.float32,))
+    return plan(witnesses=(Out((batch, tokens, 1), (tokens, 1, 1), torch.float32),))
 
 
 def _row_strides(value: Tensor | None, x: Tensor) -> tuple[int, int]:
@@ -416,9 +416,6 @@ def _row_strides(value: Tensor | None, x: Tensor) -> tuple[int, int]:
         return 0, 0
     batch, token, _ = strides(value.expand(x.shape[0], x.shape[1], -1))
     return (0 if value.shape[0] == 1 else batch), (0 if value.shape[1] == 1 else token)
-
-
-Rstd = Callable[[Tensor, float], Tensor]
 
 
 def statistic(*args: Any, reference: Callable[..., Any], rstd: Rstd) -> tuple[Tensor]:
@@ -494,9 +491,7 @@ def _misfits(given: dict[str, Any]) -> Iterator[str]:
 # -- the operators -----------------------------------------------------------------------------------------------------
 
 
-def _operator(
-    reference: Callable[..., Any], source: str, *tiers: Tier, dtypes: tuple[torch.dtype, ...] = FLOATS
-) -> Operator:
+def _operator(reference: Callable[..., Any], source: str, *tiers: Tier, dtypes: Any = FLOATS) -> Operator:
     return Operator(
         reference,
         source,
