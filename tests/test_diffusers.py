@@ -969,6 +969,7 @@ def test_a_wrong_kernel_that_nothing_checks_gives_wrong_bits(device, monkeypatch
 # -- the block, strict, options ------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_block_whose_source_was_not_read_is_left_alone(device, monkeypatch):
     from bitfuse.hosts import diffusers_block as adapter
 
@@ -1000,6 +1001,7 @@ def test_a_block_of_another_class_is_left_alone(device):
     assert type(model.transformer_blocks[0]) is Theirs
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_block_takes_its_arguments_by_position(device):
     """As gradient checkpointing gives them."""
     model, calls = make(V23, device=device), []
@@ -1018,8 +1020,11 @@ def test_a_block_takes_its_arguments_by_position(device):
     assert {s.fused for s in handle.sites if ".0." in s.name} == {2}
 
 
-def test_batches_and_timesteps_of_every_token(device):
+@pytest.mark.parametrize("launched", ["references", pytest.param("kernels", marks=pytest.mark.slow)])
+def test_batches_and_timesteps_of_every_token(launched, device, request):
     """An image-to-video pass gives every video token a timestep of its own."""
+    if launched == "references":
+        request.getfixturevalue("launched_as_reference")
     for config in (V20, V23):
         model = make(config, device=device)
         timestep = torch.full((2, 24), 500.0, device=device)

@@ -505,7 +505,7 @@ def test_the_environment_switch(value, lines):
     assert (done.stdout.split("\n")[:-1], done.returncode) == (lines if len(lines) > 1 else ["", *lines], 0), done
 
 
-@pytest.mark.parametrize("value", ["", "off", "2", "true"])
+@pytest.mark.parametrize("value", ["off", *(pytest.param(v, marks=pytest.mark.slow) for v in ("", "2", "true"))])
 def test_a_bad_switch_says_what_is_accepted(value):
     done = _python("import bitfuse", BITFUSE=value)
     assert done.returncode == 1
@@ -617,17 +617,22 @@ def shape_triples(draw):
     return tuple(map(tuple, shapes))
 
 
+# The same examples every time, however long they take
+_EVERY_TIME = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
 def _filled(shapes, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
 
 
 @each_rotary
-def test_a_call_raises_exactly_where_the_reference_raises(operator):
+@pytest.mark.parametrize("examples", [300, pytest.param(800, marks=pytest.mark.slow)])
+def test_a_call_raises_exactly_where_the_reference_raises(operator, examples):
     """With kernels out of reach (no interpreter), so that only the predicate is asked."""
     fits, odd, misfits = set(), set(), set()
 
-    @settings(max_examples=800, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(_EVERY_TIME, max_examples=examples)
     @given(shapes=shape_triples())
     def check(shapes):
         tensors = _filled(shapes)
@@ -652,7 +657,7 @@ def test_what_fits_is_what_the_kernel_computes(operator, device):
     """Whatever shapes the predicate has nothing against, the bare kernel gives the reference's bits for them."""
     launched = set()
 
-    @settings(max_examples=600, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(_EVERY_TIME, max_examples=600)
     @given(shapes=shape_triples())
     def check(shapes):
         tensors = tuple(t.to(device) for t in _filled(shapes, torch.bfloat16))
