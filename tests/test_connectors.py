@@ -202,7 +202,7 @@ def test_strict_names_a_site_that_falls_back():
 def test_a_block_of_unknown_source_stays_and_its_attention_is_fused(monkeypatch):
     model = connectors()
     stock = run(model)
-    monkeypatch.setitem(adapter._READ, "LTX2TransformerBlock1d.forward", {"0" * 16})
+    monkeypatch.setitem(adapter.READ, "LTX2TransformerBlock1d.forward", {"0" * 16})
     with bitfuse.accelerated(model) as handle:
         assert_same(stock, run(model))
         alone = [site for site in handle.sites if site.state == "left alone"]

@@ -903,7 +903,7 @@ def test_a_patched_processor_class_is_left_alone(wrapped, device, monkeypatch):
 def test_a_source_that_was_not_read_is_left_alone(device, monkeypatch):
     from bitfuse.hosts import diffusers as adapter
 
-    monkeypatch.setitem(adapter._READ, "LTX2PerturbedAttnProcessor", {"0" * 16})
+    monkeypatch.setitem(adapter.READ, "LTX2PerturbedAttnProcessor", {"0" * 16})
     model = make(V23, device=device)
     expected = run(model)
     handle = bitfuse.accelerate(model)
@@ -912,9 +912,9 @@ def test_a_source_that_was_not_read_is_left_alone(device, monkeypatch):
 
 
 def test_a_reference_that_is_not_the_hosts_is_left_alone(device, monkeypatch):
-    from bitfuse.hosts import diffusers as adapter
+    from bitfuse.hosts import ltx2
 
-    adapter._differs_from_host.cache_clear()
+    ltx2.rotary_difference.cache_clear()
     monkeypatch.setattr(SPLIT_FP32, "reference", bitfuse.OPERATORS["split_rotary_per_op"].reference)
     model = make(device=device)
     expected = run(model)
@@ -922,7 +922,7 @@ def test_a_reference_that_is_not_the_hosts_is_left_alone(device, monkeypatch):
     assert_same(expected, run(model))
     assert_left_alone(handle, "part here: ", attention_sites())
     monkeypatch.undo()
-    adapter._differs_from_host.cache_clear()
+    ltx2.rotary_difference.cache_clear()
 
 
 def _mutant_in_place(monkeypatch):
@@ -970,9 +970,9 @@ def test_a_wrong_kernel_that_nothing_checks_gives_wrong_bits(device, monkeypatch
 
 
 def test_a_block_whose_source_was_not_read_is_left_alone(device, monkeypatch):
-    from bitfuse.hosts import diffusers_block as adapter
+    from bitfuse.hosts import diffusers as adapter
 
-    monkeypatch.setitem(adapter._READ, "LTX2VideoTransformerBlock.forward", {"0" * 16})
+    monkeypatch.setitem(adapter.READ, "LTX2VideoTransformerBlock.forward", {"0" * 16})
     model = make(V23, device=device)
     expected = run(model)
     handle = bitfuse.accelerate(model)

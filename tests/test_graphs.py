@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import bitfuse
 from bitfuse.core.bits import compare
 from bitfuse.core.kernel import interpreter
-from bitfuse.hosts.site import Handle
+from bitfuse.hosts.handle import Handle
 from bitfuse.run import graphs
 from bitfuse.run.graphs import GraphedForward, graph_forward
 from bitfuse.run.memo import Constant, Prelude

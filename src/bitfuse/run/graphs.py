@@ -32,7 +32,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from bitfuse.core import conditions, proof
 from bitfuse.core.bits import compare
 from bitfuse.core.conditions import around
-from bitfuse.run.swap import Forward, ours_in, plain
+from bitfuse.run.swap import COPIED_BY, Forward, ours_in, plain
 
 _HOST_ELEMENTS = 64  # a CPU tensor of up to so many is a value, like a float: a mask of samples, a noise level
 _KEYS_KEPT = 256  # keys remembered, most of them without a graph
@@ -293,7 +293,7 @@ def _settings() -> tuple:
 
 # -- what the model is --------------------------------------------------------------------------------------------
 
-_UNREAD = frozenset(nn.Module().__dict__) - {"training"}  # looked at in other ways
+_UNREAD = frozenset(nn.Module().__dict__) - {"training"} | frozenset(COPIED_BY)  # looked at in other ways, or not read
 _LORA = ("scaling", "merged_adapters", "_active_adapter")  # peft's: numbers and names, baked into a graph
 
 
@@ -866,7 +866,7 @@ def _gone(reference: weakref.ref, _: object) -> None:
 def graph_forward(model: nn.Module, handle: Any, **options: Any) -> GraphedForward:
     """Run a module's forward through a `GraphedForward` until the handle is restored; `options` are that class's.
 
-    It goes inside a forward of ours that stands in the module and has room for it (`hosts.common.ModelForward`), else
+    It goes inside a forward of ours that stands in the module and has room for it (`hosts.part.ModelForward`), else
     it becomes an attribute of the module's own. Where there is another one already (a hook, offloading) that stays,
     and the result only says so.
     """

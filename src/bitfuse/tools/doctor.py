@@ -40,7 +40,7 @@ from bitfuse.core.conditions import around
 from bitfuse.core.kernel import interpreter
 from bitfuse.core.operator import OPERATORS
 from bitfuse.hosts.registry import HOSTS, Host
-from bitfuse.hosts.site import why_not_read
+from bitfuse.hosts.sources import why_not_read
 from bitfuse.tools import explain as sites
 from bitfuse.tools import seeded
 from bitfuse.tools.machine import machine
