@@ -45,7 +45,12 @@ class LTX2TransformerBlock1d(Part):
     kind = "block"
 
     def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        return why_gradient(block, args, kwargs) or _NORMS.why_called(block)
+        if (reason := why_gradient(block, args, kwargs) or _NORMS.why_called(block)) is not None:
+            return reason
+        x = args[0] if args else kwargs["hidden_states"]
+        if (shape := block.norm2.normalized_shape) != x.shape[-1:]:  # upstream has an error for it
+            return f"the normalized_shape of norm2 is {shape} and the tokens are {x.shape[-1]} wide"
+        return None
 
     def fused(
         self, block: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, rotary_emb: Tables | None = None
