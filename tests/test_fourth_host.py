@@ -1,6 +1,6 @@
 """A fourth host: what it takes to add one, done for a made-up framework (`made_up_host`).
 
-It takes an adapter (`made_up_adapter`, 148 lines), a module that builds and calls its transformer with seeded weights
+It takes an adapter (`made_up_adapter`, 137 lines), a module that builds and calls its transformer with seeded weights
 (`made_up_seeded`, 42 lines), and an entry in the registry (below, 8 lines). All else is shared: what the front door,
 the report, `verify --host`, `demo`, `compare`, `explain` and `bench` know of a host they take from these.
 """

@@ -393,7 +393,7 @@ def _of_text(stream: Stream, modulated: bool) -> tuple[Any, Any]:
 def _why_block_stays(block: Any) -> Iterator[str]:
     sources = functions(upstream, *_METHODS) | {"RMSNorm.forward": _Norm.forward}
     yield from why_not_stock(block, _Block, "block", NAME, READ, sources)
-    if (reason := _BLOCK_NORMS.why_called(block)) is not None:
+    if (reason := _BLOCK_NORMS.why_called(block, hooks=False)) is not None:
         yield reason
 
 

@@ -81,5 +81,5 @@ def accelerate(connectors: Any, shared: Model, host: str) -> None:
 
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:
     yield from why_not_stock(block, _Block, "block", host, READ, functions(upstream, _FORWARD))
-    if (reason := _NORMS.why_called(block)) is not None:
+    if (reason := _NORMS.why_called(block, hooks=False)) is not None:
         yield reason

@@ -100,15 +100,18 @@ class Norms:
     def __init__(self, names: Sequence[str], kind: type, label: str, *, weighted: bool):
         self.names, self._kind, self._label, self._weighted = tuple(names), kind, label, weighted
 
-    def why_called(self, module: Any) -> str | None:
-        """Why the norms of this module must be called, if so: the first reason."""
+    def why_called(self, module: Any, *, hooks: bool = True) -> str | None:
+        """Why the norms of this module must be called, if so: the first reason.
+
+        hooks    whether a hook is one; when a module is taken over it is not, as it may be gone at the next call
+        """
         children, first = module._modules, None
         for name in self.names:
             norm = children.get(name)
             kind = type(norm)
             if kind is not self._kind and not (issubclass(kind, self._kind) and ways(kind) == ways(self._kind)):
                 return f"{name} is a {named(kind)}, not {self._label}"
-            if hooked(norm):
+            if hooks and hooked(norm):
                 return f"a hook is attached to {name}, which is not called when it is fused"
             eps = norm.__dict__.get("eps")
             if eps is None:
