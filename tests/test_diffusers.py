@@ -19,7 +19,7 @@ from bitfuse.core import proof
 from bitfuse.core.operator import Tier
 from bitfuse.ops.qk_norm import QK_SPLIT_FP32
 from bitfuse.ops.split_rotary import SPLIT_FP32
-from bitfuse.run.swap import ours_in, plain
+from bitfuse.run.swap import COPIED_BY, ours_in, plain
 
 diffusers = pytest.importorskip("diffusers", minversion="0.37")
 upstream = pytest.importorskip("diffusers.models.transformers.transformer_ltx2")
@@ -259,7 +259,7 @@ def test_restore_puts_every_attribute_back(config, device):
     handle = bitfuse.accelerate(model)
     assert list(model.state_dict()) == keys
     changed = {key for key, value in _attributes(model).items() if before.get(key) != value}
-    assert {key[1] for key in changed} == {"forward"}
+    assert {key[1] for key in changed} == {"forward", *COPIED_BY}
     touched = {_without_layer(key[0]) for key in changed}
     assert touched == {"", "block", "block.ff.net.0", "block.audio_ff.net.0", *(f"block.{a}" for a in ATTENTIONS)}
     run(model)
