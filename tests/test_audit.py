@@ -22,7 +22,8 @@ from bitfuse import OPERATORS, BitfuseWarning, Handle, NotFused, compare
 from bitfuse.core import proof
 from bitfuse.core.bits import BITS, bits_mismatch
 from bitfuse.core.operator import Tier
-from bitfuse.hosts.site import Options, Site
+from bitfuse.hosts.handle import Options
+from bitfuse.hosts.site import Site
 from bitfuse.run import twin
 from bitfuse.run.audit import Auditor, Comparison
 from bitfuse.run.graphs import GraphedForward

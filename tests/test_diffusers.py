@@ -19,7 +19,7 @@ from bitfuse.core import proof
 from bitfuse.core.operator import Tier
 from bitfuse.ops.qk_norm import QK_SPLIT_FP32
 from bitfuse.ops.rope import SPLIT_FP32
-from bitfuse.run.swap import ours_in, plain
+from bitfuse.run.swap import COPIED_BY, ours_in, plain
 
 diffusers = pytest.importorskip("diffusers", minversion="0.37")
 upstream = pytest.importorskip("diffusers.models.transformers.transformer_ltx2")
@@ -259,7 +259,7 @@ def test_restore_puts_every_attribute_back(config, device):
     handle = bitfuse.accelerate(model)
     assert list(model.state_dict()) == keys
     changed = {key for key, value in _attributes(model).items() if before.get(key) != value}
-    assert {key[1] for key in changed} == {"forward"}
+    assert {key[1] for key in changed} == {"forward", *COPIED_BY}
     touched = {_without_layer(key[0]) for key in changed}
     assert touched == {"", "block", "block.ff.net.0", "block.audio_ff.net.0", *(f"block.{a}" for a in ATTENTIONS)}
     run(model)
@@ -638,7 +638,7 @@ def test_a_norm_that_is_replaced_meanwhile_is_the_one_that_runs(device):
         m.transformer_blocks[0].norm2 = torch.nn.Identity()
     assert_same(run(stock), run(model))
     gone = [n for n in block_sites() if ".0." in n]
-    assert_fell_back(handle, "norm2 was replaced", only=gone)
+    assert_fell_back(handle, "norm2 is a torch.nn.modules.linear.Identity, not diffusers' RMSNorm", only=gone)
     assert_fused(handle, but=gone)
 
 
@@ -903,7 +903,7 @@ def test_a_patched_processor_class_is_left_alone(wrapped, device, monkeypatch):
 def test_a_source_that_was_not_read_is_left_alone(device, monkeypatch):
     from bitfuse.hosts import diffusers as adapter
 
-    monkeypatch.setitem(adapter._READ, "LTX2PerturbedAttnProcessor", {"0" * 16})
+    monkeypatch.setitem(adapter.READ, "LTX2PerturbedAttnProcessor", {"0" * 16})
     model = make(V23, device=device)
     expected = run(model)
     handle = bitfuse.accelerate(model)
@@ -912,9 +912,9 @@ def test_a_source_that_was_not_read_is_left_alone(device, monkeypatch):
 
 
 def test_a_reference_that_is_not_the_hosts_is_left_alone(device, monkeypatch):
-    from bitfuse.hosts import diffusers as adapter
+    from bitfuse.hosts import ltx2
 
-    adapter._differs_from_host.cache_clear()
+    ltx2.rotary_difference.cache_clear()
     monkeypatch.setattr(SPLIT_FP32, "reference", bitfuse.OPERATORS["split_rotary_per_op"].reference)
     model = make(device=device)
     expected = run(model)
@@ -922,7 +922,7 @@ def test_a_reference_that_is_not_the_hosts_is_left_alone(device, monkeypatch):
     assert_same(expected, run(model))
     assert_left_alone(handle, "part here: ", attention_sites())
     monkeypatch.undo()
-    adapter._differs_from_host.cache_clear()
+    ltx2.rotary_difference.cache_clear()
 
 
 def _mutant_in_place(monkeypatch):
@@ -971,9 +971,9 @@ def test_a_wrong_kernel_that_nothing_checks_gives_wrong_bits(device, monkeypatch
 
 @pytest.mark.usefixtures("launched_as_reference")
 def test_a_block_whose_source_was_not_read_is_left_alone(device, monkeypatch):
-    from bitfuse.hosts import diffusers_block as adapter
+    from bitfuse.hosts import diffusers as adapter
 
-    monkeypatch.setitem(adapter._READ, "LTX2VideoTransformerBlock.forward", {"0" * 16})
+    monkeypatch.setitem(adapter.READ, "LTX2VideoTransformerBlock.forward", {"0" * 16})
     model = make(V23, device=device)
     expected = run(model)
     handle = bitfuse.accelerate(model)

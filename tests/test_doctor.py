@@ -475,7 +475,7 @@ def hosts_found(host):
 def test_a_source_that_is_not_known(monkeypatch):
     from bitfuse.hosts import diffusers as adapter
 
-    monkeypatch.setitem(adapter._READ, "LTX2PerturbedAttnProcessor", set())
+    monkeypatch.setitem(adapter.READ, "LTX2PerturbedAttnProcessor", set())
     found = hosts_found("diffusers")
     assert found["LTX-2.0"].state == found["text connectors"].state == OK
     for version in ("LTX-2.3", "LTX-2.5"):
@@ -489,7 +489,7 @@ def test_a_source_that_is_not_known(monkeypatch):
 def test_a_connectors_source_that_is_not_known(monkeypatch):
     from bitfuse.hosts import diffusers_connectors as adapter
 
-    monkeypatch.setitem(adapter._READ, "LTX2TransformerBlock1d.forward", set())
+    monkeypatch.setitem(adapter.READ, "LTX2TransformerBlock1d.forward", set())
     found = hosts_found("diffusers")
     assert (found["LTX-2.0"].state, found["text connectors"].state) == (OK, WARNING)
     assert found["text connectors"].found.startswith("2 of 4 sites of a block each; LTX2TransformerBlock1d.forward of")
@@ -497,11 +497,11 @@ def test_a_connectors_source_that_is_not_known(monkeypatch):
 
 def test_ltx_core_and_a_source_of_it_that_is_not_known(monkeypatch):
     pytest.importorskip("ltx_core")
-    from bitfuse.hosts import ltx_core_block as adapter
+    from bitfuse.hosts import ltx_core as adapter
 
     found = hosts_found("ltx-core")
     assert (found["LTX-2.0"].state, found["LTX-2.0"].found) == (OK, "16 of 16 sites of a block")
-    monkeypatch.setitem(adapter._READ, "BasicAVTransformerBlock.forward", set())
+    monkeypatch.setitem(adapter.READ, "BasicAVTransformerBlock.forward", set())
     found = hosts_found("ltx-core")
     assert found["LTX-2.0"].state == WARNING
     assert "; BasicAVTransformerBlock.forward of ltx-core" in found["LTX-2.0"].found
@@ -515,7 +515,7 @@ def test_sglang_and_a_source_of_it_that_is_not_known(monkeypatch):
     (finding,) = hosts_found("SGLang").values()
     assert (finding.name, finding.state) == (f"SGLang {version}", OK)
     assert finding.found == "8 of 8 sources that bitfuse restates are known"
-    monkeypatch.setitem(adapter._READ, "LTX2Attention.forward", set())
+    monkeypatch.setitem(adapter.READ, "LTX2Attention.forward", set())
     (finding,) = hosts_found("SGLang").values()
     assert finding.state == WARNING
     unknown = f"LTX2Attention.forward of SGLang {version} is not a source that bitfuse knows ("

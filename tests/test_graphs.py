@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import bitfuse
 from bitfuse.core.bits import compare
 from bitfuse.core.kernel import interpreter
-from bitfuse.hosts.site import Handle
+from bitfuse.hosts.handle import Handle
 from bitfuse.run import twin
 from bitfuse.run.graphs import GraphedForward, cuda, graph_forward, key
 from bitfuse.run.graphs import replay as replays

@@ -167,7 +167,7 @@ def diffusers_connector_block(a: dict[str, Any]) -> Found:
     return block(a["x"]), feed_forward.given
 
 
-def ltx_core_block(play: Play) -> Tensor:
+def ltx_core(play: Play) -> Tensor:
     upstream = pytest.importorskip("ltx_core.model.transformer.transformer")
     args_of = pytest.importorskip("ltx_core.model.transformer.transformer_args").TransformerArgs
     from ltx_core.guidance.perturbations import (
@@ -554,7 +554,7 @@ ROWS = [
         diffusers_connector_block,
         "no gate, no modulation",
     ),
-    *block_rows("ltx-core", "BasicAVTransformerBlock.forward", ltx_core_block, "native"),
+    *block_rows("ltx-core", "BasicAVTransformerBlock.forward", ltx_core, "native"),
     *attention_rows("ltx-core", "Attention.forward", ltx_core_attention, ltx_core_gate, "per_op"),
     *(
         Row("SGLang", f"apply_{kind}_rotary_emb", f"{kind}_rotary_per_op", lambda a, kind=kind: sglang_turned(a, kind))
@@ -629,14 +629,14 @@ def test_another_input_would_be_seen(row):
 
 # host: the test module that makes its model, how, and the modules that know its sources
 MODELS = {
-    "diffusers": ("test_diffusers", lambda t: t.make(t.V23), ("diffusers", "diffusers_block")),
+    "diffusers": ("test_diffusers", lambda t: t.make(t.V23), ("diffusers",)),
     "diffusers.pipelines.ltx2": (
         "test_connectors",
         lambda t: t.connectors("2.3"),
         ("diffusers", "diffusers_connectors"),
     ),
-    "ltx-core": ("test_ltx_core", lambda t: t.make("2.3"), ("ltx_core", "ltx_core_block")),
-    "sglang": ("sglang_host", lambda t: t.built(**t.V23), ("sglang", "sglang_block")),
+    "ltx-core": ("test_ltx_core", lambda t: t.make("2.3"), ("ltx_core",)),
+    "sglang": ("sglang_host", lambda t: t.built(**t.V23), ("sglang",)),
 }
 
 
@@ -685,8 +685,8 @@ def test_restore_leaves_every_attribute_as_it_was(host_model):
 def test_sources_never_seen_are_left_as_they_are_and_named(host_model, monkeypatch):
     model, adapters = host_model
     for adapter in adapters:
-        for name in adapter._READ:
-            monkeypatch.setitem(adapter._READ, name, {"0" * 16})
+        for name in adapter.READ:
+            monkeypatch.setitem(adapter.READ, name, {"0" * 16})
     before = attributes(model)
     with bitfuse.accelerated(model) as handle:
         assert attributes(model) == before
@@ -702,9 +702,9 @@ def test_a_second_stream_is_used_where_nobody_is_called_along_the_way(host_model
     with bitfuse.accelerated(model):
         block = getattr(model, "transformer_blocks", [None])[0]
         ours = None if block is None else ours_in(block)
-        if not hasattr(ours, "_beside"):
+        if getattr(ours, "second_stream", None) is None:
             pytest.skip("this host's blocks run on one stream")
-        quiet = functools.partial(ours._is_quiet, block) if hasattr(ours, "_is_quiet") else ours._quiet
+        quiet = functools.partial(ours.unobserved, block)
         assert quiet()
         with pytest.MonkeyPatch.context() as patch:
             forward = block.ff.forward

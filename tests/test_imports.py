@@ -19,6 +19,7 @@ PACKAGE = Path(bitfuse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 OPERATOR_FILES = sorted({Path(o.reference.__code__.co_filename) for o in bitfuse.OPERATORS.values()})
 
+
 def _here(path):
     return path.relative_to(PACKAGE).as_posix()
 

@@ -27,13 +27,14 @@ from ltx_core.model.transformer.modality import Modality
 from ltx_core.model.transformer.model import LTXModel, LTXModelType, X0Model
 
 import bitfuse
-from bitfuse.hosts import ltx2 as common
-from bitfuse.hosts import ltx_core, ltx_core_block
-from bitfuse.hosts.site import Handle, Site, source_hash
+from bitfuse.hosts import ltx_core, part
+from bitfuse.hosts.handle import Handle
+from bitfuse.hosts.site import Site
+from bitfuse.hosts.sources import source_hash
 from bitfuse.ops.rope import split_rotary_per_op
 from bitfuse.run.swap import ours_in
 
-SEAMS = ltx_core_block.ops is not None
+SEAMS = ltx_core.ops is not None
 VIDEO, AUDIO, TEXT = 24, 5, 7  # tokens
 LAYERS = 2
 WIDTHS = 256, 128  # of video and audio
@@ -291,8 +292,8 @@ def _reasons(model, inputs):
 
 def test_a_source_that_was_not_read_is_left_alone(monkeypatch):
     model = make(layers=1)
-    monkeypatch.setitem(ltx_core._READ, "apply_split_rotary_emb", {"0" * 16})
-    monkeypatch.setitem(ltx_core_block._READ, "BasicAVTransformerBlock.forward", {"0" * 16})
+    monkeypatch.setitem(ltx_core.READ, "apply_split_rotary_emb", {"0" * 16})
+    monkeypatch.setitem(ltx_core.READ, "BasicAVTransformerBlock.forward", {"0" * 16})
     reasons = _reasons(model, feed())
     assert any(
         re.match(r"apply_split_rotary_emb of ltx-core .* is not a source that bitfuse knows", r) for r in reasons
@@ -360,14 +361,14 @@ def test_callables_keep_to_the_protocols_of_the_seams():
 
     x, y, scale, shift, gate = (randn(2, 9, WIDTHS[0]) for _ in range(5))
     site = Site("a seam", "of a test")
-    found = ltx_core_block.AdaZero(site, None, _UNREPLACED)(x, 1e-6, scale, shift)
+    found = ltx_core.AdaZero(site, None, _UNREPLACED)(x, 1e-6, scale, shift)
     assert bitfuse.compare(utils.rms_norm(x, eps=1e-6) * (1 + scale) + shift, found) is None
-    found = ltx_core_block.PostSA(site, None, _UNREPLACED)(x, y, None, 1e-6, gate)
+    found = ltx_core.PostSA(site, None, _UNREPLACED)(x, y, None, 1e-6, gate)
     assert type(found) is list
     assert bitfuse.compare((x + y * gate, utils.rms_norm(x + y * gate, eps=1e-6)), tuple(found)) is None
     assert (site.fused, site.fallen) == (2, {})
     weight = randn(WIDTHS[0])
-    own = ltx_core_block.PostSA(site, lambda *given: given, _UNREPLACED)
+    own = ltx_core.PostSA(site, lambda *given: given, _UNREPLACED)
     assert own(x, y, weight, 1e-6, gate) == (x, y, weight, 1e-6, gate)
     assert list(site.fallen) == ["its norm has a weight; accepted: norms without"]
     assert copy.deepcopy(own)(1) == (1,)
@@ -431,14 +432,15 @@ def with_seams(monkeypatch):
     ops = ModuleType("ltx_core.model.transformer.ops")
     ops.rms_norm, ops.apply_rotary_emb = utils.rms_norm, rope.apply_rotary_emb
     vars(ops).update({kind.__name__: kind for kind in kinds})
-    monkeypatch.setattr(common, "own", lambda owner, name: True)  # this test's functions are this ltx-core's own
+    monkeypatch.setattr(part, "own", lambda owner, name: True)  # this test's functions are this ltx-core's own
     monkeypatch.setattr(rope, "apply_split_rotary_emb", later_rotary)
-    for adapter, name, ours in ((ltx_core, "_Attention", SeamAttention), (ltx_core_block, "_Stock", SeamBlock)):
-        monkeypatch.setattr(adapter, "ops", ops)
-        monkeypatch.setattr(adapter, name, ours)
-    monkeypatch.setitem(ltx_core._READ, "apply_split_rotary_emb", {source_hash(later_rotary)})
+    monkeypatch.setattr(ltx_core, "ops", ops)
+    monkeypatch.setattr(ltx_core, "_Attention", SeamAttention)
+    monkeypatch.setattr(ltx_core, "_Block", SeamBlock)
+    monkeypatch.setattr(transformer, "BasicAVTransformerBlock", SeamBlock)
+    monkeypatch.setitem(ltx_core.READ, "apply_split_rotary_emb", {source_hash(later_rotary)})
     for kind in kinds:
-        monkeypatch.setitem(ltx_core_block._READ, kind.__name__, {source_hash(kind.__call__)})
+        monkeypatch.setitem(ltx_core.READ, kind.__name__, {source_hash(kind.__call__)})
     block = make("2.3", layers=1).transformer_blocks[0]
     block.__class__, block.ada_zero_function, block.post_sa_function = SeamBlock, kinds[2](), kinds[3]()
     for name, attn in block.named_children():
@@ -487,7 +489,7 @@ def test_seams_of_somebody_else_are_left_alone(with_seams):
     """As blockwise FP8's: callables that hand other things to each other."""
     block, inputs = with_seams
     expected = block(*inputs)
-    for seam in ltx_core_block.SEAMS:
+    for seam in ltx_core.SEAMS:
         for owner in (block, block.attn1, block.attn2):
             if (stock := vars(owner).get(seam)) is not None:
                 setattr(owner, seam, lambda *given, stock=stock: stock(*given))
@@ -502,7 +504,7 @@ def test_seams_of_somebody_else_are_left_alone(with_seams):
 def test_an_unknown_forward_still_gets_its_seams_filled(monkeypatch):
     if not SEAMS:
         pytest.skip("this ltx-core has no seams")
-    monkeypatch.setitem(ltx_core_block._READ, "BasicAVTransformerBlock.forward", {"0" * 16})
+    monkeypatch.setitem(ltx_core.READ, "BasicAVTransformerBlock.forward", {"0" * 16})
     model, inputs = make("2.3"), feed()
     expected = model(*inputs)
     with bitfuse.accelerated(model) as handle:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import bitfuse
 from bitfuse import OPERATORS, compare
 from bitfuse.core.originals import Originals, called_by
-from bitfuse.hosts.source import is_own, source_of
+from bitfuse.hosts.code import is_own, source_of
 from common import small
 
 EACH = pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)

@@ -23,7 +23,8 @@ import sglang_host
 from bitfuse import hosts
 from bitfuse.core import proof
 from bitfuse.core.operator import Operator
-from bitfuse.hosts.site import Options, Site
+from bitfuse.hosts.handle import Options
+from bitfuse.hosts.site import Site
 from bitfuse.run.swap import ours_in, plain
 from bitfuse.tools import seeded
 
@@ -375,9 +376,9 @@ def test_tables_may_be_written_into(model_and_step):
 
 def test_the_modulation_follows_a_timestep_embedding_with_other_data():
     """Views of it are kept within a step, by the tensor: one that was given other memory is another."""
-    from bitfuse.hosts.ltx2 import Values
+    from bitfuse.hosts.ltx2 import AdaLNValues
 
-    values, temb = Values(), torch.arange(12.0).view(1, 2, 6)
+    values, temb = AdaLNValues(), torch.arange(12.0).view(1, 2, 6)
     first = values.of(temb, 2)
     assert values.of(temb, 2) is first
     temb.data = temb * 2

@@ -17,8 +17,8 @@ import bitfuse
 from bitfuse import OPERATORS
 from bitfuse.core import proof
 from bitfuse.core.launch import Plan
-from bitfuse.hosts import site as patch
-from bitfuse.hosts.ltx2 import Rehearsal
+from bitfuse.hosts import report
+from bitfuse.hosts.rehearsal import Rehearsal
 from bitfuse.tools import seeded
 
 pytestmark = pytest.mark.usefixtures("fresh_routes")
@@ -208,8 +208,8 @@ def test_not_where_somebody_watches_the_ops(model_and_step, compiled):
 
 def test_observers_and_times_are_of_this_one_call(model_and_step, compiled, monkeypatch):
     model, step = model_and_step
-    seen, marks, mark = [], [], patch._mark
-    monkeypatch.setattr(patch, "_mark", lambda device: marks.append(1) or mark(device))
+    seen, marks, mark = [], [], report._mark
+    monkeypatch.setattr(report, "_mark", lambda device: marks.append(1) or mark(device))
     with bitfuse.accelerate(model) as handle:
         for site in handle.sites:
             site.observers += (lambda site, operator, route, *_: seen.append((site.name, route.fused)),)

@@ -184,7 +184,7 @@ def test_where_autocast_would_change_a_chain_sglangs_own_code_runs(models, adapt
 
     model = models("2.3")
     fed = feed(model)
-    monkeypatch.setattr(adapter.sglang_block, "_tried", {})
+    monkeypatch.setattr(adapter, "_tried", {})
     monkeypatch.setattr(MODULATE, "reference", as_if_autocast_changed_it)
     with torch.autocast("cpu", dtype=BF16):
         stock = model(**fed)

@@ -111,7 +111,7 @@ def test_image_to_video_has_values_for_each_token():
 
 
 def test_sites_that_are_left_alone(monkeypatch):
-    monkeypatch.setitem(adapter._READ, "LTX2PerturbedAttnProcessor", set())
+    monkeypatch.setitem(adapter.READ, "LTX2PerturbedAttnProcessor", set())
     found = by_name(sites.explain(small(), tokens=8))
     assert found["attn1"].state == sites.LEFT_ALONE
     (reason,) = found["attn1"].reasons

@@ -25,7 +25,9 @@ from bitfuse.core.bits import Mismatch, compare
 from bitfuse.core.conditions import ShapeError
 from bitfuse.core.operator import OPERATORS, Operator, disable, enable, explain
 from bitfuse.hosts import accelerate, accelerated
-from bitfuse.hosts.site import Handle, NotFused, Report
+from bitfuse.hosts.handle import Handle
+from bitfuse.hosts.report import Report
+from bitfuse.hosts.site import NotFused
 from bitfuse.ops.rope import _ltx2_split_rotary_kernel, apply_ltx2_split_rotary_emb, apply_split_rotary_emb
 from bitfuse.run.audit import BitfuseWarning
 

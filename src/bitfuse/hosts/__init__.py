@@ -5,7 +5,8 @@ An adapter of a host (`registry.Host.adapter`) is a module that has
     NAME                        the host and its version, as reports name it
     transformers(target)        the models in it that can be accelerated, as a list
     accelerate(model, handle)   take over every site of one of them, noting each in the handle
-    unrecognised(target)        a sentence by the name of each part in which a model should be and none was found
+    unrecognised(target)        a sentence by the name of each part in which a model should be and none was found; an
+                                adapter may be without it
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+from bitfuse.hosts.handle import Handle, Options, lock
 from bitfuse.hosts.registry import HOSTS
-from bitfuse.hosts.site import Handle, Options, Site, lock
+from bitfuse.hosts.site import Site
 from bitfuse.run.swap import named
 
 _log = logging.getLogger("bitfuse")
@@ -156,7 +158,8 @@ def _take_over(adapter: Any, target: Any, models: list[Any], handle: Handle) -> 
     for model in models:
         _active[model] = handle
         adapter.accelerate(model, handle)
-    handle.sites += [Site(name, "none", reason) for name, reason in adapter.unrecognised(target).items()]
+    unrecognised = adapter.unrecognised(target) if hasattr(adapter, "unrecognised") else {}
+    handle.sites += [Site(name, "none", reason) for name, reason in unrecognised.items()]
     handle.watch_sites()
     _log.info(
         "bitfuse: %d of %d sites taken over in %s; handle.restore() or BITFUSE=0 switches it off",

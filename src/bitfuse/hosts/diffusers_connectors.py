@@ -15,53 +15,49 @@ import torch
 from diffusers.pipelines.ltx2 import connectors as upstream
 from torch import Tensor
 
-from bitfuse.hosts.ltx2 import ABSENT, Model, Norms, Part
-from bitfuse.hosts.site import Site, ways, why_not_stock
+from bitfuse.hosts import diffusers
+from bitfuse.hosts.ltx2 import ABSENT, Tables, why_gradient
+from bitfuse.hosts.part import Model, Part
+from bitfuse.hosts.site import Site
+from bitfuse.hosts.sources import Norms, entries, functions, of_operators, why_not_stock
 from bitfuse.ops.adaln import RESIDUAL_RMS_NORM_MODULATE_NATIVE
-from bitfuse.run.swap import named
 
-_Stock: Any = upstream.LTX2TransformerBlock1d
+_Block: Any = upstream.LTX2TransformerBlock1d
+_FORWARD = "LTX2TransformerBlock1d.forward"
 
 # Upstream source that was read and is restated here (`source_hash`).
-_READ = {"LTX2TransformerBlock1d.forward": {"626a037be303cd63"}}  # 0.37 to 0.42.1
+READ = {_FORWARD: {"626a037be303cd63"}}  # 0.37 to 0.42.1
 
+_NORMS = Norms(("norm2",), torch.nn.RMSNorm, "torch.nn.RMSNorm", weighted=False)
 
-OPERATORS = (RESIDUAL_RMS_NORM_MODULATE_NATIVE,)
-
-# The functions that the forward below leaves out, besides those of the operator's reference.
-ORIGINALS = [
-    (_Stock, "forward", "LTX2TransformerBlock1d.forward"),
+# The functions that the forward below leaves out.
+LEFT_OUT = [
+    *entries(upstream, _FORWARD),
     (torch.nn.RMSNorm, "forward", "torch.nn.RMSNorm.forward"),
+    *of_operators((RESIDUAL_RMS_NORM_MODULATE_NATIVE,)),
 ]
 
 
 class LTX2TransformerBlock1d(Part):
     """In place of the forward of upstream's block: its first residual add and second norm are fused."""
 
-    __slots__ = ("_eps", "_norms", "_site")
+    __slots__ = ()
     kind = "block"
 
-    def __init__(self, block: Any, model: Model, site: Site):
-        super().__init__(block, model, (site,))
-        self._site, self._norms, self._eps = site, Norms(block, ("norm2",)), block.norm2.eps
-
     def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        given = [*args, *kwargs.values(), *block.parameters()] if torch.is_grad_enabled() else []
-        given += [table for pair in given if isinstance(pair, tuple) for table in pair]
-        if any(isinstance(t, Tensor) and t.requires_grad for t in given):  # a sum's depends on how it was formed
-            return "a gradient is required of the block's inputs or weights"
-        return self._norms.changed(block)
+        if (reason := why_gradient(block, args, kwargs) or _NORMS.why_called(block)) is not None:
+            return reason
+        x = args[0] if args else kwargs["hidden_states"]
+        if (shape := block.norm2.normalized_shape) != x.shape[-1:]:  # upstream has an error for it
+            return f"the normalized_shape of norm2 is {shape} and the tokens are {x.shape[-1]} wide"
+        return None
 
     def fused(
-        self,
-        block: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        self, block: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, rotary_emb: Tables | None = None
     ) -> Tensor:
-        x = hidden_states
+        x, (site,), eps = hidden_states, self.sites, block.norm2.eps
         attended = block.attn1(block.norm1(x), attention_mask=attention_mask, query_rotary_emb=rotary_emb)
-        x, n = self._site.call(RESIDUAL_RMS_NORM_MODULATE_NATIVE, x, attended, None, None, None, *ABSENT, self._eps)
+        x, n = site.call(RESIDUAL_RMS_NORM_MODULATE_NATIVE, x, attended, None, None, None, *ABSENT, eps)
         return x + block.ff(n)
 
 
@@ -73,20 +69,17 @@ def blocks(connectors: Any) -> Iterator[tuple[str, Any]]:
 
 
 def accelerate(connectors: Any, shared: Model, host: str) -> None:
-    """Give every block the forward above, noting each site in the handle."""
+    """Take over the attention of every block, and give the block the forward above."""
     for name, block in blocks(connectors):
-        reason = next(_why_left_alone(block, host), None)
-        site = Site(f"{name}.norm2", RESIDUAL_RMS_NORM_MODULATE_NATIVE.name, reason)
+        diffusers.take_over(f"{name}.attn1", True, block.attn1, shared)
+    for name, block in blocks(connectors):
+        site = Site(f"{name}.norm2", RESIDUAL_RMS_NORM_MODULATE_NATIVE.name, next(_why_left_alone(block, host), None))
         shared.handle.sites.append(site)
-        if reason is None:
-            shared.handle.put(block, LTX2TransformerBlock1d(block, shared, site))
+        if site.declined is None:
+            shared.handle.put(block, LTX2TransformerBlock1d(block, shared, (site,)))
 
 
 def _why_left_alone(block: Any, host: str) -> Iterator[str]:
-    sources = {"LTX2TransformerBlock1d.forward": _Stock.forward}
-    yield from why_not_stock(block, _Stock, "block", host, _READ, sources)
-    norm = block.norm2
-    if not isinstance(norm, torch.nn.RMSNorm) or ways(type(norm)) != ways(torch.nn.RMSNorm):
-        yield f"norm2 is a {named(type(norm))}, not torch.nn.RMSNorm"
-    elif norm.weight is not None or norm.eps is None:
-        yield "norm2 has a weight, or no eps of its own; accepted: a norm without weight, with an eps"
+    yield from why_not_stock(block, _Block, "block", host, READ, functions(upstream, _FORWARD))
+    if (reason := _NORMS.why_called(block, hooks=False)) is not None:
+        yield reason

@@ -1,368 +1,258 @@
-"""What the adapters share: the forwards that stand in a model, AdaLN values, a second CUDA stream, a rotary check."""
+"""The steps of an LTX-2 transformer block and of its attentions, as hosts share them: calls of operators at sites.
+
+A host's adapter restates its block's forward with a `Stream` for the video and one for the audio: the tokens, and what
+is still to be added to them. What differs between hosts stays with them: the names of arguments, how attentions are
+called, which samples are left out of one. Which modules are called, and in which order, is the host's (hooks, LoRA and
+dropout notice it).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
+import dataclasses
+import functools
 import operator
-import os
-import sys
-import threading
-import time
-import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bitfuse.core.bits import compare
 from bitfuse.core.conditions import around
-from bitfuse.core.launch import Plan
-from bitfuse.core.operator import Operator, Route
-from bitfuse.core.originals import Originals
-from bitfuse.hosts.site import COMPILING, Handle, Site, ways
-from bitfuse.hosts.source import is_own, names_of
-from bitfuse.run.swap import Forward, bound, hooked, hooked_everywhere, innermost, named, ours_in, plain
+from bitfuse.core.operator import Operator
+from bitfuse.hosts.handle import Handle
+from bitfuse.hosts.part import Block, Model, rehearse_first
+from bitfuse.hosts.site import Site
+from bitfuse.hosts.sources import own_method
+from bitfuse.ops.adaln import (
+    GATED_RESIDUAL,
+    MODULATE,
+    RESIDUAL_RMS_NORM_MODULATE_COMPOSED,
+    RESIDUAL_RMS_NORM_MODULATE_NATIVE,
+    RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED,
+    RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE,
+    RMS_NORM_MODULATE_COMPOSED,
+    RMS_NORM_MODULATE_NATIVE,
+)
+from bitfuse.ops.head_gate import HEAD_GATE
+from bitfuse.ops.qk_norm import QK_RMS_NORM
+from bitfuse.run.swap import Forward, hooked_everywhere, named, plain
 
 Ada = tuple[Tensor, Tensor | None]  # an AdaLN value [B, T or 1, D] and the table row [D] that is added to it
+Tables = tuple[Tensor, Tensor]  # cos and sin
 
-ABSENT = (None, None, None, None)  # no modulation
+ABSENT: tuple[Any, ...] = (None, None, None, None)  # no modulation
+UNGATED: tuple[Any, Any] = (None, None)  # no gate
 
 
-def modulation(scale: Ada, shift: Ada) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def modulation(scale: Ada, shift: Ada) -> tuple[Any, ...]:
     """scale, shift, scale_table, shift_table, as the operators take them."""
     return scale[0], shift[0], scale[1], shift[1]
 
 
-ENDED = "the acceleration was restored"
-Entry = tuple[Any, str, str]  # owner, name, what sentences call it
+# -- a block's steps ---------------------------------------------------------------------------------------------------
 
 
-class Model:
-    """What the forwards that stand in one accelerated model share.
+class NormOperators(NamedTuple):
+    """The operators with a norm of a block: alone, after a residual add, and modulated twice after one."""
 
-    left_out    the functions of the host and of PyTorch that the forwards of ours leave out, by the kind of part:
-                (owner, name, what sentences call it). Whether each is still the one that was read is looked at once
-                per forward of the whole model (in 4 us), and else at each call of a part
+    norm: Operator
+    residual: Operator
+    twice: Operator
+
+
+COMPOSED = NormOperators(
+    RMS_NORM_MODULATE_COMPOSED, RESIDUAL_RMS_NORM_MODULATE_COMPOSED, RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED
+)
+"""Where the host writes its norm in PyTorch ops: diffusers' RMSNorm."""
+NATIVE = NormOperators(
+    RMS_NORM_MODULATE_NATIVE, RESIDUAL_RMS_NORM_MODULATE_NATIVE, RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE
+)
+"""Where it calls `F.rms_norm`."""
+
+VIDEO, AUDIO = "", "audio_"  # before the names of a stream's modules and sites
+_BETWEEN = {VIDEO: "audio_to_video_norm", AUDIO: "video_to_audio_norm"}
+
+
+def block_operators(norms: NormOperators) -> tuple[Operator, ...]:
+    """All that a block may call."""
+    return *norms, MODULATE, GATED_RESIDUAL
+
+
+def block_sites(norms: NormOperators, *, text: bool, streams: Sequence[str] = (VIDEO, AUDIO)) -> dict[str, Operator]:
+    """The sites of a block by their names in it. `text`: whether the text is modulated (from LTX-2.3 on)."""
+    found = {"norm1": norms.norm, "norm2": norms.residual}
+    found |= {"text": MODULATE} if text else {}
+    between = {_BETWEEN[stream]: norms.twice for stream in streams} if len(streams) == 2 else {}
+    after = {"norm3": norms.residual, "output": GATED_RESIDUAL}
+
+    def of_each(sites: dict[str, Operator]) -> dict[str, Operator]:
+        return {f"{stream}{site}": operator for site, operator in sites.items() for stream in streams}
+
+    return of_each(found) | between | of_each(after)
+
+
+class Stream:
+    """One modality on its way through a block: its tokens, and what is still to be added to them.
+
+    x          the tokens [B, T, D]
+    ada        the block's AdaLN values of this modality, by their place in its table
+    pending    (y, gate, gate_table, mask), y what an attention gave, as the residual operators take them; or None
     """
 
-    def __init__(self, handle: Handle, left_out: Mapping[str, Iterable[Entry]]):
-        self.handle = handle
-        self._left_out = {
-            kind: {**dict(map(_keyed, _CALLING_A_MODULE)), **dict(map(_keyed, entries))}
-            for kind, entries in left_out.items()
-        }
-        every = {key: entry for entries in self._left_out.values() for key, entry in entries.items()}
-        self._originals = Originals(every.values())
-        self._foreign = self._find_foreign()
-        self._here = threading.local()  # .forward: the latest of this thread, which may be over
-        self._forwards: list[_UnderWay] = []
-        self.parts = 0  # of ours that stand in it
-        handle.models.append(self)
+    __slots__ = ("_eps", "_ours", "_prefix", "ada", "pending", "x")
 
-    @property
-    def under_way(self) -> bool:
-        """Whether a forward of the whole model is under way, in any thread."""
-        return any(forward.lock.locked() for forward in tuple(self._forwards))
+    def __init__(self, ours: AVBlock, prefix: str, x: Any, eps: float):
+        self._ours, self._prefix, self._eps = ours, prefix, eps
+        self.x = x
+        self.ada: list[Ada] = []
+        self.pending: tuple[Any, ...] | None = None
 
-    def begin(self, forward: _UnderWay) -> None:
-        """Note a forward of the whole model, whose lock is held for as long as it is under way.
+    def norm(self, site: str, scale: Ada, shift: Ada) -> Tensor:
+        """The norm of the tokens, modulated; nothing is pending."""
+        ours = self._ours
+        site_ = ours.named_sites[self._prefix + site]
+        return ours.call(site_, ours.norms.norm, self.x, *modulation(scale, shift), self._eps)
 
-        A lock, since nothing else is sure to be given back when Ctrl-C comes between two lines.
+    def modulate(self, text: Tensor, scale: Ada, shift: Ada) -> Tensor:
+        """The text that this modality attends to, modulated."""
+        ours = self._ours
+        return ours.call(ours.named_sites[f"{self._prefix}text"], MODULATE, text, *modulation(scale, shift))
+
+    def add(self, y: Tensor, gate: tuple[Any, Any] = UNGATED, mask: Tensor | None = None) -> None:
+        """Have y added to the tokens, times its gate and mask, with the norm that comes next."""
+        self.pending = (y, *gate, mask)
+
+    def add_and_norm(self, site: str, *modulations: tuple[Any, ...]) -> list[Tensor]:
+        """Add to the tokens what is pending, if anything is; their norm under each of one or two modulations."""
+        return self._add_and_norm(self._prefix + site, *modulations)
+
+    def between(self, ada: Sequence[Ada], a2v: bool, v2a: bool) -> list[Tensor | None]:
+        """The same for the attentions of video to audio and of audio to video; None for one that is left out."""
+        wanted = [modulation(ada[i], ada[i + 1]) for i, runs in ((0, a2v), (2, v2a)) if runs]
+        found = iter(self._add_and_norm(_BETWEEN[self._prefix], *wanted))
+        return [next(found) if runs else None for runs in (a2v, v2a)]
+
+    def feed_forward(self, module: Any) -> None:
+        """The block's last step: norm, feed-forward, and its gated residual."""
+        ours, ada = self._ours, self.ada
+        (n,) = self.add_and_norm("norm3", modulation(ada[4], ada[3]))
+        output = ours.named_sites[f"{self._prefix}output"]
+        self.x = ours.call(output, GATED_RESIDUAL, self.x, module(n), *ada[5])
+
+    def _add_and_norm(self, site: str, *modulations: tuple[Any, ...]) -> list[Tensor]:
+        ours, eps = self._ours, self._eps
+        found, norms = ours.named_sites[site], ours.norms
+        pending, self.pending = self.pending, None
+        if pending is None:  # an attention that was left out
+            return [ours.call(found, norms.norm, self.x, *m, eps) for m in modulations]
+        if len(modulations) == 1:
+            self.x, n = ours.call(found, norms.residual, self.x, *pending, *modulations[0], eps)
+            return [n]
+        first, second = modulations
+        self.x, *normed = ours.call(found, norms.twice, self.x, *pending, *first, *second, eps)
+        return normed
+
+
+class AVBlock(Block):
+    """Base of what stands in place of the forward of a block for video and audio.
+
+    norms      its norms' operators
+    stock      the host's class, `whose` it is in sentences, and the `methods` of it that are restated besides forward
+    """
+
+    __slots__ = ("_unobserved", "_values", "second_stream")
+    norms: NormOperators
+    stock: Any
+    whose: str
+    methods: tuple[str, ...] = ()
+
+    def __init__(
+        self, block: Any, model: Model, sites: dict[str, Site], values: AdaLNValues, second: SecondStream | None
+    ):
+        super().__init__(block, model, sites)
+        self._values, self.second_stream = values, second
+        self._unobserved = None if second is None else Unobserved(block)
+
+    def call(self, site: Site, operator: Operator, *args: Any) -> Any:
+        return site.call(operator, *args)
+
+    def unobserved(self, block: Any) -> bool:
+        """Whether nobody would notice that parts of the block run beside each other."""
+        return self._unobserved is not None and self._unobserved()
+
+    def fork(self, block: Any, x: Tensor) -> Fork:
+        """The block's two streams, or its one."""
+        second = self.second_stream
+        return Fork(x, None if second is None else second.of(x, lambda: self.unobserved(block)))
+
+    def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if (reason := why_gradient(block, args, kwargs)) is not None:
+            return reason
+        for name in self.methods:
+            if not own_method(block, name, self.stock):
+                return f"the {name} of this {named(type(block))} is another than that of {self.whose} block"
+        return None
+
+    def values(self, table: Tensor, temb: Tensor) -> list[Ada]:
+        """(value, table row) of each row of a table, not yet added: hosts add them in `get_ada_values`, say.
+
+        table    [rows, D], on temb's device and in its dtype where the host has them so
+        temb     [B, T or 1, rows * D]
         """
-        self._forwards.append(forward)
-        forward.reasons = self._look()
-        self._here.forward = forward
-
-    def end(self) -> None:
-        """Forget the forwards that are over. A restore that has waited for them takes effect."""
-        for forward in tuple(self._forwards):
-            if not forward.lock.locked():
-                with contextlib.suppress(ValueError):  # another thread was quicker
-                    self._forwards.remove(forward)
-        self.handle.settle()
-
-    def reasons(self) -> dict[str, str]:
-        """Why the parts of each kind must be the host's own, those called now; empty: none must."""
-        forward = getattr(self._here, "forward", None)
-        return forward.reasons if forward is not None and forward.lock.locked() else self._look()
-
-    def why_stock(self, kind: str) -> str | None:
-        """Why a part of this kind called now must be the host's own; `ENDED` is a reason that nobody is told."""
-        reasons = self.reasons()
-        return reasons.get(kind) if reasons else None
-
-    def _look(self) -> dict[str, str]:
-        if not self.handle.on:
-            return dict.fromkeys(self._left_out, ENDED)
-        if self._originals.difference() is None and not self._foreign:
-            return _NO_REASONS
-        self._foreign = self._find_foreign()
-        if not self._foreign:  # the own ones are back
-            self._originals = Originals(self._originals.entries)
-        return {
-            kind: f"{label} was replaced: what stands there is not the code that bitfuse stands in for"
-            for kind, entries in self._left_out.items()
-            for label in [next((label for key, (_, _, label) in entries.items() if key in self._foreign), None)]
-            if label is not None
-        }
-
-    def _find_foreign(self) -> frozenset[tuple[int, str]]:
-        """Those of the functions that are not their own packages'."""
-        return frozenset(_keyed(entry)[0] for entry in self._originals.entries if not own(*entry[:2]))
+        return list(zip(self._values.of(temb, table.shape[0]), table.unbind(0), strict=True))
 
 
-_NO_REASONS: dict[str, str] = {}
-
-
-def _keyed(entry: Entry) -> tuple[tuple[int, str], Entry]:
-    owner, name, _ = entry
-    return (id(owner), name), entry
-
-
-class _UnderWay:
-    """A forward of the whole model. `lock` is held meanwhile; `reasons`: of kinds of parts that are stock in it."""
-
-    __slots__ = ("lock", "reasons")
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.reasons = _NO_REASONS
-
-
-class _OfModel(Forward):
-    """Base of both: a forward that stands in an accelerated model for as long as that is in force."""
-
-    __slots__ = ("model",)
-
-    def __init__(self, module: Any, model: Model):
-        super().__init__(module)
-        self.model = model
-
-    @property
-    def ended(self) -> bool:
-        return not self.model.handle.on
-
-
-class ModelForward(_OfModel):
-    """In place of a whole transformer's forward: it looks once at all that its parts depend on, then runs the host's.
-
-    inner    called instead of the host's own, where there is one: a `bitfuse.run.graphs.GraphedForward`
-    """
-
-    __slots__ = ("inner",)
-
-    def __init__(self, module: Any, model: Model):
-        super().__init__(module, model)
-        self.inner: Callable[..., Any] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.stock(*args, **kwargs)
-        forward = _UnderWay()
-        try:
-            with forward.lock:
-                self.model.begin(forward)
-                run = self.inner if self.inner is not None and self.model.handle.on else self.stock
-                return run(*args, **kwargs)
-        finally:
-            self.model.end()
-
-    @classmethod
-    def install(cls, module: Any, model: Model) -> None:
-        """Where somebody has wrapped the forward that stays, and each part looks by itself."""
-        if model.parts and innermost(module) is not None:
-            model.handle.put(module, cls(module, model))
-
-
-class Part(_OfModel):
-    """Base of what stands in place of the forward of a part: a block, an attention, an activation.
-
-    `fused` restates the host's forward with operators; `why_stock` says why it may not run.
-
-    kind    a key of `Model`'s `left_out`
-    """
-
-    __slots__ = ("sites",)
-    kind: str
-
-    def __init__(self, module: Any, model: Model, sites: Sequence[Site] = ()):
-        super().__init__(module, model)
-        self.sites = sites
-        model.parts += 1
-
-    def fused(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def why_stock(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why the host's own forward must run for these arguments."""
+def why_gradient(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why the host's own block must run where it is differentiated: a sum's gradient depends on how it was formed."""
+    if not torch.is_grad_enabled():
         return None
+    if any(t.requires_grad for t in (*_tensors(args), *_tensors(tuple(kwargs.values())), *block.parameters())):
+        return "a gradient is required of the block's inputs or weights"
+    return None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.stock(*args, **kwargs)
-        module = self.module
-        reason = self.model.why_stock(self.kind)
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in an argument: itself, in a tuple, in a dataclass."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            yield from _tensors(one)
+    elif dataclasses.is_dataclass(value):
+        yield from _tensors(tuple(vars(value).values()))
+
+
+def take_over_blocks(
+    blocks: Sequence[Any],
+    model: Model,
+    ours: type[AVBlock],
+    sites_of: Callable[[Any], dict[str, Operator]],
+    why_left_alone: Callable[[Any], Iterator[str]],
+    *,
+    one_stream: bool = False,
+    otherwise: Callable[[Any, str], None] = lambda block, name: None,
+) -> None:
+    """Give every block of a transformer a forward of ours, noting each site in the handle.
+
+    otherwise    called with a block that is left alone, and its name
+    """
+    values, second, handle = AdaLNValues(), None if one_stream else SecondStream(), model.handle
+    for index, block in enumerate(blocks):
+        name, reason = f"transformer_blocks.{index}", next(why_left_alone(block), None)
+        sites = {site: Site(f"{name}.{site}", used.name, reason) for site, used in sites_of(block).items()}
+        handle.sites += sites.values()
         if reason is None:
-            reason = self._another(module) or self.why_stock(module, args, kwargs)
-        if reason is None:
-            return self.fused(module, *args, **kwargs)
-        if reason is not ENDED:
-            for site in self.sites:
-                site.fall(reason)
-        return bound(module)(*args, **kwargs)
-
-    def _another(self, module: Any) -> str | None:
-        if type(module).forward is self.own:
-            return None
-        return f"the forward of {named(type(module))} was replaced meanwhile"
+            handle.put(block, ours(block, model, sites, values, second))
+        else:
+            otherwise(block, name)
+    if not one_stream:  # SGLang's, of which several ranks may run: a rehearsal was not tried there
+        rehearse_first(blocks, handle)
 
 
-class Block(Part):
-    """Base of a block's. `named_sites` are its sites by their names in it; `rehearsal` is for its next call."""
-
-    __slots__ = ("named_sites", "rehearsal")
-    kind = "block"
-
-    def __init__(self, module: Any, model: Model, sites: dict[str, Site]):
-        super().__init__(module, model, tuple(sites.values()))
-        self.named_sites = sites
-        self.rehearsal: Rehearsal | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        rehearsal, self.rehearsal = self.rehearsal, None
-        if rehearsal is None or torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs)
-        return rehearsal(lambda: super(Block, self).__call__(*args, **kwargs))
-
-
-def own(owner: Any, name: str) -> bool:
-    """Whether the function that stands under this name is the one that its owner's package has there: a wrapper that
-    somebody has put there is not, nor another function of that package, nor one whose code was replaced.
-
-    One of bitfuse's own does no harm: `bitfuse.trace` listens at `torch.nn.Module.__call__`.
-    """
-    classes = owner.__mro__ if isinstance(owner, type) else ()
-    holder = next((kind for kind in classes if name in vars(kind)), owner)
-    package = (holder.__name__ if isinstance(holder, types.ModuleType) else holder.__module__).partition(".")[0]
-    found = inspect.getattr_static(owner, name)
-    found = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
-    if not isinstance(found, types.FunctionType):
-        names = {name, name.strip("_")}  # torch.Tensor.__neg__ is TensorBase.neg
-        return any(is_own(found, sys.modules[package], one) for one in names)
-    code = found.__code__
-    if code.co_filename.startswith(os.path.dirname(os.path.dirname(__file__)) + os.sep):
-        return True
-    home = getattr(sys.modules.get(package), "__path__", ())
-    if not any(code.co_filename.startswith(f"{folder}{os.sep}") for folder in home):
-        return False
-    within = {kind.__name__ for kind in classes}
-    return any(_stands_for(qualname, found, name, within) for qualname in names_of(found))
-
-
-def _stands_for(qualname: str, function: types.FunctionType, name: str, classes: set[str]) -> bool:
-    """Whether a function that its file has under this qualified name is the one that is to be found as `name`."""
-    *outer, last = qualname.split(".")
-    if "<locals>" in outer:  # what a decorator of the package made; it keeps the name
-        return function.__name__ == name
-    alias = name == "__call__" and last == "_wrapped_call_impl"  # as torch.nn.Module has it
-    return (last == name or alias) and (not outer or outer[-1] in classes)
-
-
-def calls_of(kind: type, label: str) -> list[Entry]:
-    """The functions that are left out where a module of this class is not called."""
-    names = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
-    return [(kind, name, f"{label}.{name}") for name in names]
-
-
-def watched() -> bool:
-    """Whether a mode sees every PyTorch op (FakeTensorMode, say), under which a host's function can't be tried."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
-def of_operators(operators: Iterable[Operator]) -> list[Entry]:
-    """The functions of others that are left out when these operators run instead of their references."""
-    return [entry for used in operators for entry in used.originals if not entry[2].startswith("bitfuse.")]
-
-
-# How a module is called: a norm, say, that is not called when it is fused.
-_CALLING_A_MODULE = [
-    (torch.nn.Module, name, f"torch.nn.Module.{name}") for name in ("__call__", "_call_impl", "_wrapped_call_impl")
-]
-_CALLING_A_MODULE += calls_of(torch.nn.RMSNorm, "torch.nn.RMSNorm")
-
-
-class Norms:
-    """The norms of a block that are not called when they are fused: whether each is still as it was taken over.
-
-    It is looked at before each call of the block, so it is kept as plain comparisons: 8 norms take 2 us.
-    """
-
-    def __init__(self, block: Any, names: Iterable[str]):
-        norms = {name: getattr(block, name) for name in names}
-        self._norms = [(name, norm, norm.__dict__, type(norm), norm.eps) for name, norm in norms.items()]
-
-    def changed(self, block: Any) -> str | None:
-        """Why the norms must be called, if so."""
-        children = block._modules
-        for name, norm, attributes, kind, eps in self._norms:
-            if children.get(name) is not norm or attributes.get("eps") != eps:
-                return f"{name} was replaced or changed meanwhile"
-            if type(norm) is not kind and ways(type(norm)) != ways(kind):
-                return f"{name} was replaced or changed meanwhile"
-            if attributes["_parameters"].get("weight") is not None or attributes["_parameters"].get("bias") is not None:
-                return f"{name} has got a weight meanwhile"
-            if attributes.get("weight") is not None or attributes.get("bias") is not None:
-                return f"{name} has got a weight meanwhile"
-            if hooked(norm):
-                return f"a hook is attached to {name}, which is not called when it is fused"
-        return None
-
-
-def models_in(parts: Iterable[Any], kind: type) -> list[Any]:
-    """The models of this class among these parts, or inside them: in torch.compile's module, PeftModel, DDP or another
-    wrapper, which may be a module or hold one as an attribute. Each once."""
-    found: dict[int, Any] = {}
-    for part in parts:
-        held = [part] if isinstance(part, torch.nn.Module) else vars(part).values() if hasattr(part, "__dict__") else ()
-        for module in held:
-            if isinstance(module, torch.nn.Module):
-                found |= {id(model): model for model in module.modules() if isinstance(model, kind)}
-    return list(found.values())
-
-
-def alone(t: Tensor) -> bool:
-    """Whether nobody but the caller's one variable holds this tensor or its memory, so that it may be written into.
-
-    `F.linear` of three dimensions returns a view of what it computed, of which that view is to be the only holder.
-    """
-    return _holders(t) == _ALONE[t._base is not None] and sys.getrefcount(t) <= _REFERENCES
-
-
-def _holders(t: Tensor) -> tuple[int, int]:
-    """How many hold its memory, in C++, and the tensor that it is a view of, in Python."""
-    memory = torch._C._storage_Use_Count(t.untyped_storage()._cdata)
-    return memory, 0 if t._base is None else sys.getrefcount(t._base)
-
-
-def _calibrate() -> tuple[int, tuple[tuple[int, int], tuple[int, int]]]:
-    """What `alone` sees of tensors that one variable holds: versions of Python and PyTorch count in different ways."""
-
-    def references(t: Tensor) -> int:
-        return sys.getrefcount(t)
-
-    with torch.no_grad():
-        fresh, view = torch.empty(2, device="cpu"), torch.empty(2, device="cpu").view(1, 2)
-    return references(fresh), (_holders(fresh), _holders(view))
-
-
-_REFERENCES, _ALONE = _calibrate()
-
-
-class Values:
+class AdaLNValues:
     """The AdaLN values of the step under way, as views; one object serves all blocks of a model.
 
     All blocks of a step are handed the same `temb`, so its views are made once. They live as long as it does.
@@ -385,11 +275,14 @@ class Values:
         return found[1]
 
 
-class Quiet:
+# -- a second CUDA stream ----------------------------------------------------------------------------------------------
+
+
+class Unobserved:
     """Whether no hook, and no forward but the class's and ours, would notice in which order the modules of a block run.
 
-    Called once per block: none of its modules has a hook or a foreign forward, nor have all modules (as while
-    `bitfuse.trace` listens), and none was replaced since the block was taken over.
+    Asked once per call of the block: none of its modules has a hook or a foreign forward, nor have all modules (as
+    while `bitfuse.trace` listens), and none was replaced since the block was taken over.
     """
 
     def __init__(self, block: Any):
@@ -409,87 +302,7 @@ class Quiet:
         return len(children) == len(self._children) and all(map(operator.is_, children, self._children))
 
 
-class Rehearsal:
-    """The first call of a model's first block: it runs the PyTorch chains, and what its sites need is compiled at once.
-
-    One after the other, each when a site first calls for it, 15 kernels took 11 s on a host with slow CPUs (H100,
-    2026-11-27), and in threads 3: much of it is LLVM's, ptxas' and a C compiler's, which leave Python to other threads.
-    But what is in Triton's cache is loaded by Python alone, for which threads queue: 15 took 0.8 s with 16 of them,
-    0.6 s with 4. So threads begin with the first kernel that has to be compiled.
-
-    The block runs once, as it would, so nothing but time tells of it; its sites count one call in `Site.compiling`.
-    Not where a site may not fall back (`strict`), for a CUDA graph, without a GPU, or in a model of few blocks, where
-    one of them on PyTorch's chains is more than is won.
-
-    under_way    held while the sites take part
-    """
-
-    AT_ONCE = 0.15  # seconds: a kernel in Triton's cache takes 0.03, one that is not 0.3 and more
-    MIN_BLOCKS = 8
-
-    def __init__(self, block: Any, sites: Iterable[Site]):
-        self._block, self._sites = weakref.ref(block), tuple(sites)
-        self._launches: dict[Any, tuple[Plan, tuple[Any, ...]]] = {}
-        self.under_way = threading.Lock()
-
-    @classmethod
-    def of_first(cls, blocks: Sequence[Any], handle: Handle) -> None:
-        """Have the first of these blocks that was taken over rehearse; it is `transformer_blocks.<index>`."""
-        if len(blocks) < cls.MIN_BLOCKS:
-            return
-        for index, block in enumerate(blocks):
-            if isinstance(ours := ours_in(block), Block):
-                sites = [s for s in handle.sites if s.name.startswith(f"transformer_blocks.{index}.")]
-                ours.rehearsal = cls(block, sites)
-                return
-
-    def route(self, operator: Operator, args: tuple[Any, ...]) -> Route:
-        """The reference; and the kernel that is to be proved for these arguments is noted."""
-
-        def take(plan: Plan, args: tuple[Any, ...]) -> None:
-            self._launches.setdefault((id(plan.kernel), plan.signature(args)), (plan, args))
-
-        operator.rehearse(take, args)
-        return Route(operator.reference, COMPILING)
-
-    def __call__(self, forward: Callable[[], Any]) -> Any:
-        if not self._unnoticed():
-            return forward()
-        for site in self._sites:
-            site.rehearsal = self
-        with self.under_way:
-            result = forward()
-        for site in self._sites:
-            site.rehearsal = None
-        self._compile(list(self._launches.values()))
-        return result
-
-    def _compile(self, launches: list[tuple[Plan, tuple[Any, ...]]]) -> None:
-        waiting = iter(launches)
-        for number, (plan, args) in enumerate(waiting):
-            start = time.perf_counter()
-            with contextlib.suppress(Exception):  # it shows again where the kernel is proved
-                plan.compile(args)
-            # the first one's time is for Triton to start up
-            if number and time.perf_counter() - start > self.AT_ONCE:
-                break
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for plan, args in waiting:
-                _ = plan.kernel.compiled  # made here: two threads would make one each
-                pool.submit(plan.compile, args)
-
-    def _unnoticed(self) -> bool:
-        if any(site.strict for site in self._sites) or next(around(), None) is not None:
-            return False
-        return self._compiles()
-
-    def _compiles(self) -> bool:
-        block = self._block()
-        on_a_gpu = block is not None and next(block.parameters()).is_cuda
-        return on_a_gpu and not torch.cuda.is_current_stream_capturing()
-
-
-class Beside:
+class SecondStream:
     """A second CUDA stream for the audio half of each block: its kernels are too small to fill a GPU by themselves.
 
     Streams change when a kernel runs, not which kernel, so no bit. The second stream forks off at the start of a
@@ -506,28 +319,161 @@ class Beside:
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def of(self, x: Tensor, quiet: Callable[[], bool]) -> Any:
+    def of(self, x: Tensor, unobserved: Callable[[], bool]) -> torch.cuda.Stream | None:
         """The second stream, where it pays and is safe, else None."""
         if not x.is_cuda or torch.is_grad_enabled():
             return None
         few = x.shape[0] * x.shape[1] < self.MIN_ROWS
-        if (few and not torch.cuda.is_current_stream_capturing()) or not quiet():
+        if (few and not torch.cuda.is_current_stream_capturing()) or not unobserved():
             return None
         if x.device not in self._streams:
             self._streams[x.device] = torch.cuda.Stream(x.device)
         return self._streams[x.device]
 
 
-def weights_of(module: torch.nn.Module) -> tuple[torch.dtype, torch.device]:
-    """dtype and device on which a module will compute, by its weights (those that are quantised tell nothing)."""
-    weights = [p for p in module.parameters() if p.dtype in (torch.bfloat16, torch.float16, torch.float32)]
-    dtype = weights[0].dtype if weights else torch.bfloat16
-    return dtype, next((p.device for p in weights if p.is_cuda), torch.device("cpu"))
+class Fork:
+    """The streams of one call of a block. `with fork.second:` puts work on the second one, where there is one."""
+
+    __slots__ = ("_first", "_second", "second")
+
+    def __init__(self, x: Tensor, second: torch.cuda.Stream | None):
+        self._first, self._second = None if second is None else torch.cuda.current_stream(x.device), second
+        self.second: Any = contextlib.nullcontext() if second is None else torch.cuda.stream(second)
+        if self._first is not None and second is not None:
+            second.wait_stream(self._first)
+
+    def meet(self) -> None:
+        """Each stream waits for what the other was given so far."""
+        if self._first is not None and self._second is not None:
+            met = self._second.record_event()
+            self._second.wait_stream(self._first)
+            self._first.wait_event(met)
+
+    def join(self) -> None:
+        """The first stream waits for the second."""
+        if self._first is not None and self._second is not None:
+            self._first.wait_stream(self._second)
 
 
+# -- an attention's steps ----------------------------------------------------------------------------------------------
+
+ATTENTIONS = {  # of a block, and whether their queries and keys are rotated: those to the text are normed only
+    "attn1": True,
+    "audio_attn1": True,
+    "attn2": False,
+    "audio_attn2": False,
+    "audio_to_video_attn": True,
+    "video_to_audio_attn": True,
+}
+
+
+class Rotary(NamedTuple):
+    """A rotary function of a host, and the operators that equal it.
+
+    home, name     the module in which it is, and its name there
+    alone          the operator for one x [B, T, H * D]
+    qk             the operator for queries and keys, with their norms before it
+    apply          (function, x, cos, sin) to x rotated by the host's function
+    interleaved    whether pairs stand next to each other: tables are [B, T, H * D] then, else [B, H, T, D / 2]
+    table_dtype    None: x's
+    """
+
+    home: Any
+    name: str
+    alone: Operator
+    qk: Operator
+    apply: Callable[[Callable[..., Any], Tensor, Tensor, Tensor], Tensor]
+    interleaved: bool = False
+    table_dtype: torch.dtype | None = None
+
+    def difference(self, host: str, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why operators can't stand in for the host's function: it is not their reference, tried in this process."""
+        sizes, tables = (heads, head_dim), self.table_dtype or dtype
+        function, how = getattr(self.home, self.name), (self.apply, self.alone, self.interleaved)
+        found = rotary_difference(function, *how, *sizes, dtype, tables, device)
+        return None if found is None else f"{self.name} of {host} and bitfuse's reference part here: {found}"
+
+
+def attention_operators(rotary: Iterable[Rotary]) -> tuple[Operator, ...]:
+    """All that an attention may call."""
+    return *(used for one in rotary for used in (one.alone, one.qk)), QK_RMS_NORM, HEAD_GATE
+
+
+def attentions(transformer: Any) -> Iterator[tuple[str, bool, Any, Any]]:
+    """(name in the model, whether it rotates, block, attention) of every attention of a transformer."""
+    for index, block in enumerate(transformer.transformer_blocks):
+        for name, rotates in ATTENTIONS.items():
+            if (attn := getattr(block, name, None)) is not None:
+                yield f"transformer_blocks.{index}.{name}", rotates, block, attn
+
+
+def attention_sites(handle: Handle, name: str, rotary: Rotary | None, *, gated: bool) -> tuple[Site, Site]:
+    """New sites of an attention in the handle: Q/K norms, with the rotary embedding if it has one, and head gate."""
+    site = Site(name, (QK_RMS_NORM if rotary is None else rotary.qk).name)
+    gate_site = Site(f"{name}.gate", HEAD_GATE.name)
+    handle.sites += [site, gate_site] if gated else [site]
+    return site, gate_site
+
+
+def norm_and_rotate(
+    call: Callable[..., Any],
+    rotate: Operator,
+    q: Tensor,
+    k: Tensor,
+    q_norm: Any,
+    k_norm: Any,
+    tables: Tables | None,
+    k_tables: Tables | None,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, T, H * D], normed, and rotated where there are tables; `k_tables` None: by the same ones.
+
+    call      of a site
+    rotate    the operator for this layout of the tables
+    """
+    norms = q_norm.weight, k_norm.weight
+    if tables is None:
+        return call(QK_RMS_NORM, q, k, *norms, q_norm.eps)
+    own = UNGATED if k_tables is None else k_tables
+    return call(rotate, q, k, *norms, *tables, *own, q_norm.eps)
+
+
+def dispatch_mode_is_on() -> bool:
+    """Whether a mode sees every PyTorch op (FakeTensorMode, say), under which a host's function can't be tried."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+class RotaryTrial:
+    """The host's rotary function, tried against its operator's reference in this process: once, when it can be.
+
+    difference    of an attention, as `Rotary.difference` gives it
+    """
+
+    __slots__ = ("_difference", "_due")
+
+    def __init__(self, difference: Callable[[Any], str | None]):
+        self._difference, self._due = difference, True
+
+    def at_first(self, attn: Any) -> str | None:
+        """When the attention is taken over: why it is left alone, if so. Put off where a mode sees every op."""
+        self._due = dispatch_mode_is_on()
+        return None if self._due else self._difference(attn)
+
+    def why_stock(self, attn: Any) -> str | None:
+        """When it is called: why the host's own must run, if so."""
+        if not self._due:
+            return None
+        if dispatch_mode_is_on():
+            return next(around(), None)
+        reason = self._difference(attn)
+        self._due = reason is not None
+        return reason
+
+
+@functools.cache
 def rotary_difference(
-    host: Callable[[Tensor, Tensor, Tensor], Tensor],
-    operator: Operator,
+    function: Callable[..., Any],
+    apply: Callable[[Callable[..., Any], Tensor, Tensor, Tensor], Tensor],
+    rotate: Operator,
     interleaved: bool,
     heads: int,
     head_dim: int,
@@ -537,13 +483,36 @@ def rotary_difference(
 ) -> str | None:
     """Where the host's own rotary function and the operator's reference part, in this process; None: nowhere.
 
-    host    called as f(x, cos, sin), on the inputs of the operator's battery
+    function    the host's
+    apply       (function, x, cos, sin) to x rotated by it, on the inputs of the operator's battery
     """
     x = torch.empty(2, 5, heads * head_dim, dtype=dtype, device=device)
     table = torch.empty(x.shape if interleaved else (2, 5, heads, head_dim // 2), dtype=table_dtype, device=device)
     table = table if interleaved else table.swapaxes(1, 2)
     with torch.no_grad():
-        for family, args in operator.battery(x, table, table):
-            if mismatch := compare(host(*args), operator.reference(*args)):
+        for family, args in rotate.battery(x, table, table):
+            if mismatch := compare(apply(function, *args), rotate.reference(*args)):
                 return f"{mismatch.sentence}, on the battery's '{family}' inputs"
     return None
+
+
+def weights_of(module: torch.nn.Module) -> tuple[torch.dtype, torch.device]:
+    """dtype and device on which a module will compute, by its weights (those that are quantised tell nothing)."""
+    weights = [p for p in module.parameters() if p.dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    dtype = weights[0].dtype if weights else torch.bfloat16
+    return dtype, next((p.device for p in weights if p.is_cuda), torch.device("cpu"))
+
+
+# -- a model -----------------------------------------------------------------------------------------------------------
+
+
+def models_in(parts: Iterable[Any], kind: type) -> list[Any]:
+    """The models of this class among these parts, or inside them: in torch.compile's module, PeftModel, DDP or another
+    wrapper, which may be a module or hold one as an attribute. Each once."""
+    found: dict[int, Any] = {}
+    for part in parts:
+        held = [part] if isinstance(part, torch.nn.Module) else vars(part).values() if hasattr(part, "__dict__") else ()
+        for module in held:
+            if isinstance(module, torch.nn.Module):
+                found |= {id(model): model for model in module.modules() if isinstance(model, kind)}
+    return list(found.values())

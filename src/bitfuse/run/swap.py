@@ -81,6 +81,41 @@ class Forward:
         return getattr, (self.module, "forward")
 
 
+COPIED_BY = ("__getstate__", "_replicate_for_data_parallel")
+"""The methods by which a module is copied with its attributes as they are: `copy.copy` asks the first of an object,
+`torch.nn.parallel.replicate` (DataParallel) the second of each module."""
+
+
+class CopiedPlain:
+    """In place of such a method of a module that has a forward of ours: the copy has none, and runs its class's own.
+
+    It would share ours, which calls the module that it was made for: with that one's weights, on that one's device.
+    """
+
+    __slots__ = ("__weakref__", "_module", "_name")
+
+    def __init__(self, module: Any, name: str):
+        self._module, self._name = weakref.ref(module), name
+
+    def __call__(self) -> Any:
+        module: Any = self._module()
+        method = getattr(type(module), self._name, None)  # Python 3.10 has no object.__getstate__
+        found = dict(vars(module)) if method is None else method(module)
+        if self._name == "__getstate__":
+            return _without_ours(found) if isinstance(found, dict) else found
+        for name in found.__dict__.keys() - _without_ours(found.__dict__).keys():
+            del found.__dict__[name]
+        return found
+
+
+def _without_ours(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in attributes.items()
+        if not isinstance(value, CopiedPlain) and not (name == "forward" and isinstance(value, Forward))
+    }
+
+
 def plain(module: Any) -> bool:
     """Whether what a call of the module runs is its class's forward: also where that was made an attribute, as
     accelerate leaves it when it removes a hook."""

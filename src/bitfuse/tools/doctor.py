@@ -39,7 +39,7 @@ from bitfuse.core.kernel import interpreter
 from bitfuse.core.lines import error_line
 from bitfuse.core.operator import OPERATORS
 from bitfuse.hosts.registry import HOSTS, Host
-from bitfuse.hosts.site import why_not_read
+from bitfuse.hosts.sources import why_not_read
 from bitfuse.tools import explain, packages, seeded
 from bitfuse.tools.machine import machine
 from bitfuse.tools.text import cell

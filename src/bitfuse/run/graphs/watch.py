@@ -17,9 +17,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from bitfuse.core import proof
 from bitfuse.run.graphs.key import VALUES, Functions
-from bitfuse.run.swap import Forward, plain
+from bitfuse.run.swap import COPIED_BY, Forward, plain
 
-_LOOKED_AT_OTHERWISE = frozenset(nn.Module().__dict__) - {"training"}
+_LOOKED_AT_OTHERWISE = frozenset(nn.Module().__dict__) - {"training"} | frozenset(COPIED_BY)
 _LORA = ("scaling", "merged_adapters", "_active_adapter")  # peft's: numbers and names, baked into a graph
 
 Named = list[tuple[str, nn.Module]]

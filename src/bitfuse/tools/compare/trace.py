@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from bitfuse.core.bits import Outputs, as_tuple, compare
 from bitfuse.core.operator import Operator, Route
 from bitfuse.hosts import _active
-from bitfuse.hosts.site import Site, kind_of
+from bitfuse.hosts.report import kind_of
+from bitfuse.hosts.site import Site
 from bitfuse.tools.compare.bits import Bits, difference, digest
 
 _NAMED = 3  # examples in a note
