@@ -18,8 +18,8 @@ from torch import nn
 import bitfuse
 import made_up_host
 from bitfuse.hosts import registry
+from bitfuse.hosts.code import source_hash
 from bitfuse.hosts.registry import HOSTS, Host, register
-from bitfuse.hosts.sources import source_hash
 from bitfuse.run.swap import COPIED_BY
 from bitfuse.tools import seeded
 from bitfuse.tools.compare import conformance

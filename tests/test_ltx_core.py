@@ -28,9 +28,9 @@ from ltx_core.model.transformer.model import LTXModel, LTXModelType, X0Model
 
 import bitfuse
 from bitfuse.hosts import ltx_core, part
+from bitfuse.hosts.code import source_hash
 from bitfuse.hosts.handle import Handle
 from bitfuse.hosts.site import Site
-from bitfuse.hosts.sources import source_hash
 from bitfuse.ops.rope import split_rotary_per_op
 from bitfuse.run.swap import ours_in
 

@@ -40,7 +40,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "audit": ("run.audit",),
     "swap": ("run.swap",),
     "hosts.constant": ("run.memo",),
-    "hosts.patch": ("hosts.site", "hosts.report", "hosts.handle", "hosts.sources"),
+    "hosts.patch": ("hosts.site", "hosts.report", "hosts.handle", "hosts.sources", "hosts.code"),
     "hosts.common": ("hosts.ltx2", "hosts.part", "hosts.sources", "hosts.rehearsal", "run.alone"),
     "hosts.diffusers_block": ("hosts.diffusers",),
     "hosts.ltx_core_block": ("hosts.ltx_core",),

@@ -7,11 +7,13 @@ that would run is held against the file in which it says that it stands.
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import linecache
 import sys
+import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -68,6 +70,12 @@ def source_of(function: Any) -> str | None:
         return None
     first = min(found, key=lambda own: abs(own.co_firstlineno - code.co_firstlineno)).co_firstlineno
     return "".join(inspect.getblock(_lines(code.co_filename)[first - 1 :]))
+
+
+def source_hash(function: Callable) -> str | None:
+    """The first 16 hex digits of the SHA-256 of a function's source text; None where no text is its code."""
+    source = source_of(function)
+    return None if source is None else hashlib.sha256(textwrap.dedent(source).encode()).hexdigest()[:16]
 
 
 def names_of(function: types.FunctionType) -> list[str]:

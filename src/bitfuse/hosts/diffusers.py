@@ -20,7 +20,7 @@ from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
 from bitfuse.core.conditions import around
-from bitfuse.hosts import ltx2
+from bitfuse.hosts import ltx2, offload
 from bitfuse.hosts.handle import Handle
 from bitfuse.hosts.ltx2 import ABSENT, AUDIO, COMPOSED, UNGATED, VIDEO, Ada, Rotary, RotaryTrial, Stream, Tables
 from bitfuse.hosts.part import Model, ModelForward, Part
@@ -217,6 +217,8 @@ def take_over(name: str, rotates: bool, attn: Any, model: Model) -> None:
     site.declined = gate_site.declined = reason
     if reason is None:
         model.handle.put(attn, Attention(attn, model, site, gate_site, trial))
+        for norm in (attn.norm_q, attn.norm_k):
+            offload.install(norm, model.handle)
 
 
 def _why_attention_stays(attn: Any) -> Iterator[str]:

@@ -23,6 +23,7 @@ from bitfuse.core.bits import compare
 from bitfuse.core.conditions import around
 from bitfuse.core.operator import Operator
 from bitfuse.hosts.handle import Handle
+from bitfuse.hosts.offload import weight_of
 from bitfuse.hosts.part import Block, Model, rehearse_first
 from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import own_method
@@ -430,7 +431,7 @@ def norm_and_rotate(
     call      of a site
     rotate    the operator for this layout of the tables
     """
-    norms = q_norm.weight, k_norm.weight
+    norms = weight_of(q_norm), weight_of(k_norm)
     if tables is None:
         return call(QK_RMS_NORM, q, k, *norms, q_norm.eps)
     own = UNGATED if k_tables is None else k_tables

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 import sys
-import textwrap
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from bitfuse.core.operator import Operator
 from bitfuse.core.originals import Entry
-from bitfuse.hosts.code import is_own, names_of, source_of
+from bitfuse.hosts import offload
+from bitfuse.hosts.code import is_own, names_of, source_hash
 from bitfuse.run.swap import hooked, innermost, named, ours_in
-
-
-def source_hash(fn: Callable) -> str | None:
-    """The first 16 hex digits of the SHA-256 of a function's source text; None where no text is its code."""
-    source = source_of(fn)
-    return None if source is None else hashlib.sha256(textwrap.dedent(source).encode()).hexdigest()[:16]
 
 
 def not_own(module: Any, what: str, host: str) -> str:
@@ -113,7 +106,9 @@ class Norms:
             if kind is not own_kind and not (issubclass(kind, own_kind) and ways(kind) == ways(own_kind)):
                 return f"{name} is a {named(kind)}, not {self._label}"
             if hooks and hooked(norm):
-                return f"a hook is attached to {name}, which is not called when it is fused"
+                who = offload.who_else(norm) if self._weighted else "it would see no call"
+                if who is not None:
+                    return f"a hook is attached to {name}, which is not called when it is fused ({who})"
             attributes = norm.__dict__
             eps = attributes.get("eps")
             if first is None:
