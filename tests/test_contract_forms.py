@@ -28,10 +28,10 @@ from bitfuse import compare
 from bitfuse.core import proof, values
 from bitfuse.core.conditions import fitting, on_meta, plain, runnable
 from bitfuse.core.evidence import Audit, Evidence, Mutant
-from bitfuse.core.inputs import lookalike
 from bitfuse.core.kernel import kernel
 from bitfuse.core.launch import Out, Plan, outputs_like
 from bitfuse.core.operator import Operator, Tier
+from bitfuse.core.values import lookalike
 from bitfuse.tools.prove import verify
 
 if TYPE_CHECKING:

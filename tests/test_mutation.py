@@ -13,8 +13,9 @@ from torch import Tensor
 from bitfuse import OPERATORS, compare
 from bitfuse.core import proof
 from bitfuse.core.evidence import Mutant
-from bitfuse.core.inputs import guarded, lookalike
+from bitfuse.core.inputs import guarded
 from bitfuse.core.launch import Out, Plan
+from bitfuse.core.values import lookalike
 from bitfuse.ops.adaln import GATED_RESIDUAL, RMS_NORM_MODULATE_COMPOSED, RMS_NORM_MODULATE_NATIVE
 from bitfuse.ops.rope import SPLIT_PER_OP
 from bitfuse.tools.prove import far, mutation, verify

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from bitfuse import OPERATORS, compare
 from bitfuse.core import proof
 from bitfuse.core.evidence import Mutant
-from bitfuse.core.inputs import lookalike, poisoned
+from bitfuse.core.inputs import poisoned
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Tier
+from bitfuse.core.values import lookalike
 
 NAN = float("nan")
 SPLIT = OPERATORS["split_rotary_per_op"]

@@ -22,7 +22,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "kernel": ("core.kernel",),
     "interpreter": ("core.interpreter",),
     "numerics": ("core.numerics",),
-    "reduction": ("core.reduction",),
+    "reduction": ("core.reduction", "core.emulated"),
     "values": ("core.values",),
     "originals": ("core.originals", "hosts.code"),
     "ops.split_rotary": ("ops.rope",),

@@ -30,6 +30,10 @@ class Mismatch:
     output: int = 0
 
 
+class Outside(Exception):
+    """A launch in the interpreter reached for memory that none of its tensors has; nothing was touched there."""
+
+
 def as_tuple(result: Outputs) -> tuple[Tensor, ...]:
     """The outputs of a reference, of which there may be one or several."""
     return (result,) if isinstance(result, Tensor) else tuple(result)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,6 @@ from bitfuse.core.bits import Outputs
 from bitfuse.core.kernel import EXACT, Kernel
 from bitfuse.core.launch import Plan
 from bitfuse.core.reduction import LAYER_NORM
-
-if TYPE_CHECKING:
-    from bitfuse.core.operator import Operator
-
 
 STEPS = ("residual", "norm", "modulation", "rsqrt", "quotient", "sigmoid")
 """What a kernel may do: add a residual; norm rows, so that one element shows in all of its row; modulate; call
@@ -77,13 +73,13 @@ class Mutant:
     case: str | None = None
     kind: str = ""
 
-    def case_of(self, operator: Operator) -> Any:
+    def case_of(self, operator: Any) -> Any:
         """The operator's case that the battery catches this mutant on: the named one, or the first."""
         if self.case is None:
             return operator.cases[0]
         return {case.name: case for case in operator.cases}[self.case]
 
-    def plan(self, operator: Operator, *args: Any) -> Plan | str:
+    def plan(self, operator: Any, *args: Any) -> Plan | str:
         plan = operator.tiers[self.tier].plan(*args)
         if isinstance(plan, str):
             return plan

@@ -1,4 +1,4 @@
-"""Memory for proofs: guarded outputs, and tensors that look to a kernel like a user's own."""
+"""Memory for proofs: outputs between guard zones of poison, and whether anything was written around them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from bitfuse.core.bits import BITS, Mismatch
-from bitfuse.core.launch import strides
 
 # A NaN no kernel writes, by element size: an output element left unwritten can't pass for a right one
 _POISON = {2: 0x7FA5, 4: 0x7FA5A5A5, 8: 0x7FF5A5A5A5A5A5A5}
@@ -67,36 +66,3 @@ def changed(before: list[tuple[Tensor, Tensor]]) -> Mismatch | None:
         if not torch.equal(now, earlier):
             return Mismatch(f"the launch has written into its arguments, {int((now != earlier).sum())} bytes")
     return None
-
-
-def lookalike(like: Tensor, values: Tensor, gap: int = 0) -> Tensor:
-    """A tensor that holds `values` and looks to a kernel like `like`, poison around it and between its elements.
-
-    Same dtype, same order of dimensions in memory, each stride in the same class (0, 1, multiple of 16 or not)
-    and the base address as far from a multiple of 16 bytes as in `like`. Where `like` is expanded (stride 0), the
-    values of index 0 are expanded. `values` has as many dimensions as `like` and any sizes.
-
-    gap    times 16 elements are left free in every stride but that of 1: operands with different gaps have different
-           strides, so that a kernel that reads one with the strides of another goes wrong
-    """
-    wanted = strides(like)
-    expanded = [s == 0 and n > 1 for s, n in zip(wanted, like.shape, strict=True)]
-    shape = list(values.shape)
-    for dim, is_expanded in enumerate(expanded):
-        if is_expanded:
-            values = values.narrow(dim, 0, 1)
-    found, span = [0] * like.ndim, 1
-    for dim in sorted(range(like.ndim), key=lambda d: (wanted[d] != 1, wanted[d], -d)):
-        if not expanded[dim]:
-            if wanted[dim] != 1:
-                span += 16 * gap
-            if wanted[dim] % 16 == 0:
-                span += -span % 16
-            elif wanted[dim] != 1 and span % 16 in (0, 1):
-                span += 2
-            found[dim] = span
-            span *= values.shape[dim]
-    offset = like.data_ptr() % 16 // like.element_size()
-    out = guarded(tuple(values.shape), tuple(found), like.dtype, like.device, offset)
-    out.copy_(values)
-    return out.expand(shape)

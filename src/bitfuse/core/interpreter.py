@@ -26,7 +26,7 @@ import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as upstream
 
-from bitfuse.core.kernel import Outside
+from bitfuse.core.bits import Outside
 
 _CANONICAL_NAN = np.uint16(0x7FFF)  # what PTX writes for any NaN in bf16
 _LOCK = threading.RLock()  # the interpreter keeps its grid position in one module-wide object

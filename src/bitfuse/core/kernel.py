@@ -24,10 +24,6 @@ from typing import Any
 EXACT = {"enable_fp_fusion": False}
 
 
-class Outside(Exception):
-    """A launch in the interpreter reached for memory that none of its tensors has; nothing was touched there."""
-
-
 def interpreting() -> bool:
     """True when TRITON_INTERPRET=1: kernels then run on CPU tensors, in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

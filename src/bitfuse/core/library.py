@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from bitfuse.core.bits import Outputs, as_tuple
-
-if TYPE_CHECKING:
-    from bitfuse.core.operator import Operator
-
 
 # What a reference may declare a parameter to be: how torch.library calls it, and how a sentence does.
 _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int"}
@@ -32,7 +28,7 @@ def _schema(reference: Callable[..., Outputs]) -> str:
     return f"({', '.join(parameters)}) -> {result}"
 
 
-def register(operator: Operator) -> None:
+def register(operator: Any) -> None:
     """Make the operator `torch.ops.bitfuse.<name>`, its fake function and its gradient those of the reference."""
 
     def forward(*args: Any) -> Any:

@@ -17,8 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bitfuse.core.bits import Mismatch, Outputs, as_tuple, compare, form_mismatch, of_output
-from bitfuse.core.kernel import Outside
+from bitfuse.core.bits import Mismatch, Outputs, Outside, as_tuple, compare, form_mismatch, of_output
 from bitfuse.core.launch import Plan
 from bitfuse.core.lines import error_line
 

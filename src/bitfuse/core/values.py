@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from bitfuse.core.inputs import guarded
+from bitfuse.core.launch import strides
+
 _INT = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -180,3 +183,39 @@ def battery_shape(batch: int, tokens: int, few: bool = False) -> tuple[int, int]
     of more samples and tokens; with `few`, as few as the call's own below 16, where ATen's mean adds up in another
     order (`bitfuse.core.reduction`)."""
     return (batch, tokens) if few and batch * tokens < 16 else (2, 63)
+
+
+# -- in memory like a user's own -------------------------------------------------------------------------------------
+
+
+def lookalike(like: Tensor, values: Tensor, gap: int = 0) -> Tensor:
+    """A tensor that holds `values` and looks to a kernel like `like`, poison around it and between its elements.
+
+    Same dtype, same order of dimensions in memory, each stride in the same class (0, 1, multiple of 16 or not)
+    and the base address as far from a multiple of 16 bytes as in `like`. Where `like` is expanded (stride 0), the
+    values of index 0 are expanded. `values` has as many dimensions as `like` and any sizes.
+
+    gap    times 16 elements are left free in every stride but that of 1: operands with different gaps have different
+           strides, so that a kernel that reads one with the strides of another goes wrong
+    """
+    wanted = strides(like)
+    expanded = [s == 0 and n > 1 for s, n in zip(wanted, like.shape, strict=True)]
+    shape = list(values.shape)
+    for dim, is_expanded in enumerate(expanded):
+        if is_expanded:
+            values = values.narrow(dim, 0, 1)
+    found, span = [0] * like.ndim, 1
+    for dim in sorted(range(like.ndim), key=lambda d: (wanted[d] != 1, wanted[d], -d)):
+        if not expanded[dim]:
+            if wanted[dim] != 1:
+                span += 16 * gap
+            if wanted[dim] % 16 == 0:
+                span += -span % 16
+            elif wanted[dim] != 1 and span % 16 in (0, 1):
+                span += 2
+            found[dim] = span
+            span *= values.shape[dim]
+    offset = like.data_ptr() % 16 // like.element_size()
+    out = guarded(tuple(values.shape), tuple(found), like.dtype, like.device, offset)
+    out.copy_(values)
+    return out.expand(shape)

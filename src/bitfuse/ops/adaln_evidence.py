@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bitfuse.core.conditions import FLOATS, HALVES
+from bitfuse.core.emulated import layer_norm_mean_square, mean_mean_square
 from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed, fold_mutants
-from bitfuse.core.inputs import lookalike
 from bitfuse.core.launch import Plan, named
-from bitfuse.core.reduction import LAYER_NORM, MEAN, layer_norm_mean_square, mean_mean_square
-from bitfuse.core.values import ROW_FAMILIES, battery_shape
+from bitfuse.core.reduction import LAYER_NORM, MEAN
+from bitfuse.core.values import ROW_FAMILIES, battery_shape, lookalike
 from bitfuse.ops import adaln
 from bitfuse.ops.adaln import VALUES, Rstd, modulated, residual_sum, rstd_composed, rstd_native, statistic
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bitfuse.core import values
 from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed
-from bitfuse.core.inputs import lookalike
 from bitfuse.core.launch import Plan
+from bitfuse.core.values import lookalike
 
 
 def _battery(out: Tensor, logits: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfuse.core.emulated import layer_norm_mean_square
 from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed, fold_mutants
-from bitfuse.core.inputs import lookalike
 from bitfuse.core.launch import Plan, named
-from bitfuse.core.reduction import LAYER_NORM, layer_norm_mean_square
-from bitfuse.core.values import ROW_FAMILIES, battery_shape
+from bitfuse.core.reduction import LAYER_NORM
+from bitfuse.core.values import ROW_FAMILIES, battery_shape, lookalike
 from bitfuse.ops.qk_norm import CHAINS, statistics_of_aten
 from bitfuse.ops.rope import Chain
 from bitfuse.ops.rope_evidence import RotaryCase

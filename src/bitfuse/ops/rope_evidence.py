@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bitfuse.core import values
 from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed
-from bitfuse.core.inputs import lookalike
 from bitfuse.core.launch import Plan
+from bitfuse.core.values import lookalike
 from bitfuse.ops.rope import CHAINS, Chain
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
