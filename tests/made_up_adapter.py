@@ -66,7 +66,7 @@ class AVBlock(ltx2.AVBlock):
     """`AVBlock.forward`, with its elementwise chains fused."""
 
     __slots__ = ()
-    norms, stock, whose, methods = NATIVE, upstream.AVBlock, "the made-up host's", ("modulations", "norm")
+    norms, host_class, whose, methods = NATIVE, upstream.AVBlock, "the made-up host's", ("modulations", "norm")
 
     def fused(
         self, block: Any, video: Tensor, audio: Tensor, text: Tensor, audio_text: Tensor, temb: dict, ropes: dict

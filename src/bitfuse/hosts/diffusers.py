@@ -245,7 +245,7 @@ class LTX2VideoTransformerBlock(ltx2.AVBlock):
     """In place of the forward of upstream's block (from 0.38 on): its elementwise chains are fused."""
 
     __slots__ = ()
-    norms, stock, whose, methods = COMPOSED, _Block, "diffusers'", ("get_mod_params",)
+    norms, host_class, whose, methods = COMPOSED, _Block, "diffusers'", ("get_mod_params",)
 
     def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         return super().why_stock(block, args, kwargs) or _BLOCK_NORMS.why_called(block)

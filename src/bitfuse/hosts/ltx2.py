@@ -161,12 +161,12 @@ class AVBlock(Block):
     """Base of what stands in place of the forward of a block for video and audio.
 
     norms      its norms' operators
-    stock      the host's class, `whose` it is in sentences, and the `methods` of it that are restated besides forward
+    host_class the host's class, `whose` it is in sentences, and the `methods` of it that are restated besides forward
     """
 
     __slots__ = ("_unobserved", "_values", "second_stream")
     norms: NormOperators
-    stock: Any
+    host_class: Any
     whose: str
     methods: tuple[str, ...] = ()
 
@@ -193,7 +193,7 @@ class AVBlock(Block):
         if (reason := why_gradient(block, args, kwargs)) is not None:
             return reason
         for name in self.methods:
-            if not own_method(block, name, self.stock):
+            if not own_method(block, name, self.host_class):
                 return f"the {name} of this {named(type(block))} is another than that of {self.whose} block"
         return None
 

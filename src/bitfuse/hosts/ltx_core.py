@@ -377,7 +377,7 @@ class BasicAVTransformerBlock(ltx2.AVBlock):
     """In place of the forward of upstream's block: its elementwise chains are fused."""
 
     __slots__ = ("_seams",)
-    norms, stock, whose, methods = NATIVE, _Block, "ltx-core's", _METHODS
+    norms, host_class, whose, methods = NATIVE, _Block, "ltx-core's", _METHODS
 
     def __init__(self, block: Any, *shared: Any):
         super().__init__(block, *shared)

@@ -322,7 +322,7 @@ class LTX2TransformerBlock(ltx2.AVBlock):
     """In place of the forward of upstream's block: its elementwise chains are fused."""
 
     __slots__ = ("_guarded", "_masks_the_gate", "_norm")
-    norms, stock, whose, methods = NATIVE, _Block, "SGLang's", ("get_ada_values",)
+    norms, host_class, whose, methods = NATIVE, _Block, "SGLang's", ("get_ada_values",)
 
     def __init__(self, block: Any, *shared: Any):
         super().__init__(block, *shared)
