@@ -69,9 +69,13 @@ def _casting(model: Any) -> None:
 
 
 def _sequential(model: Any) -> None:
-    from accelerate import cpu_offload
+    """As `accelerate.cpu_offload`, without its hook on the model itself: that one rebuilds what the model returns, and
+    can't where it is diffusers' output of two fields (accelerate 1.15.0). Pipelines ask for a tuple."""
+    from accelerate.hooks import attach_align_device_hook
 
-    cpu_offload(model, "cuda" if torch.cuda.is_available() else _device(model))
+    weights = {name: tensor.to("cpu") for name, tensor in model.state_dict().items()}
+    device = torch.device("cuda") if torch.cuda.is_available() else _device(model)
+    attach_align_device_hook(model, execution_device=device, offload=True, weights_map=weights)
 
 
 def _whole(model: Any) -> None:
