@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -248,3 +251,21 @@ def test_every_bf16_value_through_the_real_kernel(operator, tables):
         few = values.specials(cos.dtype, "cpu")
         cos, sin = (few[torch.randint(few.numel(), cos.shape, generator=generator)] for _ in range(2))
     assert compare(operator.reference(x, cos, sin), operator.launch(x, cos, sin)) is None
+
+
+def test_a_process_that_has_interpreted_can_compile():
+    """Where Triton is first imported while it interprets, its own `tl.sum` stays interpreted."""
+    code = """
+import os
+import bitfuse
+from bitfuse.core.kernel import interpreter
+from bitfuse.tools.prove import ptx
+operator = bitfuse.OPERATORS["rms_norm_modulate_native"]
+args = operator.cases[0].arguments("cpu", tokens=3)
+with interpreter():
+    operator.launch(*args)
+print(ptx.count(ptx.compile_for(operator.plan(*args), args, 90)).rounding["rsqrt.approx.f32"])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_ALWAYS_COMPILE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr[-2000:]

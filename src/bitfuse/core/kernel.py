@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import linecache
 import os
@@ -36,7 +37,13 @@ def power_of_2(n: int) -> int:
 
 @contextlib.contextmanager
 def interpreter() -> Iterator[None]:
-    """Within this block kernels take CPU tensors and run in Triton's interpreter, as under TRITON_INTERPRET=1."""
+    """Within this block kernels take CPU tensors and run in Triton's interpreter, as under TRITON_INTERPRET=1.
+
+    Triton is imported before: what it defines in its own language while the variable is set (`tl.sum`, say) is
+    interpreted for good, and a kernel that calls it could not be compiled any more in this process (3.6 and 3.7).
+    """
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module("triton.language")
     before = os.environ.get("TRITON_INTERPRET")
     try:
         os.environ["TRITON_INTERPRET"] = "1"
