@@ -181,16 +181,19 @@ class GraphedForward:
             return self._eagerly("another call of this model is under way", args, kwargs)
         with self._lock:  # not acquired and released by hand: Ctrl-C between two lines would leave it held
             try:
-                args, kwargs = self._completed(args, kwargs)
-                call = self._look(args, kwargs)
-                if isinstance(call, str):
-                    return self._eagerly(call, args, kwargs, alone=True)
-                return self._run(call, args, kwargs)
+                self._news = None
+                return self._answer(*self._completed(args, kwargs))
             finally:
                 if self._retired is not None:
                     self._drop_all()
 
     # Below, the lock is held, but in `_eagerly` where it says so.
+
+    def _answer(self, args: tuple, kwargs: dict) -> Any:
+        call = self._look(args, kwargs)
+        if isinstance(call, str):
+            return self._eagerly(call, args, kwargs, alone=True)
+        return self._run(call, args, kwargs)
 
     def _completed(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments, and those that the forward would make itself."""
@@ -233,19 +236,41 @@ class GraphedForward:
 
     def _watched(self, model: nn.Module) -> Watch:
         """The watch of the model as it is. What was captured of another, or of a kernel that may differ, is dropped."""
-        self._news = None
         if self._watch and self._watch.condemned != proof.condemnations():
             self._drop_all()
-        if self._watch and (changed := self._watch.changed(model)):
-            since = "capture" if self.graphs else "last call"
-            self._news = f"weights or hooks of {changed} changed since the {since}"
-            self._drop_all()
+        if self._watch and (changed := self._first_look(self._watch, model)):
+            self._forget(changed)
         if self._watch is None:
             self._watch = Watch(model, self, self._cuda.holds)
         return self._watch
 
+    def _first_look(self, watch: Watch, model: nn.Module) -> str | None:
+        """What has changed of the model, as far as that must be known before a replay: the rest is `_run`'s.
+
+        All of it where there is no graph to replay, and where there may be other processes: of a replay that is thrown
+        away they would know nothing, and wait for its part in what they do together.
+        """
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return watch.moved(model) if self.graphs and not together else watch.changed(model)
+
+    def _altered(self, model: nn.Module | None) -> bool:
+        """Whether the model has changed in what `_first_look` has left out; what was captured is then dropped."""
+        changed = self._watch.altered(model) if self._watch is not None and model is not None else None
+        if changed is not None:
+            self._forget(changed)
+        return changed is not None
+
+    def _forget(self, changed: str) -> None:
+        """Drop what was captured of a model that has changed."""
+        since = "capture" if self.graphs else "last call"
+        self._news = f"weights or hooks of {changed} changed since the {since}"
+        self._drop_all()
+
     def _run(self, call: Call, args: tuple, kwargs: dict) -> Any:
+        model = self._model()
         entry = self._entries.setdefault(call.key, _Entry(self._after))
+        if entry.graph is None and self.graphs and self._altered(model):
+            return self._answer(args, kwargs)
         self._entries.move_to_end(call.key)
         if entry.refused:
             return self._eagerly(entry.refused, args, kwargs, alone=True)
@@ -253,8 +278,11 @@ class GraphedForward:
             reason = self._before_replay(args, kwargs) if self._before_replay else None
             if reason:
                 return self._eagerly(reason, args, kwargs, alone=True)
+            result = self._replay(entry.graph, call)
+            if self._altered(model):
+                return self._answer(args, kwargs)
             self.counts.replays += 1
-            return self._replay(entry.graph, call)
+            return result
         entry.calls += 1
         if entry.calls <= entry.wait:
             while len(self._entries) > _KEYS_KEPT:
