@@ -367,6 +367,7 @@ def test_accelerating_twice_gives_the_same_handle(device):
     assert_fused(again)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_the_context_manager_restores_when_the_block_raises(device):
     model = make(device=device)
     before = _attributes(model)
@@ -617,6 +618,7 @@ def test_hooks_keep_being_called(how, order, device):
     assert len(seen) == 2 * len(seen_stock)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_block_whose_forward_was_replaced_before_is_left_alone(device):
     """diffusers' and accelerate's own hooks do that, and ours goes inside them: see above. Anybody's else."""
     model, seen = make(device=device), []
@@ -746,6 +748,7 @@ def _assert_same_training(expected, found):
     assert {name: bitfuse.compare(expected[1][name], found[1][name]) for name in found[1]} == dict.fromkeys(found[1])
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("config", ["2.0", "2.3"])
 def test_training_gives_the_same_gradients(config, checkpointing, device):
@@ -799,6 +802,7 @@ def test_torch_compile_of_the_model(config, order, backend, device):
         assert_same(run(model), run(compiled))
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_compile_repeated_blocks(device):
     torch.compiler.reset()
     model = make(device=device)
@@ -812,6 +816,7 @@ def test_compile_repeated_blocks(device):
 # -- what is not known is left alone -------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_processor_of_another_class_is_left_alone(device):
     class Theirs(upstream.LTX2AudioVideoAttnProcessor):
         calls = 0
@@ -882,6 +887,7 @@ def test_a_patched_host_function_is_left_alone(patch, known_before, device, monk
     assert_fused(handle, but=attention_sites())
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_patched_processor_class_is_left_alone(wrapped, device, monkeypatch):
     stock = upstream.LTX2AudioVideoAttnProcessor.__call__
@@ -900,6 +906,7 @@ def test_a_patched_processor_class_is_left_alone(wrapped, device, monkeypatch):
     assert_left_alone(handle, "LTX2AudioVideoAttnProcessor of diffusers", attention_sites())
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_source_that_was_not_read_is_left_alone(device, monkeypatch):
     from bitfuse.hosts import diffusers as adapter
 
@@ -911,6 +918,7 @@ def test_a_source_that_was_not_read_is_left_alone(device, monkeypatch):
     assert_left_alone(handle, "not a source that bitfuse knows", attention_sites(V23))
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_reference_that_is_not_the_hosts_is_left_alone(device, monkeypatch):
     from bitfuse.hosts import ltx2
 
@@ -1254,6 +1262,7 @@ def test_the_text_of_a_model_that_modulates_it_is_not_kept(device):
 # -- the report ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_the_report_says_what_happened(device):
     model = make(device=device)
     handle = bitfuse.accelerate(model)
@@ -1285,6 +1294,7 @@ def test_the_report_says_what_happened(device):
     assert all(re.search(r"partly fused by .* \(2 calls fused, 2 not\): bitfuse is off", line) for line in text[1:])
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_host_function_patched_later_is_the_one_that_runs(device, monkeypatch):
     model = make(device=device)
     with bitfuse.accelerated(model) as handle:
@@ -1295,6 +1305,7 @@ def test_a_host_function_patched_later_is_the_one_that_runs(device, monkeypatch)
     assert_same(run(model), found)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_block_inside_an_acceleration_leaves_it_in_force(device):
     model = make(device=device)
     outer = bitfuse.accelerate(model)
@@ -1304,6 +1315,7 @@ def test_a_block_inside_an_acceleration_leaves_it_in_force(device):
     assert_fused(outer)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_an_unknown_kind_of_rotary_embedding_is_left_alone(device):
     model = make(device=device)
     attn = model.transformer_blocks[0].attn1

@@ -79,6 +79,7 @@ def test_the_loop_repeats_itself_and_each_step_moves_both_streams(denoising, ver
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_twin_has_the_same_parameters_and_is_accelerated_alone(host):
     g = geometry(host, "2.3", layers=1)
     model = seeded.build(g, CPU, seed=0)
