@@ -180,9 +180,20 @@ def turned_sites():
 # -- the same bits -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("config", CONFIGS)
-def test_both_streams_are_equal_and_every_site_is_fused(config, dtype, device):
+def _launches():
+    """Each kind of model in each dtype: some by kernels, which take seconds, the others by references."""
+    for config in CONFIGS:
+        for dtype in (torch.bfloat16, torch.float32):
+            real = config == "2.0" or (config != "2.5" and dtype is torch.bfloat16) or torch.cuda.is_available()
+            yield pytest.param(config, dtype, "kernels", marks=() if real else pytest.mark.slow)
+            if not real:
+                yield pytest.param(config, dtype, "references")
+
+
+@pytest.mark.parametrize(("config", "dtype", "launched"), _launches(), ids=str)
+def test_both_streams_are_equal_and_every_site_is_fused(config, dtype, launched, device, request):
+    if launched == "references":
+        request.getfixturevalue("launched_as_reference")
     model = make(CONFIGS[config], dtype, device)
     passes = GUIDED if CONFIGS[config].get("perturbed_attn") else PASSES
     expected = {name: run(model, **kwargs) for name, (kwargs, *_) in passes.items()}
@@ -786,7 +797,7 @@ def test_lora_training_with_dropout_draws_the_same_numbers(config, device):
 def test_torch_compile_of_the_model(config, order, backend, device):
     """While PyTorch traces, the chain itself is in the graph: no graph break, and the bits of the compiled stock."""
     torch.compiler.reset()
-    model = make(CONFIGS[config], device=device)
+    model = make({**CONFIGS[config], "num_layers": 1}, device=device)
     expected = run(torch.compile(model, fullgraph=True, backend=backend))
     torch.compiler.reset()
     if order == "compiled first":
@@ -796,7 +807,7 @@ def test_torch_compile_of_the_model(config, order, backend, device):
         handle = bitfuse.accelerate(model)
         compiled = torch.compile(model, fullgraph=True, backend=backend)
     assert_same(expected, run(compiled))
-    assert [site.name for site in handle.sites] == names(CONFIGS[config])
+    assert [site.name for site in handle.sites] == [n for n in names(CONFIGS[config]) if ".0." in n]
     assert {site.fused for site in handle.sites} == {0}  # the kernel is not in a graph that PyTorch compiles
     if backend == "eager":
         assert_same(run(model), run(compiled))

@@ -34,7 +34,6 @@ def label(value: Any) -> str:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value.name
 
 
-every_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=label)
 every_case = pytest.mark.parametrize(
     ("operator", "case"), [(o, case) for o in OPERATORS.values() for case in o.cases], ids=label
 )
@@ -352,7 +351,9 @@ def takes(operator: Operator, *dtypes: torch.dtype) -> bool:
     return mixed or len(set(dtypes)) == 1
 
 
-@every_operator
+@pytest.mark.parametrize(
+    "operator", [pytest.param(o, marks=variant(o in ONE_OF_EACH_FILE)) for o in OPERATORS.values()], ids=label
+)
 def test_any_call_equals_the_reference(operator, device):
     fused = []
 
