@@ -56,7 +56,7 @@ from bitfuse.ops.rope import SPLIT_FP32
 
 cache = Path(os.environ["TRITON_CACHE_DIR"])
 few = {SPLIT_FP32: [case for case in SPLIT_FP32.cases if case.name in ("one token", "misaligned")]}
-made = list(ahead.launches(few, False, torch.device("cpu")))
+made = list(ahead.launches(few, False, torch.device("cpu")))[::3]
 with ahead.on_disk(made, 90, Progress(disable=True)):
     pass
 found = set(cache.iterdir())

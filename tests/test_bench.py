@@ -221,10 +221,13 @@ def _run(**options):
 
 
 @needs_diffusers
-@pytest.mark.parametrize("version", ["2.0", "2.3"])
+@pytest.mark.parametrize(
+    ("version", "launched"),
+    [("2.0", "references"), ("2.3", "references"), pytest.param("2.0", "kernels", marks=pytest.mark.slow)],
+)
 @pytest.mark.usefixtures("no_cuda_needed")
-def test_a_step_in_every_way(version, request):
-    if version != "2.0":  # once with the kernels themselves
+def test_a_step_in_every_way(version, launched, request):
+    if launched == "references":
         request.getfixturevalue("launched_as_reference")
     document, printed = _run(version=version)
     (row,) = document["model"]
@@ -249,6 +252,7 @@ def test_a_step_in_every_way(version, request):
     assert "differs_from_stock" in row
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.usefixtures("no_cuda_needed")
 def test_a_step_of_ltx_core():
     for needed in ("ltx_core", "einops"):
@@ -265,6 +269,7 @@ def test_a_step_of_ltx_core():
     assert "compile_s" not in row
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.usefixtures("no_cuda_needed")
 def test_a_step_of_sglang_stock_is_stock_and_its_own_tier_is_no_way_of_ours(monkeypatch):
     sglang_host.ready()

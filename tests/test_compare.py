@@ -34,6 +34,7 @@ from bitfuse.tools.compare import films as comparison_page
 from bitfuse.tools.compare import request as comparison_request
 from bitfuse.tools.compare.request import ARGUMENTS, Request
 from bitfuse.tools.seeded import CannotRun
+from common import references_launched
 from planted import Plant
 
 PICTURES_AND_SOUNDS = ("decoded frames", "audio samples")
@@ -76,7 +77,8 @@ def good(two_layers, tmp_path_factory):
     before = torch.get_rng_state()
     arguments = [str(two_layers), "--prompt", "a red fox", "--config", str(out / "call.json"), "--steps", "2"]
     arguments += ["--device", "cpu", "--out", str(out), "--json", str(out / "copy.json")]
-    done = CliRunner().invoke(app, ["compare", *arguments])
+    with references_launched():
+        done = CliRunner().invoke(app, ["compare", *arguments])
     return done, json.loads((out / "copy.json").read_text()), out, torch.equal(before, torch.get_rng_state())
 
 
@@ -304,6 +306,7 @@ def test_the_step_and_the_stream_of_a_difference_are_named(compare, monkeypatch)
     assert second["audio"]["sha256_stock"] != second["audio"]["sha256_bitfuse"]
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_difference_in_the_sound_alone(compare, monkeypatch, tmp_path):
     _flip_in_call(monkeypatch, LTX2Vocoder, "forward", 2)
     bitfuse.disable()  # nothing need be fused for this: a difference is said first
@@ -548,6 +551,7 @@ def _contents(out):
     return {file.name: file.read_bytes() for file in out.iterdir()}
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_run_that_can_not_be_made_leaves_all_there_was(compare, folder, tmp_path):
     import shutil
 
@@ -561,6 +565,7 @@ def test_a_run_that_can_not_be_made_leaves_all_there_was(compare, folder, tmp_pa
     assert _contents(tmp_path / "out") == before
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_new_result_replaces_what_bitfuse_wrote_and_nothing_else(compare, tmp_path):
     before = _earlier(tmp_path / "out")
     result, _ = compare(random_weights="ltx-2.3", layers=1, steps=2, size="64x32", frames=9)
@@ -588,6 +593,7 @@ def test_a_folder_with_somebody_elses_result_is_refused(name, compare, tmp_path,
     assert (tmp_path / "out" / name).read_text() == '{"exit_code": "mine"}'
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_ctrl_c_in_the_last_moment_leaves_the_earlier_result(compare, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

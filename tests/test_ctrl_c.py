@@ -23,8 +23,6 @@ from bitfuse.tools import seeded
 
 SOURCE = str(Path(bitfuse.__file__).parent)
 pytestmark = pytest.mark.usefixtures("fresh_routes")
-# Each line costs two steps or so: `make test` interrupts at one in seven, `make test-all` at every one.
-shares = pytest.mark.parametrize("share", [7, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "every line"])
 HOSTS = [name for name in seeded.HOSTS if name in seeded.installed()]
 
 
@@ -55,13 +53,30 @@ class Lines:
 
 
 @pytest.fixture(params=HOSTS)
-def model_and_step(request, device, monkeypatch):
+def host(request):
+    return request.param
+
+
+@pytest.fixture(params=["some", pytest.param("every line", marks=pytest.mark.slow)])
+def numbers(request, host):
+    """Of so many lines those to interrupt at, from a first one on.
+
+    Each costs two steps or so: `make test` interrupts at one in seven, taken by turns by the hosts, which share most
+    of the lines; `make test-all` at every one.
+    """
+    if request.param == "every line":
+        return lambda count, first: range(count)
+    return lambda count, first: range(first + 7 * HOSTS.index(host), count, 7 * len(HOSTS))
+
+
+@pytest.fixture
+def model_and_step(host, device, monkeypatch):
     """A transformer of one block and a step of it. References stand in for kernels, whose lines are not these."""
     monkeypatch.setattr(Operator, "_runner", lambda self, plan, args: self.reference)
     monkeypatch.setattr(proof, "run_battery", lambda *args, **kwargs: proof.Verdict(True, "equal"))
-    if request.param == "sglang":
+    if host == "sglang":
         sglang_host.ready()
-    geometry = replace(seeded.SMALL, host=request.param, version="2.0", layers=1, frames=1, height=2, width=2)
+    geometry = replace(seeded.SMALL, host=host, version="2.0", layers=1, frames=1, height=2, width=2)
     geometry = replace(geometry, audio_frames=3, text_tokens=4)
     model = seeded.build(geometry, device, 0)
     return model, seeded.one_step(model, seeded.make_inputs(model, geometry, device, 0))
@@ -101,10 +116,6 @@ def interrupted(run, number):
     return False
 
 
-def numbers(count, start, share):
-    return range(start % share, count, share)
-
-
 def check(model, step, before, expected):
     assert not hosts._active
     assert snapshot(model) == before
@@ -112,8 +123,7 @@ def check(model, step, before, expected):
     assert not hosts.lock._is_owned()
 
 
-@shares
-def test_accelerate_is_all_or_nothing(model_and_step, share):
+def test_accelerate_is_all_or_nothing(model_and_step, numbers):
     model, step = model_and_step
     before, expected, handles = snapshot(model), step(), []
 
@@ -123,7 +133,7 @@ def test_accelerate_is_all_or_nothing(model_and_step, share):
     count = lines_of(run)
     handles.pop().restore()
     assert count > 200
-    for number in numbers(count, 0, share):
+    for number in numbers(count, 0):
         if not interrupted(run, number):
             handles.pop().restore()
         check(model, step, before, expected)
@@ -143,9 +153,8 @@ def test_restore_can_be_called_again(model_and_step):
         check(model, step, before, expected)
 
 
-@shares
 @pytest.mark.parametrize("kind", ["first", "warm"])
-def test_a_forward_leaves_what_was_there(kind, model_and_step, share):
+def test_a_forward_leaves_what_was_there(kind, model_and_step, numbers):
     model, step = model_and_step
     before, expected = snapshot(model), step()
 
@@ -160,7 +169,7 @@ def test_a_forward_leaves_what_was_there(kind, model_and_step, share):
         count = lines_of(step)
         whole = {site.name for site in handle.sites if site.fused}
     assert count > 200
-    for number in numbers(count, 1, share):
+    for number in numbers(count, 1):
         with prepared() as handle:
             interrupted(step, number)
             assert bitfuse.compare(expected, step()) is None
@@ -171,8 +180,7 @@ def test_a_forward_leaves_what_was_there(kind, model_and_step, share):
         check(model, step, before, expected)
 
 
-@shares
-def test_the_end_of_a_block(model_and_step, share):
+def test_the_end_of_a_block(model_and_step, numbers):
     model, step = model_and_step
     before, expected = snapshot(model), step()
 
@@ -180,7 +188,7 @@ def test_the_end_of_a_block(model_and_step, share):
         with bitfuse.accelerated(model):
             pass
 
-    for number in numbers(lines_of(run), 3, share):
+    for number in numbers(lines_of(run), 3):
         interrupted(run, number)
         bitfuse.accelerate(model).restore()  # finds what is in force, if anything is
         check(model, step, before, expected)
@@ -198,7 +206,7 @@ def test_a_first_call_of_an_operator(device):
             forget()
             return operator(*args)
 
-        for number in numbers(lines_of(run), 2, 5):
+        for number in range(2, lines_of(run), 5):
             interrupted(run, number)
             assert bitfuse.compare(expected, operator(*args)) is None
             assert operator.route(*args).fused, number

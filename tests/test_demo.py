@@ -20,6 +20,7 @@ from bitfuse.hosts.site import Site
 from bitfuse.tools import seeded
 from bitfuse.tools.compare import demo
 from bitfuse.tools.machine import machine
+from common import references_launched
 from planted import Plant
 
 CPU = torch.device("cpu")
@@ -38,7 +39,8 @@ def run(out, **options):
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return (*run(out), json.loads((out / "report.json").read_text()))
+    with references_launched():
+        return (*run(out), json.loads((out / "report.json").read_text()))
 
 
 def test_every_bit_is_equal_and_sites_are_fused(good):
@@ -48,6 +50,15 @@ def test_every_bit_is_equal_and_sites_are_fused(good):
     assert result.verdict in printed
     sites = report["sites"]
     assert sites["sites_fused"] == sites["sites_seen"] >= 16 * seeded.SMALL.layers, "the whole of every block"
+
+
+@pytest.mark.slow  # the host's kernels are run by test_diffusers
+def test_every_bit_is_equal_by_kernels(tmp_path):
+    result, printed, _ = run(tmp_path)
+    assert result.exit_code == 0
+    assert result.verdict in printed
+    sites = result.document["sites"]
+    assert sites["sites_fused"] == sites["sites_seen"] >= 16 * seeded.SMALL.layers
 
 
 def test_the_json_holds_what_was_found(good):
@@ -187,6 +198,7 @@ def test_global_state_is_left_alone(tmp_path, monkeypatch):
     assert "TRITON_INTERPRET" not in os.environ
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_seed_gives_the_same_latents_again(good, tmp_path):
     again, other = run(tmp_path / "again")[0], run(tmp_path / "other", seed=1)[0]
     digest = [r.document["steps"][-1]["video"]["sha256_stock"] for r in (good[0], again, other)]

@@ -75,6 +75,7 @@ def test_stock_and_accelerated_steps_are_equal_in_every_bit(model_and_step):
     assert bitfuse.compare(expected, step()) is None
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_site_that_is_wired_wrongly_is_seen(model_and_step, monkeypatch):
     """Two of its arguments swapped: what the equality above is worth."""
     model, step = model_and_step
@@ -86,6 +87,7 @@ def test_a_site_that_is_wired_wrongly_is_seen(model_and_step, monkeypatch):
         assert bitfuse.compare(expected, step()) is not None
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_the_shared_conformance_check(device):
     found = conformance.check(MADE_UP.name, "2.0", device)
     assert (found.outcome, found.reason) == ("equal", "")
@@ -94,6 +96,7 @@ def test_the_shared_conformance_check(device):
     assert (later.outcome, later.reason) == ("declined", "The made-up host does not have LTX-2.3.")
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_what_is_replaced_behind_its_back_runs_stock(model_and_step, monkeypatch):
     model, step = model_and_step
     with bitfuse.accelerated(model) as handle:
@@ -115,6 +118,7 @@ def test_code_that_was_not_read_is_left_alone(model_and_step, monkeypatch):
     assert reasons == {f"AVBlock.forward of made-up 1.0 is not a source that bitfuse knows ({found})"}
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_every_tool_finds_it(device):
     from bitfuse.tools.compare import runs
     from bitfuse.tools.prove import document
@@ -126,6 +130,7 @@ def test_every_tool_finds_it(device):
         bitfuse.accelerate(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickled, REPLICATED])
 def test_a_copy_runs_its_own_forward(way, model_and_step):
     """Not ours, which would run the module that it was copied from: with that one's weights, on that one's device."""

@@ -178,6 +178,7 @@ def test_a_disabled_stream(device):
             assert_same(expected, model(*inputs))
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_model_without_audio(device):
     model, inputs = make("video only", layers=1, device=device), feed(device, audio=False)
     expected = model(*inputs)
@@ -194,6 +195,7 @@ def test_a_model_without_audio(device):
         assert {site.state for site in handle.sites} == {"fused"}
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_an_x0_model_and_its_transformer_are_one(device):
     model = make(layers=1, device=device)
     inputs = feed(device)
@@ -206,6 +208,7 @@ def test_an_x0_model_and_its_transformer_are_one(device):
     handle.restore()
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_the_grid_of_frequencies_is_made_once_and_the_tables_are_those_of_the_positions(device, monkeypatch):
     from ltx_core.model.transformer import transformer_args
 
@@ -233,6 +236,7 @@ def _pickled(model):
     return pickle.loads(pickle.dumps(model))
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("copied", [copy.deepcopy, _pickled])
 def test_a_copy_of_an_accelerated_model_is_a_stock_model(copied):
     model = make("2.3", layers=1)
@@ -255,6 +259,7 @@ def test_options_that_it_has_not_and_other_targets():
         bitfuse.accelerate(torch.nn.Linear(1, 1))
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_model_can_be_taken_over_before_it_has_its_weights(device):
     """As ltx-core's builders do: module operations run on a model of the meta device, which then gets its weights."""
     model, inputs = make(layers=1, device=device), feed(device)
@@ -267,6 +272,7 @@ def test_a_model_can_be_taken_over_before_it_has_its_weights(device):
     assert {site.state for site in handle.sites} == {"fused"}
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_strict_require_and_audit_work_here_too(device):
     model, inputs = make(layers=1, device=device), feed(device)
     expected = model(*inputs)
@@ -290,6 +296,7 @@ def _reasons(model, inputs):
         return {reason for site in handle.sites for reason in site.reasons}
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_source_that_was_not_read_is_left_alone(monkeypatch):
     model = make(layers=1)
     monkeypatch.setitem(ltx_core.READ, "apply_split_rotary_emb", {"0" * 16})
@@ -301,6 +308,7 @@ def test_a_source_that_was_not_read_is_left_alone(monkeypatch):
     assert any(re.match(r"BasicAVTransformerBlock.forward of ltx-core .* is not a source", r) for r in reasons)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_function_that_is_replaced_afterwards_is_called(monkeypatch):
     model, inputs = make(layers=1), feed()
     with bitfuse.accelerated(model) as handle:
@@ -313,6 +321,7 @@ def test_a_function_that_is_replaced_afterwards_is_called(monkeypatch):
     assert_same(model(*inputs), found)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_hooks_are_called_and_norms_with_hooks_too():
     model, inputs = make(layers=1), feed()
     expected = model(*inputs)

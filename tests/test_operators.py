@@ -34,7 +34,6 @@ def label(value: Any) -> str:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value.name
 
 
-every_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=label)
 every_case = pytest.mark.parametrize(
     ("operator", "case"), [(o, case) for o in OPERATORS.values() for case in o.cases], ids=label
 )
@@ -46,6 +45,9 @@ def variant(quick: bool) -> Any:
 
 
 # The kernels of one file are cut from the same parts: one of its operators is quick
+one_of_each_file = pytest.mark.parametrize(
+    "operator", [pytest.param(o, marks=variant(o in ONE_OF_EACH_FILE)) for o in OPERATORS.values()], ids=label
+)
 every_tier = pytest.mark.parametrize(
     ("operator", "tier"),
     [pytest.param(o, tier, marks=variant(o in ONE_OF_EACH_FILE)) for o in OPERATORS.values() for tier in o.tiers],
@@ -117,12 +119,13 @@ def test_every_case_is_equal_in_its_tiers(operator, case, device):
 
 @pytest.mark.parametrize(
     ("operator", "case"),
-    # A proof takes the interpreter up to seconds: at real widths one is enough
+    # A proof takes the interpreter up to seconds: at real widths one is enough, and of the small ones every other
     [
-        pytest.param(o, case, marks=variant(o in ONE_OF_EACH_FILE and (first or first_of(case)[1] <= 4096)))
+        pytest.param(o, case, marks=variant(o in ONE_OF_EACH_FILE and not number % 2 and first_of(case)[1] <= 4096))
         for o in OPERATORS.values()
-        for first, case in ((case is o.cases[0], case) for case in o.cases)
-        if torch.cuda.is_available() or not case.real or first
+        for number, case in enumerate(
+            case for case in o.cases if torch.cuda.is_available() or not case.real or case is o.cases[0]
+        )
     ],
     ids=label,
 )
@@ -133,7 +136,7 @@ def test_every_case_is_proved_and_fused(operator, case, device):
     assert compare(operator.reference(*args), operator(*args)) is None
 
 
-@pytest.mark.parametrize("operator", OPERATORS.values(), ids=label)
+@one_of_each_file
 def test_one_token_is_fused(operator, device):
     """Its rows look like a sample's: a battery must not take the one for the other."""
     of_hosts = (case.arguments(device, tokens=1) for case in operator.cases if case.real)
@@ -171,12 +174,13 @@ def test_the_battery_passes_and_really_feeds_the_kernel(operator, tier, dtype, d
 
 
 @every_tier
-def test_the_tile_does_not_change_a_bit(operator, tier, device):
+@pytest.mark.parametrize("share", [3, pytest.param(1, marks=variant(False))], ids=["some forms", "every form"])
+def test_the_tile_does_not_change_a_bit(operator, tier, share, device):
     if operator.retiled is None:
         pytest.skip("cut in one way only")
     every = [case.arguments(device, tokens=3) for case in operator.cases]
     compared = 0
-    for args in {str(on_tensors(form, args)): args for args in every}.values():
+    for args in [*{str(on_tensors(form, args)): args for args in every}.values()][::share]:
         plan = tier.plan(*args)
         for other in operator.retiled(plan) if isinstance(plan, Plan) else ():
             compared += other != plan
@@ -352,7 +356,7 @@ def takes(operator: Operator, *dtypes: torch.dtype) -> bool:
     return mixed or len(set(dtypes)) == 1
 
 
-@every_operator
+@one_of_each_file
 def test_any_call_equals_the_reference(operator, device):
     fused = []
 

@@ -21,7 +21,8 @@ from bitfuse.hosts import report
 from bitfuse.hosts.rehearsal import Rehearsal
 from bitfuse.tools import seeded
 
-pytestmark = pytest.mark.usefixtures("fresh_routes")
+# It is about which kernels are compiled and when, not about their bits
+pytestmark = pytest.mark.usefixtures("fresh_routes", "launched_as_reference")
 HOSTS = [name for name in ("diffusers", "ltx-core") if name in seeded.installed()]
 
 

@@ -37,6 +37,17 @@ from common import ONE_OF_EACH_FILE, ROTARY, on_tensors, small, tensors_of
 OPERATORS = ONE_OF_EACH_FILE
 each = pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
 each_rotary = pytest.mark.parametrize("operator", ROTARY, ids=lambda o: o.name)
+# What is of all operators alike, by the one whose layouts are easily changed: further ones are slow
+first_rotary = pytest.mark.parametrize(
+    "operator",
+    [pytest.param(o, marks=() if o is ROTARY[0] else pytest.mark.slow) for o in ROTARY],
+    ids=lambda o: o.name,
+)
+
+
+def further(quick, *others):
+    """Parameters of which `make test` has the first ones, and `make test-all` the others too."""
+    return [*quick, *(pytest.param(other, marks=pytest.mark.slow) for other in others)]
 
 
 @pytest.fixture(autouse=True)
@@ -377,7 +388,7 @@ def test_a_mode_sees_every_op_of_the_chain(operator, mode, device):
 
 
 @each
-@pytest.mark.parametrize("default", ["cpu", "meta"])
+@pytest.mark.parametrize("default", further(["meta"], "cpu"))
 def test_a_default_device_is_no_reason(operator, default, device, fresh_routes):
     with torch.device(default):  # what torch.set_default_device enters: a function mode of its own
         assert_fuses(operator, _with_device(operator, device))
@@ -446,7 +457,7 @@ def _compiled(fn, tensors, backend):
 
 
 @each
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", further(["aot_eager"], "eager"))
 def test_torch_compile_gets_the_chain(operator, backend, device):
     tensors = inputs(operator, device)
     assert operator.route(*tensors).fused
@@ -498,14 +509,18 @@ print(SPLIT_PER_OP.route(x, cos, sin).fused)
 
 @pytest.mark.parametrize(
     ("value", "lines"),
-    [("0", ["bitfuse is off (BITFUSE=0 or bitfuse.disable())", "False"]), ("1", ["True"]), (None, ["True"])],
+    [
+        ("0", ["bitfuse is off (BITFUSE=0 or bitfuse.disable())", "False"]),
+        ("1", ["True"]),
+        pytest.param(None, ["True"], marks=pytest.mark.slow),  # as in every other test
+    ],
 )
 def test_the_environment_switch(value, lines):
     done = _python(EXPLAIN, BITFUSE=value, TRITON_INTERPRET="1")
     assert (done.stdout.split("\n")[:-1], done.returncode) == (lines if len(lines) > 1 else ["", *lines], 0), done
 
 
-@pytest.mark.parametrize("value", ["off", *(pytest.param(v, marks=pytest.mark.slow) for v in ("", "2", "true"))])
+@pytest.mark.parametrize("value", further(["off"], "", "2", "true"))
 def test_a_bad_switch_says_what_is_accepted(value):
     done = _python("import bitfuse", BITFUSE=value)
     assert done.returncode == 1
@@ -627,7 +642,7 @@ def _filled(shapes, dtype=torch.float32):
 
 
 @each_rotary
-@pytest.mark.parametrize("examples", [300, pytest.param(800, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", further([300], 800))
 def test_a_call_raises_exactly_where_the_reference_raises(operator, examples):
     """With kernels out of reach (no interpreter), so that only the predicate is asked."""
     fits, odd, misfits = set(), set(), set()
@@ -653,11 +668,12 @@ def test_a_call_raises_exactly_where_the_reference_raises(operator, examples):
 
 
 @each_rotary
-def test_what_fits_is_what_the_kernel_computes(operator, device):
+@pytest.mark.parametrize("examples", further([200], 600))
+def test_what_fits_is_what_the_kernel_computes(operator, examples, device):
     """Whatever shapes the predicate has nothing against, the bare kernel gives the reference's bits for them."""
     launched = set()
 
-    @settings(_EVERY_TIME, max_examples=600)
+    @settings(_EVERY_TIME, max_examples=examples)
     @given(shapes=shape_triples())
     def check(shapes):
         tensors = tuple(t.to(device) for t in _filled(shapes, torch.bfloat16))
@@ -699,7 +715,7 @@ def test_a_layout_is_decided_once(operator, fused, device, monkeypatch):
     assert len(asked) == 1
 
 
-@each_rotary
+@first_rotary
 @pytest.mark.parametrize(
     "change",
     [
@@ -795,7 +811,7 @@ def _anything(rng, operator):
     return found
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", further([0], 1, 2, 3))
 def test_a_decision_never_raises_but_for_a_misfit(seed, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     rng = random.Random(seed)
@@ -823,8 +839,11 @@ def _seed_inputs(device, x_dtype=torch.bfloat16, table_dtype=torch.bfloat16, bat
     return (x.swapaxes(1, 2) if four_d else x.flatten(2), *tables)
 
 
-@pytest.mark.parametrize("four_d", [False, True], ids=["[B, T, H*D]", "[B, H, T, D]"])
-@pytest.mark.parametrize("table_batch", [2, 1])
+@pytest.mark.parametrize(
+    ("four_d", "table_batch"),
+    [(False, 2), (True, 1), *(pytest.param(*v, marks=pytest.mark.slow) for v in ((True, 2), (False, 1)))],
+    ids=["[B, T, H*D]", "[B, H, T, D], one table", "[B, H, T, D]", "[B, T, H*D], one table"],
+)
 @pytest.mark.parametrize(
     ("x_dtype", "table_dtype", "operator"),
     [

@@ -26,6 +26,7 @@ from bitfuse.tools import seeded
 from bitfuse.tools.compare import comparison, conformance, demo, runs
 from bitfuse.tools.compare.request import Request
 from bitfuse.tools.prove import document, verify
+from common import references_launched
 from planted import Plant
 
 CPU = torch.device("cpu")
@@ -79,6 +80,7 @@ def test_the_loop_repeats_itself_and_each_step_moves_both_streams(denoising, ver
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_twin_has_the_same_parameters_and_is_accelerated_alone(host):
     g = geometry(host, "2.3", layers=1)
     model = seeded.build(g, CPU, seed=0)
@@ -178,9 +180,19 @@ def test_what_is_explained_is_what_is_done(host, version):
     assert said.host == handle.report().host
 
 
-@pytest.fixture(scope="module")
-def verified(host):
-    return verify.run(QUIET, ["gated_residual"], "cpu", ["one row"], host=host)
+@pytest.fixture(scope="module", params=["references", pytest.param("kernels", marks=pytest.mark.slow)])
+def verified(request, host):
+    """`verify --host`: its steps by references, as tests of each host run the kernels, and the operator's checks."""
+    run = conformance.run
+
+    def by_references(*args):
+        with references_launched():
+            return list(run(*args))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "references":
+            patch.setattr(conformance, "run", by_references)
+        return verify.run(QUIET, ["gated_residual"], "cpu", ["one row"], host=host)
 
 
 def test_a_step_of_every_version_is_verified(host, verified):

@@ -145,7 +145,10 @@ PASSES = {
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_every_kind_of_pass(models, name):
+@pytest.mark.parametrize("launched", ["references", pytest.param("kernels", marks=pytest.mark.slow)])
+def test_every_kind_of_pass(models, name, launched, request):
+    if launched == "references":
+        request.getfixturevalue("launched_as_reference")
     model = models("2.3")
     more, idle = PASSES[name]
     fed = feed(model, **more)
@@ -195,6 +198,7 @@ def test_where_autocast_would_change_a_chain_sglangs_own_code_runs(models, adapt
             assert reason.startswith("autocast to torch.bfloat16 changes what modulate computes: the dtype is")
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_sglangs_quality_tiers_change_nothing_of_it(models, upstream):
     model = models("2.3")
     fed = feed(model)
@@ -210,6 +214,7 @@ def test_sglangs_quality_tiers_change_nothing_of_it(models, upstream):
         assert not upstream.LTX2_RMS_NORM_MODULATE.is_enabled(model.transformer_blocks[0])
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_the_prompts_kept_keys_and_values(models):
     """SGLang projects and norms them once for a prompt; of these attentions nothing is left to fuse."""
     model = models("2.0")
@@ -228,6 +233,7 @@ def test_the_prompts_kept_keys_and_values(models):
         }
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_fp32_runs_sglangs_code(upstream):
     model = make(torch.float32)
     fed = feed(model)
@@ -246,6 +252,7 @@ FORMS = {
 }
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_the_rotary_functions_are_fused_under_sglangs_condition_and_beyond(models, upstream):
     for name in ("2.0", "interleaved"):
         function = rotary(name)
@@ -280,6 +287,7 @@ def test_what_is_not_fused_runs_sglangs_function(models, upstream):
     assert bitfuse.compare(stock(x, (cos, sin)), ours(x, (cos, sin))) is None  # a reference that somebody kept
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_the_last_of_several_models_puts_the_functions_back(models, upstream):
     stock = {name: vars(upstream)[name] for name in vars(upstream)}
     first = bitfuse.accelerate(models("2.0"))
@@ -296,6 +304,7 @@ def test_the_last_of_several_models_puts_the_functions_back(models, upstream):
     assert {name: vars(upstream)[name] for name in vars(upstream)} == stock
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_somebody_elses_function_is_run_and_left_in_place(models, upstream, monkeypatch):
     model = models("2.0")
     fed = feed(model)
@@ -335,6 +344,7 @@ def _hook(module):
     handle.remove()
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("where", ["attn1.q_norm", "rms_norm"])
 def test_a_hook_on_a_norm_is_called(models, where):
     model = models("2.3")
@@ -354,6 +364,7 @@ def test_a_hook_on_a_norm_is_called(models, where):
                 assert next(site for site in handle.sites if site.name == rotary("2.3")).fused == 2
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_a_norm_replaced_meanwhile_is_called(upstream):
     model = make()
     with bitfuse.accelerated(model) as handle:
@@ -368,6 +379,7 @@ def test_a_norm_replaced_meanwhile_is_called(upstream):
     assert same(model(**fed), found)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_tensor_parallel_norms_are_declined_and_the_rest_is_fused(models, upstream, monkeypatch):
     model = models("2.0")
     fed = feed(model)
@@ -384,6 +396,7 @@ def test_tensor_parallel_norms_are_declined_and_the_rest_is_fused(models, upstre
         assert "not called yet" not in found
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_modules_that_are_not_sglangs_own_are_left_alone(upstream):
     model = make()
     first, second = model.transformer_blocks
@@ -473,6 +486,7 @@ def _entry_point():
     return EntryPoint(name, value, group)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 @pytest.mark.parametrize("asked", [False, True])
 def test_sglangs_loader_runs_the_plug_in_and_the_first_forward_is_accelerated(models, upstream, monkeypatch, asked):
     plugins = pytest.importorskip("sglang.multimodal_gen.runtime.platforms.plugins")

@@ -618,6 +618,7 @@ def plant(monkeypatch, operator, site, element, output=None):
     return around
 
 
+@pytest.mark.usefixtures("launched_as_reference")
 def test_an_accelerated_model_parts_nowhere_from_itself(ltx):
     model, fed = ltx
     call = nn.Module.__call__
