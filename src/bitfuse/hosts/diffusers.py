@@ -160,7 +160,7 @@ class Attention(Part):
             all_perturbed = perturbation_mask is not None and torch.all(perturbation_mask == 0)
         if all_perturbed:
             # spatio-temporal guidance: the values stand in for the attention
-            out = attn.to_v(context) if value is None else value
+            out, perturbation_mask = attn.to_v(context) if value is None else value, None
         else:
             query = attn.to_q(hidden_states)
             if self.text is None:
@@ -182,7 +182,7 @@ class Attention(Part):
             )
             out = out.flatten(2, 3).to(query.dtype)
 
-        if perturbation_mask is not None and not all_perturbed:
+        if perturbation_mask is not None:
             if gate_logits is None:  # one ATen kernel: nothing to fuse
                 out = torch.lerp(value, out, perturbation_mask)
             else:

@@ -236,7 +236,7 @@ class Attention(Part):
         return attn.to_out(out)
 
     def _perturbed(self, attn: Any, x: Tensor, out: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """The attention's output blended with its values, and gated where it has a head gate, at whose site it counts."""
+        """The attention's output blended with its values, and gated; without a gate it counts at the norms' site."""
         if attn.to_gate_logits is None:
             return self._pre_attention.site.call(WEIGHTED_SUM_HEAD_GATE, out, v, mask)
         logits = attn.to_gate_logits(x)
@@ -625,7 +625,7 @@ def _of_attentions() -> list[Entry]:
     """The functions that the callables in an attention leave out."""
     found = entries(_rotary_home(), "apply_rotary_emb") + entries(rope, *(rotary.name for rotary in _ROTARY.values()))
     found += [(_Attention, "forward", "Attention.forward")] if ops is None else []
-    return found + _of_seams() + of_operators(ltx2.attention_operators(_ROTARY.values()))
+    return found + _of_seams() + of_operators(ltx2.attention_operators(_ROTARY.values(), WEIGHTED_SUM_HEAD_GATE))
 
 
 def _of_blocks() -> list[Entry]:

@@ -279,7 +279,7 @@ class LTX2Attention(Part):
         value, _ = attn.to_v(context)
         v = value.view(*value.shape[:-1], attn.local_heads, attn.dim_head)
         if all_perturbed:  # spatio-temporal guidance: the values stand in for the attention
-            out = v
+            out, perturbation_mask = v, None
         else:
             q, _ = attn.to_q(x)
             k, _ = attn.to_k(context)
@@ -293,11 +293,16 @@ class LTX2Attention(Part):
                 here = True
             more = {} if attn.use_local_attention else {"skip_sequence_parallel_override": here}
             out = attn.attn(q, k_all, v_all, attn_mask=mask, **more)
+        # a blend without a head gate counts at the site of the norms
+        site = self.site if attn.to_gate_logits is None else self.gate_site
+        if perturbation_mask is not None and perturbation_mask.shape[1:] != (1, 1):  # of tokens or heads
+            site.fall(f"perturbation_mask is {list(perturbation_mask.shape)}; accepted: one value for each sample")
+            if perturbation_mask.ndim == out.ndim - 1:
+                perturbation_mask = perturbation_mask.unsqueeze(-1)
+            out, perturbation_mask = out * perturbation_mask + v * (1 - perturbation_mask), None
         out = out.flatten(2)
         logits = None if attn.to_gate_logits is None else attn.to_gate_logits(x)[0]
-        if perturbation_mask is not None and not all_perturbed:
-            # of an attention without a head gate it counts at the site of its norms
-            site = self.site if logits is None else self.gate_site
+        if perturbation_mask is not None:
             out = call(site, WEIGHTED_SUM_HEAD_GATE, out, value, perturbation_mask, logits)
         elif logits is not None:
             out = call(self.gate_site, HEAD_GATE, out, logits)

@@ -20,8 +20,8 @@ BF16 = torch.bfloat16
 
 # -- what a wrong kernel trips over ----------------------------------------------------------------------------------
 
-# Masks of guidance; next below one half, where lerp turns from one formula to the other; 0.3, whose difference to 1 is no
-# bf16 value; those of `_CONTRACTED`; NaN. Then what no host gives, but what a wrong kernel may trip over.
+# Masks of guidance; next below one half, where lerp turns from one formula to the other; 0.3, which 1 less is no bf16
+# value; those of `_CONTRACTED`; NaN. Then what no host gives, but what a wrong kernel may trip over.
 _FEW = (0.0, 1.0, 0.5, 0.498046875, 0.3, 0.0001926422119140625, 3.796875, float("nan"))
 _MASKS = (*_FEW, 0.25, 0.75, 0.501953125, 0.1, -0.498046875, -1.5, -0.0, 1e-39, float("inf"))
 # (value, out) whose lerp by this mask tells one rounding of product and sum from two: see `numerics.lerp_fuses`.
@@ -67,13 +67,18 @@ def _families(masks: list[float], each: int, generator: torch.Generator) -> Iter
     """(family, out, value), each sample's elements side by side."""
     n, device = len(masks) * each, generator.device
     both = [BF16, BF16]
-    yield "live", *values.live(both, n, generator)
-    yield "special gates", *values.live(both, n, generator)
-    yield "wide", *values.wide(both, n, generator)
-    yield "uniform bits", *values.uniform_bits(both, n, generator)
+    for family, draw in (
+        ("live", values.live),
+        ("special gates", values.live),
+        ("wide", values.wide),
+        ("uniform bits", values.uniform_bits),
+    ):
+        x, v = draw(both, n, generator)
+        yield family, x, v
     pairs = values.products_of_specials(both, device)
     at = torch.arange(each, device=device).repeat(len(masks))
-    yield "specials", *(few[at % few.numel()] for few in pairs)
+    x, v = (few[at % few.numel()] for few in pairs)
+    yield "specials", x, v
 
     # sums that end half-way between two values, a few units apart; products with masks do so by themselves
     v = values.significands(BF16, n, generator)
