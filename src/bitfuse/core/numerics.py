@@ -125,10 +125,10 @@ def lerp_fuses(device: torch.device, dtype: torch.dtype) -> bool | None:
     None: the two branches differ, or some elements do, or it is neither form, so no kernel here can equal it.
     """
     n = 67  # past the vector body of any implementation, into its tail
-    forms = set()
+    forms: set[bool | None] = set()
     for value, out, weight, fused, separate in _LERPS:
-        tensors = (torch.full((1, n, 1), x, dtype=dtype, device=device) for x in (value, out))
-        found = torch.lerp(*tensors, torch.full((1, 1, 1), weight, dtype=dtype, device=device)).float()
-        equal = (torch.equal(found, torch.full_like(found, x)) for x in (fused, separate))
-        forms.add({(True, False): True, (False, True): False}.get(tuple(equal)))
+        start, end = (torch.full((1, n, 1), x, dtype=dtype, device=device) for x in (value, out))
+        found = torch.lerp(start, end, torch.full((1, 1, 1), weight, dtype=dtype, device=device)).float()
+        once, twice = (torch.equal(found, torch.full_like(found, x)) for x in (fused, separate))
+        forms.add(once if once != twice else None)
     return forms.pop() if len(forms) == 1 else None
