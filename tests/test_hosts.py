@@ -428,6 +428,68 @@ def diffusers_gate(a: dict[str, Any]) -> Found:
     return (upstream.LTX2PerturbedAttnProcessor()(attn, a["out"], all_perturbed=True),)
 
 
+def diffusers_perturbed(a: dict[str, Any]) -> Found:
+    upstream = pytest.importorskip("diffusers.models.transformers.transformer_ltx2")
+    if not hasattr(upstream, "LTX2PerturbedAttnProcessor"):
+        pytest.skip("this diffusers has no guidance by perturbation")
+    heads = a["logits"].shape[-1]
+    attn = SimpleNamespace(
+        heads=heads,
+        norm_q=nn.Identity(),
+        norm_k=nn.Identity(),
+        to_q=Projected(a["value"]),
+        to_k=Projected(a["value"]),
+        to_v=Projected(a["value"]),
+        to_gate_logits=Projected(a["logits"]),
+        to_out=[nn.Identity(), nn.Identity()],
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upstream, "dispatch_attention_fn", lambda *_, **__: a["out"].unflatten(2, (heads, -1)))
+        call = upstream.LTX2PerturbedAttnProcessor()
+        return (call(attn, a["out"], perturbation_mask=a["mask"], all_perturbed=False),)
+
+
+def ltx_core_perturbed(a: dict[str, Any]) -> Found:
+    upstream = pytest.importorskip("ltx_core.model.transformer.attention")
+    seams = {"attention_function": lambda *_: a["out"]}
+    if hasattr(upstream, "AttentionOps"):  # from 1.1.4
+        gate = upstream.AttentionOps().gated_attention_function
+        seams |= {"preattention_function": lambda q, k, *_: (q, k), "gated_attention_function": gate}
+    gated = a["logits"] is not None
+    attn = without_init(
+        upstream.Attention,
+        **seams,
+        rope_type=None,
+        heads=a["logits"].shape[-1] if gated else 1,
+        dim_head=a["out"].shape[-1] // (a["logits"].shape[-1] if gated else 1),
+        q_norm=nn.Identity(),
+        k_norm=nn.Identity(),
+        to_q=Projected(a["value"]),
+        to_k=Projected(a["value"]),
+        to_v=Projected(a["value"]),
+        to_gate_logits=Projected(a["logits"]) if gated else None,
+        to_out=nn.Identity(),
+    )
+    return (attn(a["out"], perturbation_mask=a["mask"]),)
+
+
+def sglang_perturbed(a: dict[str, Any]) -> Found:
+    heads = 1 if a["logits"] is None else a["logits"].shape[-1]
+    attn = SimpleNamespace(
+        local_heads=heads,
+        dim_head=a["out"].shape[-1] // heads,
+        qk_norm=False,
+        to_q=lambda _: (a["value"], None),
+        to_k=lambda _: (a["value"], None),
+        to_v=lambda _: (a["value"], None),
+        to_gate_logits=None if a["logits"] is None else lambda _: (a["logits"], None),
+        use_local_attention=True,
+        attn=lambda *_, **__: a["out"].unflatten(2, (heads, -1)),
+        to_out=[lambda x: (x, None)],
+    )
+    return (sglang_host.alone().LTX2Attention.forward(attn, a["out"], perturbation_mask=a["mask"]),)
+
+
 def sglang_attention(a: dict[str, Any], kind: str = "") -> Found:
     seen = []
 
@@ -554,6 +616,9 @@ ROWS = [
         diffusers_connector_block,
         "no gate, no modulation",
     ),
+    Row("diffusers", "LTX2PerturbedAttnProcessor.__call__", "lerp_head_gate", diffusers_perturbed),
+    Row("ltx-core", "Attention.forward", "weighted_sum_head_gate", ltx_core_perturbed),
+    Row("SGLang", "LTX2Attention.forward", "weighted_sum_head_gate", sglang_perturbed),
     *block_rows("ltx-core", "BasicAVTransformerBlock.forward", ltx_core, "native"),
     *attention_rows("ltx-core", "Attention.forward", ltx_core_attention, ltx_core_gate, "per_op"),
     *(

@@ -23,6 +23,8 @@ from common import small
 EACH = pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)
 CALLED = {
     "head_gate": {"torch.sigmoid", "torch.Tensor.__mul__", "torch.Tensor.unflatten", "torch.Tensor.flatten"},
+    "lerp_head_gate": {"torch.lerp", "torch.sigmoid", "torch.Tensor.__mul__"},
+    "weighted_sum_head_gate": {"torch.Tensor.__rsub__", "torch.Tensor.__add__", "torch.Tensor.__mul__"},
     "split_rotary_fp32": {"torch.Tensor.addcmul_", "torch.Tensor.__neg__", "torch.Tensor.swapaxes", "torch.Tensor.to"},
     "interleaved_rotary_per_op": {"torch.stack", "torch.Tensor.unbind", "torch.Tensor.__add__"},
     "qk_rms_norm_split_rotary_per_op": {"torch.nn.functional.rms_norm", "torch.rms_norm", "torch.Tensor.addcmul_"},

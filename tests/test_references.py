@@ -10,6 +10,7 @@ import torch
 
 import oracle
 from bitfuse import OPERATORS, compare
+from bitfuse.core import emulated, numerics
 from bitfuse.core.numerics import addcmul_fuses
 from common import ROTARY
 
@@ -209,3 +210,35 @@ def test_addcmul_in_16_bits_is_what_the_probe_says(dtype):
     assert compare(fused if fuses else separate, found) is None
     if dtype == BF16:
         assert compare(separate if fuses else fused, found) is not None
+
+
+def _lerp(value, out, weight, fused):
+    """ATen's formula in fp32, its product and sum rounded once or twice."""
+    a, b = (weight, 1.0 - weight)
+    difference = out - value
+    if fused:
+        near, far = emulated.multiply_add(a, difference, value), emulated.multiply_add(-difference, b, out)
+    else:
+        near, far = value + a * difference, out - difference * b
+    return torch.where(weight.abs() < 0.5, near, far).to(BF16)
+
+
+@pytest.mark.parametrize("fused", [True, False, None])
+def test_the_probe_of_lerp_tells_its_forms(monkeypatch, fused):
+    """Both forms, and one that is neither: fused in one branch only."""
+
+    def lerp(value, out, weight):
+        value, out, weight = (t.float() for t in torch.broadcast_tensors(value, out, weight))
+        once = _lerp(value, out, weight, True)
+        twice = _lerp(value, out, weight, False)
+        return {True: once, False: twice, None: torch.where(weight.abs() < 0.5, once, twice)}[fused]
+
+    monkeypatch.setattr(torch, "lerp", lerp)
+    assert numerics.lerp_fuses.__wrapped__(torch.device("cpu"), BF16) is fused
+
+
+def test_the_emulated_multiply_add_rounds_once():
+    """Against exact rational arithmetic."""
+    operands = triples(1000)
+    expected = torch.from_numpy(oracle.each(oracle.fma_fp32, *operands))
+    assert compare(expected, emulated.multiply_add(*map(torch.from_numpy, operands))) is None

@@ -1,6 +1,7 @@
-"""The mean squares of `core/reduction.py` in plain torch: the same additions in the same order, on any device.
+"""What ATen computes on CUDA, in plain torch on any device: the mean squares of `core/reduction.py`, by the same
+additions in the same order, and a product and a sum that are rounded once.
 
-A CPU, whose ATen adds up in other orders, is held against these where a kernel takes CUDA's.
+A CPU, whose ATen computes otherwise, is held against these where a kernel takes CUDA's way.
 """
 
 from __future__ import annotations
@@ -49,3 +50,19 @@ def _fold(values: Tensor) -> Tensor:
         first, second = values.chunk(2, dim=-1)
         values = first + second
     return values.squeeze(-1)
+
+
+def multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c of fp32 tensors, rounded once, as `fma.rn.f32` does.
+
+    In fp64 the product is exact. The sum is rounded there to odd: an inexact one whose last bit is even moves towards
+    what was lost, so that the rounding to fp32 sees on which side of a tie it lies.
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    back = total - product
+    lost = (product - (total - back)) + (addend - back)
+    bits = total.view(torch.int64)
+    even = total.isfinite() & (lost != 0) & (bits & 1 == 0)
+    bits = torch.where(even, torch.where((lost > 0) == (total > 0), bits + 1, bits - 1), bits)
+    return bits.view(torch.float64).float()

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 _FORMS_KEPT = 4096  # forms of arguments whose outputs are remembered; a render uses some dozens
 
-_ELEMENTWISE = (Tensor.add, Tensor.mul, Tensor.neg, Tensor.pow, torch.rsqrt, torch.sigmoid)
+_ELEMENTWISE = (Tensor.add, Tensor.mul, Tensor.neg, Tensor.pow, Tensor.__rsub__, torch.lerp, torch.rsqrt, torch.sigmoid)
 _NORMS = (F.layer_norm, F.rms_norm)
 
 
@@ -59,6 +59,8 @@ def _answer(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         return None
     first = operands[0]
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in operands))
+    if func is torch.lerp and any(t.dtype != dtype for t in operands):
+        return None  # raises, where other elementwise operators promote
     if func in _ELEMENTWISE and not named:
         shape = functools.reduce(torch._C._infer_size, (t.shape for t in operands))  # raises as PyTorch does
         strides = elementwise_strides(shape, operands)

@@ -106,3 +106,29 @@ def addcmul_fuses(device: torch.device, dtype: torch.dtype) -> bool | None:
         if torch.equal(torch.nan_to_num(got, nan=7.0), torch.nan_to_num(torch.full_like(got, value), nan=7.0)):
             return form
     return None
+
+
+# (value, out, weight, their lerp with one rounding in fp32 and with two), for each branch of ATen's lerp. In bf16 they
+# part only where what the product loses survives the sum and then decides a tie: one in 800 of 25 million tried where
+# the sum cancels, one in a million in the other branch.
+_LERPS = (
+    (-1.0546875, 5472.0, 0.0001926422119140625, -0.0003452301025390625, -0.000347137451171875),
+    (-0.000392913818359375, -1.1484375, 3.796875, -4.34375, -4.375),
+)
+
+
+@functools.cache
+def lerp_fuses(device: torch.device, dtype: torch.dtype) -> bool | None:
+    """Whether `torch.lerp` in bf16 on this device rounds its product and sum once: a probe of the running torch.
+
+    ATen writes a product and a sum (`aten/src/ATen/native/Lerp.h`), which nvcc contracts unless it is told not to.
+    None: the two branches differ, or some elements do, or it is neither form, so no kernel here can equal it.
+    """
+    n = 67  # past the vector body of any implementation, into its tail
+    forms: set[bool | None] = set()
+    for value, out, weight, fused, separate in _LERPS:
+        start, end = (torch.full((1, n, 1), x, dtype=dtype, device=device) for x in (value, out))
+        found = torch.lerp(start, end, torch.full((1, 1, 1), weight, dtype=dtype, device=device)).float()
+        once, twice = (torch.equal(found, torch.full_like(found, x)) for x in (fused, separate))
+        forms.add(once if once != twice else None)
+    return forms.pop() if len(forms) == 1 else None

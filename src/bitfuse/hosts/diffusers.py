@@ -27,6 +27,7 @@ from bitfuse.hosts.part import Model, ModelForward, Part
 from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import Norms, calls_of, entries, functions, of_operators, source_hash, why_not_stock
 from bitfuse.ops.head_gate import HEAD_GATE
+from bitfuse.ops.perturbed_attention import LERP_HEAD_GATE
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_SPLIT_FP32
 from bitfuse.ops.rope import INTERLEAVED_FP32, SPLIT_FP32
 from bitfuse.run import memo
@@ -94,7 +95,7 @@ _METHODS = ("LTX2VideoTransformerBlock.forward", "LTX2VideoTransformerBlock.get_
 _OF_ATTENTIONS = [
     *entries(upstream, *(rotary.name for rotary in _ROTARY.values()), "LTX2Attention.forward"),
     *((kind, "__call__", f"{kind.__name__}.__call__") for kind in _PROCESSORS),
-    *of_operators(ltx2.attention_operators(_ROTARY.values())),
+    *of_operators(ltx2.attention_operators(_ROTARY.values(), LERP_HEAD_GATE)),
 ]
 _OF_BLOCKS = [
     *entries(upstream, *_METHODS),
@@ -159,7 +160,7 @@ class Attention(Part):
             all_perturbed = perturbation_mask is not None and torch.all(perturbation_mask == 0)
         if all_perturbed:
             # spatio-temporal guidance: the values stand in for the attention
-            out = attn.to_v(context) if value is None else value
+            out, perturbation_mask = attn.to_v(context) if value is None else value, None
         else:
             query = attn.to_q(hidden_states)
             if self.text is None:
@@ -180,10 +181,13 @@ class Attention(Part):
                 parallel_config=processor._parallel_config,
             )
             out = out.flatten(2, 3).to(query.dtype)
-            if perturbation_mask is not None:
-                out = torch.lerp(value, out, perturbation_mask)
 
-        if gate_logits is not None:
+        if perturbation_mask is not None:
+            if gate_logits is None:  # one ATen kernel: nothing to fuse
+                out = torch.lerp(value, out, perturbation_mask)
+            else:
+                out = self.gate_site.call(LERP_HEAD_GATE, out, value, perturbation_mask, gate_logits)
+        elif gate_logits is not None:
             out = self.gate_site.call(HEAD_GATE, out, gate_logits)
         return attn.to_out[1](attn.to_out[0](out))
 

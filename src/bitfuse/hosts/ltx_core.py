@@ -46,6 +46,7 @@ from bitfuse.hosts.sources import (
     why_not_stock,
 )
 from bitfuse.ops.head_gate import HEAD_GATE
+from bitfuse.ops.perturbed_attention import WEIGHTED_SUM_HEAD_GATE
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_PER_OP, QK_SPLIT_PER_OP
 from bitfuse.ops.rope import INTERLEAVED_PER_OP, SPLIT_PER_OP
 from bitfuse.run.graphs import graph_forward
@@ -229,10 +230,17 @@ class Attention(Part):
             q, k = self._pre_attention.run(q, k, attn, mask, pe, k_pe)
             out = attn.attention_function(q, k, v, attn.heads, mask)
             if perturbation_mask is not None:
-                out = out * perturbation_mask + v * (1 - perturbation_mask)
+                return attn.to_out(self._perturbed(attn, x, out, v, perturbation_mask))
         if attn.to_gate_logits is not None:
             out = self._gated_attention.run(x, out, attn)
         return attn.to_out(out)
+
+    def _perturbed(self, attn: Any, x: Tensor, out: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """The attention's output blended with its values, and gated; without a gate it counts at the norms' site."""
+        if attn.to_gate_logits is None:
+            return self._pre_attention.site.call(WEIGHTED_SUM_HEAD_GATE, out, v, mask)
+        logits = attn.to_gate_logits(x)
+        return self._gated_attention.site.call(WEIGHTED_SUM_HEAD_GATE, out, v, mask, logits)
 
 
 def _take_over_attention(name: str, rotates: bool, block: Any, attn: Any, model: Model) -> None:
@@ -617,7 +625,7 @@ def _of_attentions() -> list[Entry]:
     """The functions that the callables in an attention leave out."""
     found = entries(_rotary_home(), "apply_rotary_emb") + entries(rope, *(rotary.name for rotary in _ROTARY.values()))
     found += [(_Attention, "forward", "Attention.forward")] if ops is None else []
-    return found + _of_seams() + of_operators(ltx2.attention_operators(_ROTARY.values()))
+    return found + _of_seams() + of_operators(ltx2.attention_operators(_ROTARY.values(), WEIGHTED_SUM_HEAD_GATE))
 
 
 def _of_blocks() -> list[Entry]:

@@ -48,6 +48,7 @@ from bitfuse.hosts.sources import (
 )
 from bitfuse.ops.adaln import GATED_RESIDUAL, MODULATE
 from bitfuse.ops.head_gate import HEAD_GATE
+from bitfuse.ops.perturbed_attention import WEIGHTED_SUM_HEAD_GATE
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_PER_OP, QK_SPLIT_PER_OP
 from bitfuse.ops.rope import INTERLEAVED_PER_OP, SPLIT_PER_OP
 from bitfuse.run.swap import hooked, named
@@ -135,7 +136,7 @@ def why_autocast(x: Tensor, guarded: bool) -> str | None:
 
 
 def _changed_by_autocast(device: torch.device, dtype: torch.dtype, guarded: bool) -> str | None:
-    chains = [SPLIT_PER_OP, INTERLEAVED_PER_OP, MODULATE, GATED_RESIDUAL, HEAD_GATE]
+    chains = [SPLIT_PER_OP, INTERLEAVED_PER_OP, MODULATE, GATED_RESIDUAL, HEAD_GATE, WEIGHTED_SUM_HEAD_GATE]
     chains += [] if guarded else [NATIVE.norm]
     for operator in chains:
         case = operator.cases[0].arguments(device, tokens=5)
@@ -278,7 +279,7 @@ class LTX2Attention(Part):
         value, _ = attn.to_v(context)
         v = value.view(*value.shape[:-1], attn.local_heads, attn.dim_head)
         if all_perturbed:  # spatio-temporal guidance: the values stand in for the attention
-            out = v
+            out, perturbation_mask = v, None
         else:
             q, _ = attn.to_q(x)
             k, _ = attn.to_k(context)
@@ -292,13 +293,18 @@ class LTX2Attention(Part):
                 here = True
             more = {} if attn.use_local_attention else {"skip_sequence_parallel_override": here}
             out = attn.attn(q, k_all, v_all, attn_mask=mask, **more)
-            if perturbation_mask is not None:
-                if perturbation_mask.ndim == out.ndim - 1:
-                    perturbation_mask = perturbation_mask.unsqueeze(-1)
-                out = out * perturbation_mask + v * (1 - perturbation_mask)
+        # a blend without a head gate counts at the site of the norms
+        site = self.site if attn.to_gate_logits is None else self.gate_site
+        if perturbation_mask is not None and perturbation_mask.shape[1:] != (1, 1):  # of tokens or heads
+            site.fall(f"perturbation_mask is {list(perturbation_mask.shape)}; accepted: one value for each sample")
+            if perturbation_mask.ndim == out.ndim - 1:
+                perturbation_mask = perturbation_mask.unsqueeze(-1)
+            out, perturbation_mask = out * perturbation_mask + v * (1 - perturbation_mask), None
         out = out.flatten(2)
-        if attn.to_gate_logits is not None:
-            logits, _ = attn.to_gate_logits(x)
+        logits = None if attn.to_gate_logits is None else attn.to_gate_logits(x)[0]
+        if perturbation_mask is not None:
+            out = call(site, WEIGHTED_SUM_HEAD_GATE, out, value, perturbation_mask, logits)
+        elif logits is not None:
             out = call(self.gate_site, HEAD_GATE, out, logits)
         return attn.to_out[0](out)[0]
 
@@ -523,7 +529,9 @@ def accelerate(model: Any, handle: Handle) -> None:
         raise ValueError("cuda_graph is True; accepted for an SGLang model: False, SGLang captures its own graphs")
     kind = model.rope.rope_type
     rotary = _ROTARY[kind]
-    attention = entries(upstream, "LTX2Attention.forward") + of_operators(ltx2.attention_operators(_ROTARY.values()))
+    attention = entries(upstream, "LTX2Attention.forward") + of_operators(
+        ltx2.attention_operators(_ROTARY.values(), WEIGHTED_SUM_HEAD_GATE)
+    )
     block = _of_blocks() + of_operators(ltx2.block_operators(NATIVE))
     function = of_operators((rotary.alone, MODULATE))
     shared = Model(handle, {"attention": attention, "block": block, "function": function})

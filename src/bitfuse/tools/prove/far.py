@@ -29,6 +29,7 @@ from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.proof import Verdict
 from bitfuse.ops.adaln_evidence import AdalnCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
+from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
 
@@ -45,7 +46,7 @@ def cases(operator: Operator) -> tuple[Any, ...]:
             ("per_token", "with_tables", "with_gate", "with_mask", "with_modulation"), True
         )
         return (replace(case, name=WHAT, tokens=1 << 23, width=_WIDTH, batch=_BATCH, ada_rows=9, **there),)
-    if isinstance(case, HeadGateCase):
+    if isinstance(case, (HeadGateCase, PerturbedCase)):
         return (replace(case, name=WHAT, tokens=1 << 23, batch=_BATCH, heads=4, head_dim=64),)
     if isinstance(case, QKCase):
         queries = replace(case.queries, name=WHAT, tokens=1 << 25, batch=_BATCH, heads=4, head_dim=64)

@@ -30,6 +30,7 @@ from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.ops.adaln_evidence import AdalnCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
+from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
 from bitfuse.tools.prove import far
@@ -50,7 +51,7 @@ FURTHER = frozenset(KINDS) - ADDRESSES
 
 # How kernels and helpers call what holds values: parameters with these names are fp32 tiles.
 _VALUES = frozenset(
-    ("n", "scale", "shift", "values", "value", "x", "x1", "x2", "c", "s", "y", "square", "w", "w1", "w2")
+    ("n", "scale", "shift", "values", "value", "x", "x1", "x2", "c", "s", "y", "square", "w", "w1", "w2", "weight")
 )
 _RAN: set[tuple[str, int]] = set()
 """Lines of functions that a recording launch came by."""
@@ -58,7 +59,8 @@ _RAN: set[tuple[str, int]] = set()
 # Calls that give fp32 tiles.
 _GIVING = frozenset((
     "round_to", "load_ada", "divide", "reciprocal_root", "exponential", "negate", "multiply_add", "fold", "sum_of_two",
-    "mean_square", "row_rstd", "modulate_row", "add_residual", "turn_neighbours",
+    "mean_square", "row_rstd", "modulate_row", "add_residual", "turn_neighbours", "lerp",
+    "weighted_sum",
 ))  # fmt: skip
 
 
@@ -80,6 +82,9 @@ def layouts(operator: Operator) -> tuple[Any, ...]:
         return (replace(case, name="mutants", real=False, **sizes, **there),)
     if isinstance(case, HeadGateCase):
         return (replace(case, name="mutants", tokens=21, batch=2, heads=3, head_dim=6, real=False),)
+    if isinstance(case, PerturbedCase):
+        sizes = {"tokens": 21, "batch": 3, "heads": 3, "head_dim": 6, "masks": (0.3, 0.5, 0.9), "mask_step": 3}
+        return (replace(case, name="mutants", real=False, **sizes),)
     if isinstance(case, QKCase):
         queries = replace(case.queries, name="mutants", tokens=21, batch=2, heads=5, head_dim=128, real=False)
         return (replace(case, name="mutants", queries=queries, key_tokens=37, real=False),)

@@ -36,6 +36,7 @@ from bitfuse.core.numerics import divide, exponential, reciprocal_root, round_to
 from bitfuse.core.operator import OPERATORS, Operator
 from bitfuse.ops.adaln_evidence import AdalnCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
+from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
 
@@ -361,7 +362,7 @@ def _broad(case: Any, tokens: int, batch: int = 1) -> Any:
         plain: dict[str, Any] = {"x_form": "tokens", "table_form": "by token", "table_batch": None}
         plain |= {"x_dtype": _BF16, "table_dtype": _BF16}
         return replace(case, tokens=tokens, batch=batch, heads=2, head_dim=128, **plain)
-    if isinstance(case, HeadGateCase):
+    if isinstance(case, (HeadGateCase, PerturbedCase)):
         return replace(case, tokens=tokens, batch=batch, heads=2, head_dim=128)
     there = dict.fromkeys(("per_token", "with_tables", "with_gate", "with_mask", "with_modulation"), True)
     return replace(case, tokens=tokens, batch=batch, width=256, ada_rows=9, misaligned=False, dtype=_BF16, **there)
