@@ -668,7 +668,7 @@ def test_a_call_raises_exactly_where_the_reference_raises(operator, examples):
 
 
 @each_rotary
-@pytest.mark.parametrize("examples", further([200], 600))
+@pytest.mark.parametrize("examples", further([300], 600))
 def test_what_fits_is_what_the_kernel_computes(operator, examples, device):
     """Whatever shapes the predicate has nothing against, the bare kernel gives the reference's bits for them."""
     launched = set()
@@ -686,7 +686,7 @@ def test_what_fits_is_what_the_kernel_computes(operator, examples, device):
         assert bitfuse.compare(operator.reference(*tensors), operator.launch(*tensors)) is None
 
     check()
-    assert len(launched) >= 10
+    assert len(launched) >= 8
 
 
 # -- decided once --------------------------------------------------------------------------------------------------

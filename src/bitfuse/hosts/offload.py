@@ -45,7 +45,15 @@ class Asked:
 class Answering(Forward):
     """A norm's innermost forward: it answers `Asked` with the weight that hooks have brought, and else runs stock's."""
 
-    __slots__ = ()
+    __slots__ = ("_handle",)
+
+    def __init__(self, module: torch.nn.Module, handle: Handle):
+        super().__init__(module)
+        self._handle = handle
+
+    @property
+    def ended(self) -> bool:
+        return not self._handle.on
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and type(args[0]) is Asked:
@@ -57,14 +65,14 @@ class Answering(Forward):
 def install(module: torch.nn.Module, handle: Handle) -> None:
     """Have this module answer, until the handle is restored. Where somebody has wrapped its forward it does not."""
     if innermost(module) is not None:
-        handle.put(module, Answering(module))
+        handle.put(module, Answering(module, handle))
 
 
 def who_else(module: torch.nn.Module) -> str | None:
     """Who is called with this module and not known to move or cast weights only, so that it can't be asked; or None."""
     found = module.__dict__
     if hooked_everywhere() or any(found[name] for name in _OF_TORCH):
-        return "PyTorch's own"
+        return "of PyTorch's"
     if "_call_impl" in found or found.get("_compiled_call_impl") is not None:
         return "its call is replaced or compiled"
     if not any(isinstance(held.get(name), Answering) for held, name in places(module)):

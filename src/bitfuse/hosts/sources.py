@@ -108,7 +108,8 @@ class Norms:
             if hooks and hooked(norm):
                 who = offload.who_else(norm) if self._weighted else "it would see no call"
                 if who is not None:
-                    return f"a hook is attached to {name}, which is not called when it is fused ({who})"
+                    which = "a hook" if who == "of PyTorch's" else f"a hook ({who})"
+                    return f"{which} is attached to {name}, which is not called when it is fused"
             attributes = norm.__dict__
             eps = attributes.get("eps")
             if first is None:
