@@ -139,6 +139,43 @@ def test_a_known_hook_that_does_something_else_is_not_asked(what, device, monkey
     assert all(output.shape[-1] == norm.weight.shape[0] and output.ndim == 3 for output in seen)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
+def test_a_new_norm_with_a_registry_and_no_hook_is_not_asked(device):
+    """diffusers' registry is there before a hook is, and stays after it."""
+    from diffusers.hooks import HookRegistry
+
+    build, step = step_of("2.0", device)
+    model = build()
+    expected = step(build())()
+    handle = bitfuse.accelerate(model)
+    attn = model.transformer_blocks[0].attn1
+    new = torch.nn.RMSNorm(attn.norm_q.normalized_shape, eps=attn.norm_q.eps)
+    new.weight = attn.norm_q.weight
+    attn.norm_q = new
+    HookRegistry.check_if_exists_or_initialize(new)
+    assert bitfuse.compare(expected, step(model)()) is None
+    assert handle.report().fused == handle.report().seen
+
+
+def test_a_norm_that_is_asked_gets_its_gradient():
+    """On the CPU, where an offloaded weight is on the device of its gradient."""
+    from diffusers.hooks import apply_group_offloading
+
+    build, _ = step_of("2.0", torch.device("cpu"))
+    found = []
+    for accelerated in (False, True):
+        model = build().requires_grad_(True)
+        apply_group_offloading(model, torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+        if accelerated:
+            bitfuse.accelerate(model)
+        attn = model.transformer_blocks[0].attn1
+        x = torch.linspace(-2, 2, 3 * attn.to_q.in_features, dtype=torch.bfloat16).view(1, 3, -1)
+        with torch.enable_grad():
+            attn(x).float().square().sum().backward()
+        found.append((attn.norm_q.weight.grad, attn.norm_k.weight.grad))
+    assert bitfuse.compare(*found) is None
+
+
 def test_every_hook_that_is_known_is_the_one_installed():
     """The sources that `KNOWN` has were read: those of the versions installed here are among them."""
     import importlib
