@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 
 import bitfuse
 from bitfuse.hosts import offload
@@ -155,6 +156,29 @@ def test_a_new_norm_with_a_registry_and_no_hook_is_not_asked(device):
     HookRegistry.check_if_exists_or_initialize(new)
     assert bitfuse.compare(expected, step(model)()) is None
     assert handle.report().fused == handle.report().seen
+
+
+@pytest.mark.usefixtures("launched_as_reference")
+def test_a_parametrized_weight_is_computed_from_what_the_hook_brings(device):
+    """It is stored in fp8, for which PyTorch has no product."""
+    from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
+
+    class Twice(torch.nn.Module):
+        def forward(self, weight):
+            return weight * 2
+
+    build, step = step_of("2.0", device)
+    stock, model = build(), build()
+    for each in (stock, model):
+        norm = each.transformer_blocks[0].attn1.norm_q
+        torch.nn.utils.parametrize.register_parametrization(norm, "weight", Twice())
+        apply_layerwise_casting_hook(norm, torch.float8_e4m3fn, torch.bfloat16, non_blocking=False)
+    expected = step(stock)()
+    handle = bitfuse.accelerate(model)
+    assert bitfuse.compare(expected, step(model)()) is None
+    assert handle.report().fused == handle.report().seen - 1
+    site = next(site for site in handle.sites if site.name == "transformer_blocks.0.attn1")
+    assert "its weight is computed at each call" in site.reasons[0]
 
 
 def test_a_norm_that_is_asked_gets_its_gradient():

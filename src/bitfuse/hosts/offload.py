@@ -69,6 +69,8 @@ def who_else(module: torch.nn.Module) -> str | None:
         return "PyTorch's own"
     if "_call_impl" in found or found.get("_compiled_call_impl") is not None:
         return "its call is replaced or compiled"
+    if "weight" not in found["_parameters"]:  # it can't be looked at before a hook has brought what it is made of
+        return "its weight is computed at each call, by a parametrization say"
     if not any(isinstance(held.get(name), Answering) for held, name in places(module)):
         return "a wrapper of its forward"
     forward = found.get("forward")
