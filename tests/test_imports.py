@@ -137,6 +137,50 @@ print(json.dumps(wrong))
     assert json.loads(_python(code)) == []
 
 
+def test_an_old_name_is_an_attribute_too():
+    """`import bitfuse` imported them: `bitfuse.contract` without an import of its own is what scripts have."""
+    code = """
+import warnings
+warnings.simplefilter("ignore")
+import bitfuse
+assert bitfuse.contract.Operator is bitfuse.Operator
+assert bitfuse.hosts.patch.Handle is bitfuse.Handle
+assert bitfuse.ops.split_rotary is bitfuse.ops.rope
+for package in (bitfuse, bitfuse.hosts, bitfuse.ops):
+    assert not hasattr(package, "no_such_module") and not hasattr(package, "proof.bits")
+print("found")
+"""
+    assert _python(code) == "found\n"
+
+
+def test_what_is_set_by_an_old_name_is_set_where_it_is_looked_up():
+    """As `monkeypatch.setattr`, `mock.patch` and `import *` of last month's scripts expect of one module."""
+    code = """
+import warnings
+from unittest import mock
+warnings.simplefilter("ignore")
+import bitfuse.proof, bitfuse.contract
+from bitfuse.core import bits, operator, proof
+from bitfuse.contract import *
+assert Operator is operator.Operator and "Operator" in dir(bitfuse.contract)
+first = bits.compare
+assert proof.compare is first
+bitfuse.proof.compare = other = lambda *args: None
+assert bits.compare is proof.compare is bitfuse.proof.compare is other
+bitfuse.proof.compare = first
+with mock.patch("bitfuse.proof.compare", other):
+    assert bits.compare is proof.compare is other
+assert bits.compare is proof.compare is bitfuse.proof.compare is first
+for change in (lambda: delattr(bitfuse.proof, "nothing"), lambda: bitfuse.proof.nothing):
+    try:
+        change()
+    except AttributeError as error:
+        assert str(error) == "module 'bitfuse.proof' has no attribute 'nothing'"
+print("set")
+"""
+    assert _python(code) == "set\n"
+
+
 def test_an_unknown_name_is_not_answered():
     assert importlib.util.find_spec("bitfuse.no_such_module") is None
     assert importlib.util.find_spec("bitfuse.contract") is not None

@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 
 import bitfuse
 from bitfuse.hosts import offload
@@ -136,6 +137,66 @@ def test_a_known_hook_that_does_something_else_is_not_asked(what, device, monkey
     assert not site.fused
     assert len(site.reasons) == 1
     assert all(output.shape[-1] == norm.weight.shape[0] and output.ndim == 3 for output in seen)
+
+
+@pytest.mark.usefixtures("launched_as_reference")
+def test_a_new_norm_with_a_registry_and_no_hook_is_not_asked(device):
+    """diffusers' registry is there before a hook is, and stays after it."""
+    from diffusers.hooks import HookRegistry
+
+    build, step = step_of("2.0", device)
+    model = build()
+    expected = step(build())()
+    handle = bitfuse.accelerate(model)
+    attn = model.transformer_blocks[0].attn1
+    new = torch.nn.RMSNorm(attn.norm_q.normalized_shape, eps=attn.norm_q.eps)
+    new.weight = attn.norm_q.weight
+    attn.norm_q = new
+    HookRegistry.check_if_exists_or_initialize(new)
+    assert bitfuse.compare(expected, step(model)()) is None
+    assert handle.report().fused == handle.report().seen
+
+
+@pytest.mark.usefixtures("launched_as_reference")
+def test_a_parametrized_weight_is_computed_from_what_the_hook_brings(device):
+    """It is stored in fp8, for which PyTorch has no product."""
+    from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
+
+    class Twice(torch.nn.Module):
+        def forward(self, weight):
+            return weight * 2
+
+    build, step = step_of("2.0", device)
+    stock, model = build(), build()
+    for each in (stock, model):
+        norm = each.transformer_blocks[0].attn1.norm_q
+        torch.nn.utils.parametrize.register_parametrization(norm, "weight", Twice())
+        apply_layerwise_casting_hook(norm, torch.float8_e4m3fn, torch.bfloat16, non_blocking=False)
+    expected = step(stock)()
+    handle = bitfuse.accelerate(model)
+    assert bitfuse.compare(expected, step(model)()) is None
+    assert handle.report().fused == handle.report().seen - 1
+    site = next(site for site in handle.sites if site.name == "transformer_blocks.0.attn1")
+    assert "its weight is computed at each call" in site.reasons[0]
+
+
+def test_a_norm_that_is_asked_gets_its_gradient():
+    """On the CPU, where an offloaded weight is on the device of its gradient."""
+    from diffusers.hooks import apply_group_offloading
+
+    build, _ = step_of("2.0", torch.device("cpu"))
+    found = []
+    for accelerated in (False, True):
+        model = build().requires_grad_(True)
+        apply_group_offloading(model, torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+        if accelerated:
+            bitfuse.accelerate(model)
+        attn = model.transformer_blocks[0].attn1
+        x = torch.linspace(-2, 2, 3 * attn.to_q.in_features, dtype=torch.bfloat16).view(1, 3, -1)
+        with torch.enable_grad():
+            attn(x).float().square().sum().backward()
+        found.append((attn.norm_q.weight.grad, attn.norm_k.weight.grad))
+    assert bitfuse.compare(*found) is None
 
 
 def test_every_hook_that_is_known_is_the_one_installed():

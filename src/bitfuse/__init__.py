@@ -67,7 +67,7 @@ _TOOLS = {"Divergence": "bitfuse.tools.compare.trace", "trace": "bitfuse.tools.c
 def __getattr__(name: str) -> Any:
     if name in _TOOLS:
         return getattr(importlib.import_module(_TOOLS[name]), name)
-    raise AttributeError(f"module 'bitfuse' has no attribute {name!r}")
+    return moved.attribute("bitfuse", name)
 
 
 def __dir__() -> list[str]:

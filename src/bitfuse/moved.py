@@ -1,11 +1,14 @@
 """Modules that had another name until 0.1: an import by the old name still works, with a DeprecationWarning.
 
 `import bitfuse` puts `Finder` at the end of `sys.meta_path`. It is asked for what nobody else has found, and answers
-for the names in `MOVED` alone. Where one module became several, the old name stands for all of them.
+for the names in `MOVED` alone. Where one module became several, the old name stands for all of them: what is set there
+is set in each of them that has it, so that a function which was replaced by its old name is the one that is called.
+Until 0.1 `import bitfuse` imported many of them, so they are also found as attributes (`bitfuse.contract`).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.util
@@ -80,13 +83,34 @@ class _Several(types.ModuleType):
 
     def __init__(self, name: str, modules: list[types.ModuleType]):
         super().__init__(name)
-        self.__dict__["_modules"] = modules
+        self.__dict__.update(_modules=modules, _deleted={})
 
     def __getattr__(self, name: str) -> Any:
         for module in self._modules:
             if hasattr(module, name):
                 return getattr(module, name)
+        if name == "__all__":  # for `from bitfuse.contract import *`
+            return [name for name in dir(self) if not name.startswith("_")]
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__"):  # the import system's own
+            super().__setattr__(name, value)
+            return
+        having = [module for module in self._modules if hasattr(module, name)]
+        for module in having or self._deleted.pop(name, self._modules[:1]):
+            setattr(module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        having = [module for module in self._modules if hasattr(module, name)]
+        if not having:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        for module in having:
+            delattr(module, name)
+        self._deleted[name] = having  # `unittest.mock.patch` deletes what it has set, then sets what was there before
+
+    def __dir__(self) -> list[str]:
+        return sorted({name for module in self._modules for name in vars(module)})
 
 
 class _Loader(importlib.abc.InspectLoader):
@@ -120,7 +144,16 @@ class Finder(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_loader(fullname, _Loader([f"bitfuse.{name}" for name in MOVED[old]]))
 
 
+def attribute(package: str, name: str) -> Any:
+    """The module that stood under an old name in this package; AttributeError where none did."""
+    if f"{package}.{name}".partition(".")[2] not in MOVED:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return importlib.import_module(f"{package}.{name}")
+
+
 def install() -> None:
     """Answer for the old names in this process, once."""
+    for package in ("bitfuse.hosts", "bitfuse.ops"):  # `bitfuse` has a `__getattr__` of its own
+        vars(sys.modules[package])["__getattr__"] = functools.partial(attribute, package)
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.append(Finder())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bitfuse.hosts.code import source_hash
 from bitfuse.hosts.handle import Handle
-from bitfuse.run.swap import Forward, hooked_everywhere, innermost, named, places
+from bitfuse.run.swap import Forward, hooked, hooked_everywhere, innermost, named, places
 
 # By `source_hash`: the class's `pre_forward` and `post_forward`, None where it has none of its own. Read in diffusers
 # 0.38 to 0.42.1 and accelerate 1.0.1 to 1.15.0.
@@ -58,7 +58,9 @@ class Answering(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and type(args[0]) is Asked:
             # An alias: what was brought stays until the kernel that reads it was launched, whoever lets go of it
-            return self.module.weight.detach()
+            weight = self.module.weight
+            # a gradient goes through the alias to the weight, as through the norm in stock
+            return weight.view_as(weight) if torch.is_grad_enabled() else weight.detach()
         return self.stock(*args, **kwargs)
 
 
@@ -75,6 +77,8 @@ def who_else(module: torch.nn.Module) -> str | None:
         return "of PyTorch's"
     if "_call_impl" in found or found.get("_compiled_call_impl") is not None:
         return "its call is replaced or compiled"
+    if "weight" not in found["_parameters"]:  # it can't be looked at before a hook has brought what it is made of
+        return "its weight is computed at each call, by a parametrization say"
     if not any(isinstance(held.get(name), Answering) for held, name in places(module)):
         return "a wrapper of its forward"
     forward = found.get("forward")
@@ -137,8 +141,9 @@ def weight_of(module: Any) -> Tensor:
     A weight that was brought by another CUDA stream is marked as used by this one: its memory would else be given out
     again before the kernel that reads it has run.
     """
-    if "_hf_hook" not in module.__dict__ and "_diffusers_hook" not in module.__dict__:
-        return module.weight
+    found = module.__dict__
+    if ("_hf_hook" not in found and "_diffusers_hook" not in found) or not hooked(module):
+        return module.weight  # diffusers' registry stays where its hooks are gone
     weight = module(Asked())
     if weight.is_cuda:
         weight.record_stream(torch.cuda.current_stream(weight.device))
