@@ -1,8 +1,9 @@
 """Why a call can't be fused here and now, in sentences that every operator's predicate shares.
 
-`around` asks who else is watching PyTorch's ops just now, whatever the tensors are: a switch, a tracer, a mode.
-`plain`, `fitting` and `runnable` ask what the tensors are: plain ones with memory of their own, of shapes that the
-reference takes, on a device where kernels run.
+`around` doesn't look at the tensors: is bitfuse switched off, is PyTorch tracing, does a mode want to see every op? It
+is asked at every call. `plain`, `fitting` and `runnable` ask whether the tensors are plain ones with memory of their
+own, of shapes that the reference takes, on a device where kernels run. An operator's `why_not` asks these three, once
+for each layout (`bitfuse.core.operator`).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def switch(on: bool) -> None:
 
 
 def watched() -> bool:
-    """Whether `around` may have something to say: its questions, without the time that a generator takes."""
+    """Whether `around` may yield something: a quick look, at every call, without making a generator."""
     return (
         not _on
         or torch.compiler.is_compiling()
@@ -66,7 +67,7 @@ def watched() -> bool:
 
 
 def around() -> Iterator[str]:
-    """Why no kernel may run just now, whatever the tensors are: who else is watching PyTorch's ops."""
+    """Why no kernel may run just now, whatever the tensors are: bitfuse is off, or somebody watches PyTorch's ops."""
     if not _on:
         yield OFF
     if torch.compiler.is_compiling() or _tracing() is not None:
@@ -95,7 +96,8 @@ def plain(arguments: dict[str, Any]) -> Iterator[str]:
 
 
 def fitting(reference: Callable[..., Any], arguments: dict[str, Any], problem: str | None) -> Iterator[str]:
-    """Turn a shape problem into ShapeError where the reference would fail too, else into a reason."""
+    """The caller has found `problem` with these shapes, or None. Raises it as ShapeError where the reference rejects
+    them, too; where the reference takes them in its own way, yields it as a reason to run that."""
     if problem is None:
         return
     try:
@@ -107,7 +109,10 @@ def fitting(reference: Callable[..., Any], arguments: dict[str, Any], problem: s
 
 
 def runnable(arguments: dict[str, Any]) -> Iterator[str]:
-    """Why no kernel may run for these named arguments here and now."""
+    """Why no kernel may run for these named arguments here and now: `around`, and their devices, gradients, capture.
+
+    Asked only while a layout is decided, which its last sentence relies on.
+    """
     yield from around()
     tensors = _tensors(arguments)
     if importlib.util.find_spec("triton") is None:

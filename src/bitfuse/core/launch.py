@@ -1,7 +1,8 @@
 """One launch of a kernel, prepared once: what it is compiled for, what it is given, what its outputs are.
 
-A `Plan` is everything about a launch that the shapes, strides and dtypes of a call fix; its `signature` is all that the
-bits may depend on, in classes that the number of tokens is not part of.
+A `Plan` is everything about a launch that the shapes, strides and dtypes of a call fix. Its `signature` says which
+compiled kernel that is, and in what kinds of memory layout: calls with one signature share one proof, and calls that
+differ in their number of tokens alone mostly have one signature.
 """
 
 from __future__ import annotations
@@ -68,10 +69,12 @@ class Plan:
     slots: tuple[str | None, ...] = ()
 
     def signature(self, args: tuple[Any, ...]) -> tuple:
-        """Everything the bits and the outputs' form may depend on, as classes: token counts are not in it.
+        """Everything that the bits and the outputs' form may depend on. One proof serves all calls that have it.
 
-        What selects the compiled kernel; which strides are 0, so that one row serves many; and in which order the
-        dimensions of each tensor lie in memory, by which PyTorch lays out the outputs.
+        Sizes and strides that the kernel gets as numbers count by their class alone ("a multiple of 16": see
+        `_specialisation`), so the number of tokens is not in it, unless it changes a class. In it are: what selects the
+        compiled kernel; which strides are 0, so that one row serves many; and in which order the dimensions of each
+        tensor lie in memory, as PyTorch gives outputs the order of the inputs.
         """
         pointers = tuple(
             t if t is None else (t.dtype, t.data_ptr() % 16 == 0, _order(t.shape, t.stride()))
@@ -88,7 +91,7 @@ class Plan:
         return (kernel, args[0].device, pointers, self.extras, outs, scalars)
 
     def pointers(self, args: tuple[Any, ...]) -> list[Tensor | None]:
-        """The call's tensors, those that it omits as None."""
+        """The call's tensors, with None for each optional one that it passes as None or leaves out at the end."""
         given = [a for a in args if a is None or isinstance(a, Tensor)]
         others = len(self.extras) + len(self.witnesses) + len(self.outputs)
         return given + [None] * (len(self.slots or self._pointer_names) - others - len(given))
@@ -167,10 +170,11 @@ def _specialisation(value: int | float, annotation: str | None, by_width_alone: 
 
 
 def _order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(dimensions from the innermost in memory to the outermost, those that are expanded), as `lookalike` keeps them.
+    """(dimensions from the innermost in memory to the outermost, expanded dimensions, which have stride 0).
 
-    The stride of a dimension of size 1, which may be anything, counts as what it would be in a dense tensor. The first
-    dimension, the batch, is then the outermost, in whichever order the others are.
+    `bitfuse.core.values.lookalike` makes inputs for batteries in the same order. The stride of a dimension of size 1
+    may be anything: it counts as what it would be in a dense tensor. A first dimension of size 1, a batch of one
+    sample, counts as the outermost.
     """
     strides = list(stride)
     for dim in reversed(range(len(shape))):
@@ -196,8 +200,8 @@ def on_device(t: Tensor) -> Any:
 
 
 def in_vectors(t: Tensor) -> bool:
-    """Whether it starts at a multiple of four elements, as ATen's kernels ask of rows that they read in vectors of
-    four. A tensor without memory is taken to."""
+    """Whether its address is a multiple of four elements, which ATen's kernels need to read rows in vectors of four.
+    True of a fake tensor, which has no address."""
     return hasattr(t, "fake_mode") or t.data_ptr() % (4 * t.element_size()) == 0
 
 

@@ -1,10 +1,27 @@
 """What an operator is, and how a call is routed: to a kernel that was proved here, or to the reference.
 
-An `Operator` is an eager PyTorch function (the reference, which is the specification) and a kernel that
-claims to equal it bit for bit. A call's exact layout is decided once and then found in a dictionary; the
-decision asks the operator's one predicate, `why_not`, and then the proof of this process, on this device, for
-the compiled kernel that the call would launch. Whatever can't be fused runs the reference, for a reason that
-is a sentence.
+An `Operator` is an eager PyTorch function (the reference, which is the specification) and a kernel that claims to equal
+it bit for bit. Whatever can't be fused runs the reference, for a reason that is a sentence. A call asks, in this order:
+
+1. Is a compiler tracing? Then it gets the reference itself (`__call__`).
+2. Has a function that the reference calls been replaced (`originals`)? Is bitfuse off, or does somebody want to see
+   every PyTorch op (`conditions.around`)? Then the reference runs. This is asked at every call, and no answer is kept.
+3. Was this layout decided before? A layout (`_layout`) is all that a launch is prepared for: the exact shapes,
+   strides, dtypes, device and alignment of the tensors, and the values of floats and ints. `_routes` has a `Route` for
+   each that was decided, and the call takes it. Only a layout that is met for the first time comes to the questions
+   below.
+4. Are these the operator's kinds of arguments (`_check` raises TypeError), and does `why_not` name a reason against
+   fusing them? The first that it names is the route's. Shapes that the reference rejects too raise ShapeError.
+5. For each tier, in order: does it give a `Plan`, and is the kernel of that plan proved? A verdict is kept in
+   `bitfuse.core.proof` for operator, tier and signature. A signature (`Plan.signature`) is coarser than a layout: the
+   number of tokens is not in it, so one proof serves many layouts. Where there is no verdict yet, the battery runs.
+6. Do the plan's outputs have the form that the reference gives its own for these very arguments (`compare_forms`)?
+   And, if the battery has just run, are the bits of this call equal, too (`compare_live`)?
+
+The first tier that passes 5 and 6 has the call. If none does, the reference has it, and the route says why not. The
+route is kept for its layout, unless an error of the moment (no memory, no disk) stood in the way, a CUDA graph was
+being captured, or the layout has no key. A kernel whose bits were seen to differ, by its battery, by `compare_live` or
+by an audit later on, is not used again in this process.
 """
 
 from __future__ import annotations
@@ -31,6 +48,7 @@ from bitfuse.core.originals import Originals, called_by
 if TYPE_CHECKING:
     from bitfuse.core.evidence import Evidence
 
+# The fields of `Evidence`, which is not imported here: `import bitfuse` loads no evidence
 EVIDENCE_FIELDS = frozenset(
     ("battery", "cases", "mutants", "audits", "emulated", "witness", "emulated_witness", "retiled")
 )
@@ -47,15 +65,17 @@ class Tier:
 
 @dataclass(slots=True)
 class Route:
-    """Where calls of one layout go. `reason` is None when they are fused, else the sentence why not.
+    """Where calls of one layout go: `run` is called with a call's arguments, and returns its result.
 
-    What `run` raises once a layout is decided passes to the caller, and the route stays: where there is no memory for
-    the output there is none for the reference's, and an error of the device must not be hidden.
+    What `run` raises passes to the caller, and the route stays: where there is no memory for the kernel's output there
+    is none for the reference's either, and an error of the device must not be hidden.
 
-    mismatch       set where they are not fused and a kernel was seen to differ from the reference
-    tier           the name of the operator's tier that they are fused by
+    run            launches the kernel; or the reference
+    reason         None when the calls are fused, else the sentence why not
+    mismatch       set where the calls are not fused because a kernel was seen to differ from the reference
+    tier           the name of the operator's tier that the calls are fused by
     passed_over    why the tiers before that one were not taken
-    signature      of the kernel that they are fused by: what was proved, and may be condemned
+    signature      of the kernel that the calls are fused by (`Plan.signature`): what was proved, and may be condemned
     """
 
     run: Callable[..., Any]
@@ -79,16 +99,17 @@ class Operator:
 
     It is called with its reference's parameters, by position: the first is a tensor, others may be tensors,
     optional tensors (None), floats and ints. A reference returns a new tensor or a tuple of two or more.
-    `why_not`, the evidence's `battery` and each tier's `plan` have the reference's parameters, defaults included.
+    `why_not`, the evidence's `battery` and each tier's `plan` take the same arguments, with the
+    same defaults.
 
     name        the reference's name, also `torch.ops.bitfuse.<name>`
     reference   the host's chain, op for op: specification, fallback, fake function, gradient, bench baseline
     source      whose chain it is: host, version, function
-    why_not     sentences: why these arguments can't be fused. Raises ShapeError where the shapes don't fit
+    why_not     yields sentences: why these arguments can't be fused. Raises ShapeError where the shapes don't fit
     tiers       ways to fuse arguments that `why_not` has nothing against; the first that is proved equal is taken
-    evidence    what it is proved by. By default the module beside the reference's with `_evidence` after its name has
-                it, in `EVIDENCE` under the operator's name; it is imported when a kernel is about to be proved. Its
-                fields are also the operator's
+    evidence    what it is proved by (`bitfuse.core.evidence`). By default it is `EVIDENCE[name]` of the module
+                `NAME_evidence` beside the reference's module `NAME`, which is imported when a kernel is about to be
+                proved. Its fields can be read as the operator's own: `operator.battery`
     originals   (owner, name, label) of each function that the reference calls and the kernel leaves out
                 (`bitfuse.core.originals`). A call made directly runs the reference where one of them has been replaced
     """
@@ -136,9 +157,10 @@ class Operator:
         return self.route(*args).run(*args)
 
     def route(self, *args: Any) -> Route:
-        """Where a call with these arguments goes. A dictionary lookup, except the first time for a layout.
+        """Where a call with these arguments goes: questions 2 to 6 at the head of this file.
 
-        Raises TypeError where no tensor is given for one that is needed, ShapeError where the shapes don't fit.
+        For a layout that was decided before it is a dictionary lookup. Raises TypeError where no tensor is given for
+        one that is needed, ShapeError where the shapes don't fit.
         """
         if (replaced := self._difference()) is not None:
             return Route(self.reference, _replaced(replaced))
@@ -149,7 +171,7 @@ class Operator:
         return self._routes.get(key) or self._decided(key, args)
 
     def routed(self, *args: Any) -> Route:
-        """`route`, for callers who know that none of `originals` is replaced: a host looks once for a whole forward."""
+        """`route`, without a look at `originals`: a host's forward has looked at those of all its operators at once."""
         if conditions.watched() and (reason := next(around(), None)) is not None:
             return Route(self.reference, reason)
         key = _layout(args)
@@ -195,7 +217,10 @@ class Operator:
         return reasons or [reason]
 
     def launch(self, *args: Any) -> Any:
-        """The kernel, with no proof and no fallback: ValueError with every reason where it can't run."""
+        """The kernel of the first tier that gives a plan, not proved: ValueError with every reason where it can't run.
+
+        For tests, `verify` and `bench`. The form of its outputs is compared with the reference's, its bits are not.
+        """
         key = _layout(args)
         run = self._launches.get(key)
         if run is None or next(around(), None) is not None:
@@ -247,7 +272,10 @@ class Operator:
         return kept is verdict
 
     def verdict(self, *args: Any) -> proof.Verdict:
-        """The proof for the kernel that these arguments would launch: from this process's memory, or made now."""
+        """The verdict on the kernel that these arguments would launch, found earlier in this process or now.
+
+        It is of the first tier whose kernel is equal, or of the last. Nothing is asked of `why_not`.
+        """
         for tier in self.tiers:
             _, verdict, _ = self._proved(tier, args)
             if verdict.equal:
@@ -255,8 +283,12 @@ class Operator:
         return verdict
 
     def specification(self, tier: int, device: torch.device | str | None = None) -> Callable[..., Outputs]:
-        """What a tier is held against, the first tier's witnesses included: the reference, or on a CPU, where it is
-        named, the first tier's `emulated`."""
+        """What the kernel of a tier is compared with: returns what that is to write, witnesses before outputs.
+
+        That is the reference, and for the first tier its `witness` as well. Where the evidence has an `emulated`, that
+        is in the reference's place for the first tier if `device` is a CPU, whose ATen adds up rows in another order
+        than CUDA's. A proof in the process gives no device: on a CPU the kernel must equal what ATen computes there.
+        """
         emulate = self.emulated is not None and tier == 0 and device is not None and torch.device(device).type == "cpu"
         reference = self.emulated if emulate and self.emulated else self.reference
         witness = self.emulated_witness if emulate else self.witness
@@ -273,28 +305,31 @@ class Operator:
         return iter(wrong) if wrong else self.why_not(*args)
 
     def _proved(self, tier: Tier, args: tuple[Any, ...]) -> tuple[Plan | str, proof.Verdict, bool]:
-        """(plan, its verdict, whether that was found just now)"""
+        """(plan, or the tier's sentence why there is none; the verdict on its kernel; whether it was found just now)"""
         plan = tier.plan(*args)
         if isinstance(plan, str):
             return plan, proof.Verdict(False, plan), False
         signature = plan.signature(args)
         verdict = proof.known(self, tier, signature)
-        if verdict is None or verdict.equal:
+        if verdict is None or verdict.equal:  # a kernel that was proved may have failed since, while it was prepared
             verdict = proof.waiting(self, tier, signature) or verdict
         if verdict is not None:
             return plan, verdict, False
         with on_device(args[0]), torch.no_grad():
             number = self.tiers.index(tier)
-            held = lambda *given: self.specification(number)(*given)  # noqa: E731 (the evidence is not loaded yet)
-            return plan, proof.prove(self, tier, signature, held, tier.plan, self._families(args)), True
+            chain = lambda *given: self.specification(number)(*given)  # noqa: E731 (the evidence is not loaded yet)
+            return plan, proof.prove(self, tier, signature, chain, tier.plan, self._families(args)), True
 
     def _families(self, args: tuple[Any, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """The battery. The evidence is loaded when its first family is asked for: where errors are caught, so that a
-        disk that fails just then is a reason to run the reference, and the next call tries again."""
+        """The battery for these arguments, as a generator: the evidence is imported when its first family is asked for.
+
+        That is inside `run_battery`, which catches errors: a disk that fails at the import is then a reason to run the
+        reference, and a later call tries again.
+        """
         yield from self.battery(*args)
 
     def _decide(self, args: tuple[Any, ...]) -> tuple[Route, bool]:
-        """The route, and whether to remember it."""
+        """(the route, whether to keep it): questions 4 (but for `_check`) to 6 at the head of this file."""
         reason = next(self._reasons(args), None)
         if reason is not None:
             return Route(self.reference, reason), reason != conditions.OFF and not conditions.capturing(args[0])
@@ -314,7 +349,8 @@ class Operator:
     def _prepared(
         self, tier: Tier, plan: Plan, args: tuple[Any, ...], new: bool
     ) -> tuple[Callable[..., Any], proof.Verdict]:
-        """(what runs a proved kernel for this layout, whether it may): the reference where it may not, and why not."""
+        """(what the route is to run, a verdict): the launch of a kernel that is proved, or the reference where the
+        verdict says why it may not be used for these arguments. `new`: it was proved just now."""
         start, signature = time.perf_counter(), plan.signature(args)
         if (mismatch := proof.compare_forms(self.reference, plan, args)) is not None:  # of this layout alone
             return self.reference, proof.Verdict(False, f"{mismatch.sentence}, for this layout of the arguments")
@@ -345,6 +381,7 @@ class Operator:
                     take(plan, small)
 
     def _runner(self, plan: Plan, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """run(*args) for calls of this layout: new outputs, one launch; the witnesses are dropped."""
         device = args[0].device
         with on_device(args[0]):
             launch = plan.bind(args, plan.empty(device))
@@ -369,7 +406,10 @@ _VALUES = frozenset({type(None), float, int})
 
 
 def _layout(args: tuple[Any, ...]) -> tuple | None:
-    """All that a launch is prepared for, to be looked up by; None where there is no memory to lay out."""
+    """The key of `_routes`: everything about the arguments that a launch is prepared for.
+
+    None for tensors without memory or strides of their own (empty, meta, fake, sparse): those are decided at each call.
+    """
     grad = torch.is_grad_enabled()
     try:
         parts: list[Any] = [] if args[0].is_cuda else [interpreting()]

@@ -1,11 +1,17 @@
 """Proof: run a battery, remember the verdict for as long as the process lives.
 
-Nothing here reads a file: what is written down (by `bitfuse verify`) is a document for people, never a
-permission. A verdict belongs to one signature, so a mismatch condemns that compiled kernel and no other.
+A battery (`Evidence.battery`) is a series of inputs made to trip wrong kernels, in families that have names ("ties",
+"specials"). A kernel is proved when it gives the reference's bits on all of them. The verdict is kept by the names of
+operator and tier and by the signature of the launch (`Plan.signature`), so it speaks of one compiled kernel, and of all
+calls that launch it. Nothing here reads a file: what is written down (by `bitfuse verify`) is a document for people,
+never a permission.
 
-The stores below are shared by threads without a lock, which an interrupt could leave held: what must not be torn is one
-operation on a dictionary. A mismatch has stores of its own, which are asked first and never evicted from, so that no
-verdict of another thread can cover it.
+A kernel is refuted when its battery finds a mismatch, and condemned when it is seen to differ after its battery has
+passed: on the user's tensors. Either way it is not used again in this process; other signatures are not touched.
+
+The stores below are shared by threads, without a lock, as an interrupt could leave it locked: each change is one
+operation on a dictionary, which Python does as a whole or not at all. `refuted` and `condemned` are asked first and
+nothing is evicted from them, so that another thread's verdict, found at the same time, can't hide a mismatch.
 """
 
 from __future__ import annotations
@@ -31,9 +37,12 @@ class Named(Protocol):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a battery found for one signature. `final` is False where an error of the moment hid it.
+    """What was found of the kernel of one signature: whether it may be used, and the sentence why not.
 
-    failed    the kernel could not be built or run, though the tier had nothing against these arguments
+    families    how many of the battery's families were compared, and `elements` in all
+    mismatch    where its bits differ, if they do
+    final       False where an error of the moment (no memory, no disk) left the question open: it is tried again
+    failed      the kernel could not be built or run, though the tier had nothing against these arguments
     """
 
     equal: bool
@@ -52,8 +61,8 @@ _SHARE = 20  # beyond them, its tries may take one in so many seconds
 
 _Key = tuple[str, str, tuple]  # names of operator and tier, signature
 
-_verdicts: dict[_Key, Verdict] = {}  # what batteries found, in the order of the proofs
-refuted: dict[_Key, Verdict] = {}  # those of them that found a mismatch
+_verdicts: dict[_Key, Verdict] = {}  # what batteries found, the oldest first
+refuted: dict[_Key, Verdict] = {}  # of these, the ones with a mismatch
 condemned: dict[_Key, Verdict] = {}  # kernels that were seen to differ after their battery had passed
 _failures: dict[_Key, Patience] = {}  # errors of the moment
 _forgotten = 0  # condemnations that `forget` dropped
@@ -95,13 +104,13 @@ def key_of(operator: Named, tier: Named | str, signature: tuple) -> _Key:
 
 
 def known(operator: Named, tier: Named, signature: tuple) -> Verdict | None:
-    """The verdict for this signature, if there is one. A mismatch stands, whatever else was found."""
+    """The verdict for this signature, if there is one. Of several, the one with a mismatch."""
     key = key_of(operator, tier, signature)
     return condemned.get(key) or refuted.get(key) or _verdicts.get(key)
 
 
 def waiting(operator: Named, tier: Named, signature: tuple) -> Verdict | None:
-    """What this signature failed by when it was last tried, where it is too early to try it again."""
+    """The verdict of the last try, where that met an error of the moment and it is too early to try again."""
     patience = _failures.get(key_of(operator, tier, signature))
     return patience.verdict if patience is not None and patience.waiting else None
 
@@ -141,9 +150,10 @@ def prove(
     plan_of: Callable[..., Plan | str],
     battery: Iterable[tuple[str, tuple[Any, ...]]],
 ) -> Verdict:
-    """`run_battery` for this signature of an operator's tier, whose verdict is remembered.
+    """Run the battery for this signature of an operator's tier, and remember the verdict.
 
-    An interrupt leaves none behind. Where another thread has found a mismatch meanwhile, that is the verdict.
+    If an interrupt ends the battery, nothing is remembered. If another thread has found a mismatch meanwhile, that is
+    the verdict.
     """
     verdict = run_battery(reference, plan_of, battery, signature)
     key = key_of(operator, tier, signature)
@@ -203,9 +213,13 @@ def run_battery(
     battery: Iterable[tuple[str, tuple[Any, ...]]],
     signature: tuple | None = None,
 ) -> Verdict:
-    """Kernel against reference on every family of inputs, into guarded outputs; stops at the first mismatch.
+    """Kernel against reference on every family of inputs; stops at the first mismatch.
 
-    A write outside of an output, into the gaps between its elements or into an input is a mismatch too.
+    signature    that of the kernel which is to be proved. Inputs that would launch another one prove nothing of it, and
+                 leave it unproved
+
+    The kernel writes into outputs that stand between guard zones (`bitfuse.core.inputs`). A write outside of an output,
+    into the gaps between its elements or into an input is a mismatch too.
     Exceptions of a kernel are caught: one that can't be built here is a reason to run the reference, not a failure of
     the user's program. Errors of the device (`torch.AcceleratorError`) pass.
     """
@@ -256,11 +270,11 @@ def compare_live(reference: Callable[..., Outputs], run: Any, args: tuple[Any, .
 
 
 def compare_forms(reference: Callable[..., Outputs], plan: Plan, args: tuple[Any, ...]) -> Mismatch | None:
-    """The form of the plan's outputs against what the reference returns for these very arguments.
+    """The form (dtype, shape, strides) of the plan's outputs against what the reference returns for these arguments.
 
-    A plan takes the form from the reference on meta, where PyTorch may lay out the same operation otherwise than on a
-    device. Where there is no memory for the reference's steps, the forms of the battery's inputs, whose dimensions
-    have the same order in memory, are all the evidence.
+    A plan asks the reference for the form on the meta device, where PyTorch may choose other strides for the same
+    operation than on a real one. Where there is no memory to run the reference, this is not compared: the battery has
+    compared the form on inputs whose dimensions lie in the same order in memory.
     """
     try:
         with torch.no_grad():

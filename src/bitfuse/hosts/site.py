@@ -1,9 +1,11 @@
 """One place in a model where an operator may act: how a call goes there, and what is counted of it.
 
-An adapter makes a `Site` for each place that it finds. Where the place can't be taken over it gives the reason
-(`declined`). Else it puts a forward there, which calls `Site.call(operator, *arguments)` where the host has its chain
-of PyTorch ops. The operator decides whether its kernel runs or its reference, which is that chain; the site counts
-which, and why. `bitfuse.hosts.report` shows the counts, `bitfuse.hosts.handle` holds the sites of an acceleration.
+An adapter (`hosts/diffusers.py`, for one) makes a `Site` for each place that it finds. Where the place can't be taken
+over it gives the reason (`declined`). Else it gives the host's module a forward of ours, which calls
+`Site.call(operator, *arguments)` where the host has its chain of PyTorch ops. The operator decides whether its kernel
+runs or its reference, which is that chain (`Operator.routed`: that forward has already made sure that no function of
+the chain is replaced); the site counts which, and why. `bitfuse.hosts.report` shows the counts, `bitfuse.hosts.handle`
+holds the sites of an acceleration.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from bitfuse.core.operator import Operator, Route
 _counting = threading.Lock()
 
 COMPILING = "kernels are being compiled side by side"
-"""The reason of a route in a rehearsal. It is no fall-back: the kernels are used from the next call on."""
+"""The reason of a route while kernels are compiled in advance (`hosts/rehearsal.py`). Such a call counts as compiling,
+not as fallen: the kernels are used from the next call on."""
 
 Observer = Callable[["Site", Operator, Route, tuple[Any, ...], Any], None]
 
 
 class NotFused(RuntimeError):
-    """With `strict=True`, or of what `require` names: the site that would have run the PyTorch chain, and why."""
+    """Raised instead of running the PyTorch chain, with `strict=True` or at a site that `require` names."""
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Site:
     tiers       the ways in which calls were fused (`Operator.tiers`)
     strict      raise `NotFused` instead of running the PyTorch chain
     observers   called after each call, on its stream, with (site, operator, route, arguments, result)
-    rehearsal   a `Rehearsal` that this site takes part in, while its `under_way` is locked
+    rehearsal   a `Rehearsal` (`hosts/rehearsal.py`), in which this site takes part while its `under_way` is locked
     timer       while a report measures times, a `bitfuse.hosts.report.Timer`
     """
 

@@ -1,8 +1,8 @@
 """The gate of an attention's heads: out * 2*sigmoid(logits), one logit for each token and head.
 
 Read this operator first. Every file in `ops/` has the same parts in the same order: the roundings, the reference, the
-kernel, the plan, the predicate, the operator. What proves that kernel and reference are equal stands beside it, in
-`head_gate_evidence.py`.
+kernel, the plan, the predicate, the operator. How a call uses them is told at the head of `core/operator.py`. What
+proves that kernel and reference are equal stands beside this file, in `head_gate_evidence.py`.
 
 Versus whom: diffusers 0.38-0.42.1 (`LTX2AudioVideoAttnProcessor`), ltx-core (`ops.gated_attention`) and SGLang
 (`head_gate_mul`), in the attentions of LTX-2.3 and 2.5.
@@ -12,7 +12,7 @@ Roundings, in order, both to bf16:
         PyTorch then rounds 2 * sigmoid, too, but a product with 2 is exact
     r2  out * gate
 
-No reduction. NaN stays NaN at its place, and signed zeros and subnormals are kept, as in the chain.
+Nothing is added up, so no order of additions matters. NaN, signed zeros and subnormals are where the chain has them.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def head_gate(out: Tensor, logits: Tensor) -> Tensor:
 
 
 # -- the kernel: the same tags on the lines that equal the reference's -----------------------------------------------
+
+# x is the reference's argument `out`, and out_ptr is for the result. The primitives are in `core/numerics.py`.
 
 
 @kernel(do_not_specialize=("heads",))
@@ -86,13 +88,13 @@ def _plan(out: Tensor, logits: Tensor) -> Plan:
     )
 
 
-# -- the predicate: why a call can't be fused, in sentences. The first is its route, all are what `explain` lists ----
+# -- the predicate: why a call can't be fused, in sentences. A route has the first, `explain` lists all ---------------
 
 
 def _why_not(out: Tensor, logits: Tensor) -> Iterator[str]:
     tensors = {"out": out, "logits": logits}
     reasons = list(plain(tensors))
-    if not reasons:  # only of plain tensors is it known what the reference does with their shapes
+    if not reasons:  # `fitting` asks the reference whether it takes these shapes, which needs plain tensors
         reasons += fitting(head_gate, tensors, _misfit(out, logits))
     reasons += runnable(tensors)
     for name, t in tensors.items():
