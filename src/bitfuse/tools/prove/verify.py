@@ -432,8 +432,8 @@ def _print_tiers(console: Console, result: Result) -> None:
     emulated = {(one.operator, one.tier) for one in result.tiers if one.against == "emulation"}
     if emulated:
         console.print(
-            f"{len(emulated)} tiers add up rows, or round, as ATen's CUDA kernels do. Where they ran on a CPU, on which "
-            "ATen does otherwise, they were held against that, emulated."
+            f"{len(emulated)} tiers add up rows, or round, as ATen's CUDA kernels do. Where they ran on a CPU, on "
+            "which ATen does otherwise, they were held against that, emulated."
         )
     declined = [one for one in result.tiers if one.outcome == "declined"]
     for (name, tier, why), n in Counter((one.operator, one.tier, one.reason) for one in declined).items():
