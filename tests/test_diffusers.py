@@ -190,7 +190,7 @@ def _launches():
                 yield pytest.param(config, dtype, "references")
 
 
-@pytest.mark.parametrize(("config", "dtype", "launched"), _launches(), ids=str)
+@pytest.mark.parametrize(("config", "dtype", "launched"), list(_launches()), ids=str)
 def test_both_streams_are_equal_and_every_site_is_fused(config, dtype, launched, device, request):
     if launched == "references":
         request.getfixturevalue("launched_as_reference")

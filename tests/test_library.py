@@ -71,14 +71,20 @@ def has(operator, case):
     return case is None or case in {c.name for c in operator.cases}
 
 
-# Layouts change nothing of what an op is; that it fuses them is tested in test_operators
+# Layouts change nothing of what an op is; that it fuses them is tested in test_operators. Nor do dtypes, and gradients
+# of all tensors include that of the first: these are quick for one operator.
 LAYOUTS = {"a column slice", "tokens last", "misaligned", "four dimensions"}
+ONCE = {"fp32", "a gradient of x"}
+
+
+def _slow(operator, kind):
+    return kind in LAYOUTS or (kind in ONCE and operator is not OPERATORS[0])
 
 
 @pytest.mark.parametrize(
     ("operator", "kind"),
     [
-        pytest.param(o, kind, marks=pytest.mark.slow if kind in LAYOUTS else (), id=f"{o.name}-{kind}")
+        pytest.param(o, kind, marks=pytest.mark.slow if _slow(o, kind) else (), id=f"{o.name}-{kind}")
         for o in OPERATORS
         for kind in INPUTS
         if has(o, NAMED.get(kind))

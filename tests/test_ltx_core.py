@@ -145,7 +145,7 @@ def _launches():
             yield pytest.param(kind, call, "references")
 
 
-@pytest.mark.parametrize(("kind", "call", "launched"), _launches())
+@pytest.mark.parametrize(("kind", "call", "launched"), list(_launches()))
 def test_both_streams_are_equal_and_what_is_called_is_fused(kind, call, launched, device, request):
     if launched == "references":
         request.getfixturevalue("launched_as_reference")

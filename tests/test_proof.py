@@ -16,6 +16,7 @@ from bitfuse.core.inputs import poisoned
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Tier
 from bitfuse.core.values import lookalike
+from common import ONE_OF_EACH_FILE
 
 NAN = float("nan")
 SPLIT = OPERATORS["split_rotary_per_op"]
@@ -283,7 +284,11 @@ def test_a_battery_of_another_layout_proves_nothing(fresh_routes, device, monkey
     assert reason == "the battery has no 'odd' inputs of this layout, so it stays unproved"
 
 
-@pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)
+@pytest.mark.parametrize(
+    "operator",
+    [pytest.param(o, marks=() if o in ONE_OF_EACH_FILE else pytest.mark.slow) for o in OPERATORS.values()],
+    ids=lambda operator: operator.name,
+)
 def test_a_battery_leaves_random_state_alone(operator, fresh_routes, device):
     tensors = operator.cases[0].arguments(device, tokens=2)
 
