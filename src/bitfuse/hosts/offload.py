@@ -71,16 +71,17 @@ def install(module: torch.nn.Module, handle: Handle) -> None:
 
 
 def who_else(module: torch.nn.Module) -> str | None:
-    """Who is called with this module and not known to move or cast weights only, so that it can't be asked; or None."""
+    """The class of who else is called with this module, and not known to only move or cast weights, so that it can not
+    be asked; "" for who has none, a hook of PyTorch's or a wrapper; None where there is nobody."""
     found = module.__dict__
     if hooked_everywhere() or any(found[name] for name in _OF_TORCH):
-        return "of PyTorch's"
+        return ""
     if "_call_impl" in found or found.get("_compiled_call_impl") is not None:
-        return "its call is replaced or compiled"
+        return ""
     if "weight" not in found["_parameters"]:  # it can't be looked at before a hook has brought what it is made of
         return "its weight is computed at each call, by a parametrization say"
     if not any(isinstance(held.get(name), Answering) for held, name in places(module)):
-        return "a wrapper of its forward"
+        return ""
     forward = found.get("forward")
     references = list(getattr(found.get("_diffusers_hook"), "_fn_refs", ()))
     while not isinstance(forward, Answering):  # from the outermost hook inwards
@@ -100,7 +101,7 @@ def who_else(module: torch.nn.Module) -> str | None:
                     return named(type(one))
             forward = found["_old_forward"]
         else:
-            return "a wrapper of its forward"
+            return ""
     return None
 
 

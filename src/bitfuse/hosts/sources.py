@@ -106,9 +106,9 @@ class Norms:
             if kind is not own_kind and not (issubclass(kind, own_kind) and ways(kind) == ways(own_kind)):
                 return f"{name} is a {named(kind)}, not {self._label}"
             if hooks and hooked(norm):
-                who = offload.who_else(norm) if self._weighted else "it would see no call"
+                who = offload.who_else(norm) if self._weighted else ""
                 if who is not None:
-                    which = "a hook" if who == "of PyTorch's" else f"a hook ({who})"
+                    which = f"a hook ({who})" if who else "a hook"
                     return f"{which} is attached to {name}, which is not called when it is fused"
             attributes = norm.__dict__
             eps = attributes.get("eps")
