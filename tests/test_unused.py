@@ -1,5 +1,5 @@
-"""What keeps an accelerated model from being fused that is no fault of a site: torch.compile, wrappers, another model put
-in its place; and what of bitfuse was wanted and not used. Each is in the report, with its reason."""
+"""What keeps an accelerated model from being fused that is no fault of a site: torch.compile, a wrapper, another model
+put in its place. Each is in the report, with its reason."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_strict_raises_at_accelerate_for_what_is_compiled_already(how, ltx):
         model.compile(backend="eager")
     else:
         target = torch.compile(model, backend="eager")
-    with pytest.raises(bitfuse.NotFused, match="torch.compile has compiled this"):
+    with pytest.raises(bitfuse.NotFused, match=r"torch\.compile has compiled this"):
         bitfuse.accelerate(target, strict=True)
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -149,12 +149,16 @@ def test_a_model_compiled_as_a_whole_after_says_so(how, ltx):
     assert reasons(handle) == {MODEL}
 
 
-def test_strict_raises_in_the_first_compiled_call_of_a_model_compiled_after(ltx):
+@pytest.mark.parametrize(
+    ("whole", "error"), [(False, bitfuse.NotFused), (True, torch._dynamo.exc.TorchDynamoException)]
+)
+def test_strict_raises_in_the_first_compiled_call_of_a_model_compiled_after(whole, error, ltx):
     build, step = ltx
     model = build()
     bitfuse.accelerate(model, strict=True)
-    with pytest.raises(bitfuse.NotFused, match=MODEL):
-        step(Around(model, torch.compile(model, backend="eager")))()
+    compiled = torch.compile(model, fullgraph=whole, backend="eager")
+    with pytest.raises(error, match=r"torch\.compile has compiled this model"):
+        step(Around(model, compiled))()
 
 
 def test_a_graph_break_in_the_model_ends_in_the_hosts_forward(ltx):
@@ -165,3 +169,100 @@ def test_a_graph_break_in_the_model_ends_in_the_hosts_forward(ltx):
     model.rope.register_forward_hook(torch.compiler.disable(lambda *args: None))
     found = step(Around(model, torch.compile(model, backend="eager")))()
     assert bitfuse.compare(expected, found) is None
+
+
+# -- wrappers, and models that come and go -----------------------------------------------------------------------------
+
+
+class Pipeline:
+    def __init__(self, **components):
+        self.components = components
+
+
+class Caching:
+    """A wrapper as caching packages have them: no module, with the model as an attribute."""
+
+    def __init__(self, model):
+        self.model = model
+
+
+def _peft(model):
+    peft = pytest.importorskip("peft")
+    return peft.PeftModel(model, peft.LoraConfig(r=2, target_modules=["to_q"]))
+
+
+def _data_parallel(model):
+    return torch.nn.DataParallel(model)  # wraps as DistributedDataParallel does, which needs a process group
+
+
+WRAPPERS = {
+    "PeftModel": _peft,
+    "DataParallel": _data_parallel,
+    "a caching wrapper": Caching,
+}
+
+
+@pytest.mark.parametrize("how", WRAPPERS)
+def test_a_model_in_a_wrapper_is_fused_inside(how, ltx):
+    build, step = ltx
+    model = build()
+    pipe = Pipeline(transformer=WRAPPERS[how](model))
+    expected = step(model)()
+    handle = bitfuse.accelerate(pipe)
+    assert bitfuse.compare(expected, step(model)()) is None
+    assert (handle.report().fused, handle.report().seen) == (SITES, SITES)
+
+
+def test_a_compiled_model_in_a_pipeline_is_named(ltx):
+    build, _ = ltx
+    handle = bitfuse.accelerate(Pipeline(transformer=torch.compile(build(), backend="eager")))
+    assert (handle.report().fused, reasons(handle)) == (0, {MODEL})
+
+
+def test_what_is_no_ltx_model_is_named_beside_one_that_is(ltx):
+    build, step = ltx
+    model = build()
+    pipe = Pipeline(transformer=model, transformer_2=torch.nn.Linear(2, 2))
+    handle = bitfuse.accelerate(pipe)
+    step(model)()
+    (row,) = [site for site in handle.report().sites if site.name == "transformer_2"]
+    assert row.state == "left alone"
+    assert "torch.nn.modules.linear.Linear, in which no LTX2VideoTransformer3DModel was found" in row.declined
+
+
+def test_another_transformer_put_into_the_pipeline_is_named(ltx):
+    build, step = ltx
+    first, other = build(), build()
+    pipe = Pipeline(transformer=first)
+    handle = bitfuse.accelerate(pipe)
+    step(first)()
+    assert handle.report().fused == SITES
+    pipe.components["transformer"] = other
+    report = handle.report()
+    assert (report.fused, report.seen) == (SITES, SITES + 2)
+    gone, new = [site for site in report.sites if site.operator == "none"]
+    assert "no longer the target's" in gone.declined
+    assert "came into the target after that was accelerated" in new.declined
+    again = bitfuse.accelerate(pipe)
+    step(other)()
+    assert (again.report().fused, again.report().seen) == (SITES, SITES)
+    again.restore()
+    handle.restore()
+    assert not any("forward" in vars(module) for model in (first, other) for module in model.modules())
+
+
+def test_two_pipelines_that_share_a_transformer(ltx):
+    """With nothing else in them they have one handle; a pipeline with more needs the shared model restored first."""
+    build, step = ltx
+    shared, more = build(), build()
+    expected = step(shared)()
+    pipes = [Pipeline(transformer=shared), Pipeline(transformer=shared), Pipeline(transformer=shared, refiner=more)]
+    handle = bitfuse.accelerate(pipes[0])
+    assert bitfuse.accelerate(pipes[1]) is handle
+    with pytest.raises(ValueError, match="a part of target is accelerated already"):
+        bitfuse.accelerate(pipes[2])
+    beside = bitfuse.accelerate(more)
+    handle.restore()
+    assert bitfuse.compare(expected, step(shared)()) is None
+    step(more)()
+    assert beside.report().fused == SITES

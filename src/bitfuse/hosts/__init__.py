@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitfuse.hosts.handle import Handle, Options, lock
-from bitfuse.hosts.part import leave_to_compiler
 from bitfuse.hosts.registry import HOSTS
 from bitfuse.hosts.site import Site
 from bitfuse.run.swap import modules_in, named
@@ -176,6 +175,8 @@ def _take_over(adapter: Any, target: Any, models: list[Any], handle: Handle) -> 
 
 
 def _leave_to_compiler(target: Any, handle: Handle) -> None:
+    from bitfuse.hosts.part import leave_to_compiler  # only here: every adapter has imported it, `import bitfuse` not
+
     components = getattr(target, "components", None)
     for root in modules_in([target, *(components.values() if isinstance(components, dict) else ())]):
         leave_to_compiler(root, handle)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from bitfuse.hosts.handle import Handle
 from bitfuse.hosts.rehearsal import Rehearsal
 from bitfuse.hosts.site import NotFused, Site
 from bitfuse.hosts.sources import CALLING_A_MODULE, Entry, own
-from bitfuse.run.swap import Forward, bound, compiled, compiled_in, innermost, named, ours_in
+from bitfuse.run.swap import Forward, bound, compiled_in, innermost, named, ours_in
 
 ENDED = "the acceleration was restored"
 
@@ -77,10 +78,11 @@ class Model:
                     self._forwards.remove(forward)
         self.handle.settle()
 
-    def add(self, module: weakref.ref[Any]) -> None:
-        """Note a module in which a part of ours stands, before it does."""
+    def add(self, module: weakref.ref[Any], sites: Sequence[Site]) -> None:
+        """Note a module in which a part of ours is about to stand, with its sites."""
         self.parts += 1
-        self._called.append(module)
+        if sites:
+            self._called.append(module)
 
     def take_over_is_done(self) -> None:
         self.sites = self.handle.sites[self._first_site :]
@@ -88,11 +90,15 @@ class Model:
     def look_for_compiled(self, root: Any) -> None:
         """Leave to torch.compile what it has compiled since the last look. `NotFused` where that must be fused.
 
-        Once per forward: 15 us for the 340 modules of 48 blocks.
+        Once per forward, in C: 23 us for the 336 blocks and attentions of 48 layers.
         """
-        if any(module is not None and compiled(module) for module in (reference() for reference in self._called)):
+        try:
+            found = any(map(_COMPILED_CALL, map(weakref.ref.__call__, self._called)))
+        except AttributeError:  # one of the modules was replaced, and is gone
+            found = True
+        if found:
             leave_to_compiler(root, self.handle)
-            self._called = [r for r in self._called if (module := r()) is not None and not compiled(module)]
+            self._called = [r for r in self._called if (module := r()) is not None and not _COMPILED_CALL(module)]
             self.handle.insist()
         if (reason := self.why_not_compiled()) is not None:  # its compiled call has ended in this one
             raise NotFused(reason)
@@ -139,6 +145,7 @@ class Model:
 
 
 _NO_REASONS: dict[str, str] = {}
+_COMPILED_CALL = operator.attrgetter("_compiled_call_impl")
 _numbers = itertools.count()
 _models: weakref.WeakValueDictionary[int, Model] = weakref.WeakValueDictionary()
 
@@ -255,7 +262,7 @@ class Part(_OfModel):
     def __init__(self, module: Any, model: Model, sites: Sequence[Site] = ()):
         super().__init__(module, model)
         self.sites = sites
-        model.add(self._module)
+        model.add(self._module, sites)
 
     def fused(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
