@@ -1,4 +1,4 @@
-"""Fill the tables of README and docs/hosts.md from the JSON in benchmarks: nobody types a number.
+"""Fill the tables of README, docs/hosts.md and docs/stacking.md from the JSON in benchmarks: nobody types a number.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`, NAME being one of `TABLES`. Run `make readme`;
 `tests/test_readme.py` fails while a page and the JSON part.
@@ -18,7 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COMPATIBILITY = ROOT / "benchmarks" / "compatibility.json"
-PAGES = ("README.md", "docs/hosts.md")
+STACKING = ROOT / "benchmarks" / "stacking.json"
+PAGES = ("README.md", "docs/hosts.md", "docs/stacking.md")
 SHOWN = ([1, 6144, 4096], [1, 24576, 4096], [1, 6144, 2048], [1, 126, 2048])  # the others are in the JSON
 
 
@@ -253,6 +254,31 @@ def compatibility(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def stacking(document: dict[str, Any]) -> str:
+    """Every feature that was tried beside bitfuse: a row each, with the sites fused of those seen in both orders."""
+    rows, machine = document["rows"], document["machine"]
+    orders, versions = (list(dict.fromkeys(row[key] for row in rows)) for key in ("order", "version"))
+    lines = [f"| feature | {' | '.join(orders)} | how |", "| --- |" + " --- |" * (len(orders) + 1)]
+    for feature in dict.fromkeys(row["feature"] for row in rows):
+        of_it = [row for row in rows if row["feature"] == feature]
+        cells = [", ".join(map(_stacked, (row for row in of_it if row["order"] == order))) for order in orders]
+        lines.append(f"| {feature} | {' | '.join(cells)} | {of_it[0]['how']} |")
+    packages = ", ".join(f"{name} {machine[name]}" for name in ("torch", "diffusers", "accelerate", "peft", "torchao"))
+    lines += [
+        "",
+        f"Sites fused of sites seen in a transformer of two layers, of LTX-{' and LTX-'.join(versions)}; **differs** "
+        "where a bit was not stock's with the feature, accelerated or after `restore()`. In Triton's interpreter, on "
+        f"the CPU, where nothing moves between devices: {packages}, {machine['date'][:10]} "
+        "([JSON](../benchmarks/stacking.json), by `benchmarks/stacking.py`).",
+    ]
+    return "\n".join(lines)
+
+
+def _stacked(row: dict[str, Any]) -> str:
+    differs = row["differs"] or row["after_restore"]
+    return f"**differs**: {differs}" if differs else f"{row['fused']} of {row['seen']}"
+
+
 def _step_cell(step: dict[str, Any]) -> str:
     if step["outcome"] == "differs":
         return f"**differs**: {step['reason']}"
@@ -305,6 +331,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for version in ("2.0", "2.3", "2.5")
     },
     "hosts table": lambda: hosts(newest_of_each("model"), newest_of_each("ranks")),
+    "stacking table": lambda: stacking(json.loads(STACKING.read_text())),
     "compatibility table": lambda: compatibility(json.loads(COMPATIBILITY.read_text())),
 }
 

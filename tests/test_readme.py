@@ -65,6 +65,16 @@ def test_versions_of_which_the_same_was_found_share_a_row():
     ]
 
 
+def test_a_feature_has_a_row_with_both_orders_and_says_where_bits_differ():
+    facts = dict.fromkeys(("torch", "diffusers", "accelerate", "peft", "torchao"), "1") | {"date": "2026-11-28T"}
+    row = {"feature": "LoRA", "version": "2.0", "order": "feature first", "fused": 3, "seen": 4, "how": "`so`"}
+    row |= {"differs": None, "after_restore": None}
+    rows = [row, {**row, "version": "2.3", "fused": 4}, {**row, "order": "accelerate first", "after_restore": "at [0]"}]
+    table = _tables().stacking({"machine": facts, "rows": rows}).splitlines()
+    assert table[0] == "| feature | feature first | accelerate first | how |"
+    assert table[2] == "| LoRA | 3 of 4, 4 of 4 | **differs**: at [0] | `so` |"
+
+
 def _step(tokens, stock_ms, launches=10_000, **more):
     ms = {"stock": {"median": stock_ms}, "bitfuse": {"median": stock_ms / 2}}
     kernels = {"stock": {"matmul": 50.0, "attention": 20.0, "other": 30.0, "launches": launches}}

@@ -11,6 +11,7 @@ An adapter of a host (`registry.Host.adapter`) is a module that has
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
@@ -21,7 +22,7 @@ from typing import Any
 from bitfuse.hosts.handle import Handle, Options, lock
 from bitfuse.hosts.registry import HOSTS
 from bitfuse.hosts.site import Site
-from bitfuse.run.swap import named
+from bitfuse.run.swap import modules_in, named
 
 _log = logging.getLogger("bitfuse")
 _active: weakref.WeakKeyDictionary[Any, Handle] = weakref.WeakKeyDictionary()
@@ -160,13 +161,48 @@ def _take_over(adapter: Any, target: Any, models: list[Any], handle: Handle) -> 
         adapter.accelerate(model, handle)
     unrecognised = adapter.unrecognised(target) if hasattr(adapter, "unrecognised") else {}
     handle.sites += [Site(name, "none", reason) for name, reason in unrecognised.items()]
+    _leave_to_compiler(target, handle)
     handle.watch_sites()
+    with contextlib.suppress(TypeError):  # a target that can't be referred to weakly
+        of = weakref.ref(target)
+        handle.look_again = functools.partial(_look_again, adapter, of, list(map(weakref.ref, models)), handle.models)
     _log.info(
         "bitfuse: %d of %d sites taken over in %s; handle.restore() or BITFUSE=0 switches it off",
         sum(site.declined is None for site in handle.sites),
         len(handle.sites),
         adapter.NAME,
     )
+
+
+def _leave_to_compiler(target: Any, handle: Handle) -> None:
+    from bitfuse.hosts.part import leave_to_compiler  # only here: every adapter has imported it, `import bitfuse` not
+
+    components = getattr(target, "components", None)
+    for root in modules_in([target, *(components.values() if isinstance(components, dict) else ())]):
+        leave_to_compiler(root, handle)
+
+
+def _look_again(adapter: Any, target: weakref.ref, models: list[weakref.ref], shared: list[Any]) -> list[Site]:
+    """Before a report: what has happened to the target since it was accelerated, as further sites where need be."""
+    for model in shared:
+        model.left_to_compiler()
+    found = target()
+    if found is None or not shared:
+        return []
+    handle = shared[0].handle
+    if not handle.on:
+        return []
+    _leave_to_compiler(found, handle)
+    now = list(map(id, adapter.transformers(found)))
+    gone = [model for reference in models if (model := reference()) is not None and id(model) not in now]
+    again = "handle.restore() and accelerate it again"
+    sites = [Site(type(model).__name__, "none", f"it is no longer the target's: {again}") for model in gone]
+    known = {id(reference()) for reference in models}
+    new = [model for model in adapter.transformers(found) if id(model) not in known]
+    return sites + [
+        Site(type(model).__name__, "none", f"it came into the target after that was accelerated: {again}")
+        for model in new
+    ]
 
 
 def _forget(handle: Handle) -> None:

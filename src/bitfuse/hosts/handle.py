@@ -66,6 +66,8 @@ class Handle:
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # those inside `with accelerated(...)`
         self._graphs: list[tuple[weakref.ref, Any]] = []
         self._undo: list[Callable[[], object]] = []
+        self._put: weakref.WeakKeyDictionary[Forward, Callable[[], object]] = weakref.WeakKeyDictionary()
+        self.look_again: Callable[[], list[Site]] = list  # before a report: further sites, of what came meanwhile
 
     def on_restore(self, undo: Callable[[], object]) -> None:
         """Have this called when the acceleration ends. It may be called again where it was interrupted."""
@@ -93,9 +95,14 @@ class Handle:
                     held[name] = bound(found)
 
         self.on_restore(undo)
+        self._put[ours] = undo
         held[name] = ours
         for method in COPIED_BY if held is module.__dict__ else ():
             self.fill(module, method, CopiedPlain(module, method))
+
+    def take_back(self, ours: Forward) -> None:
+        """Put back what stood there before this forward of ours, ahead of the rest."""
+        self._put[ours]()
 
     def fill(self, owner: Any, attribute: str, ours: Any) -> None:
         """Put something of ours into an attribute of the owner's own, until the handle is restored."""
@@ -140,6 +147,10 @@ class Handle:
             site.strict = self.options.strict or any(_named(name, site) for name in self.options.require)
             if self.auditor:
                 site.observers += (self.auditor,)
+        self.insist()
+
+    def insist(self) -> None:
+        """Raise `NotFused` where a site that must be fused is left alone."""
         if alone := [site for site in self.sites if site.strict and site.declined]:
             more = f" (and {len(alone) - 1} more sites)" if len(alone) > 1 else ""
             raise NotFused(f"{alone[0].name}: {alone[0].declined}{more}")
@@ -162,7 +173,8 @@ class Handle:
         return self._report(times)
 
     def _report(self, times: Times | None = None) -> Report:
-        return Report(self.host, self.sites, [counts for _, counts in self._graphs], self.auditor, times)
+        sites = self.sites + self.look_again()
+        return Report(self.host, sites, [counts for _, counts in self._graphs], self.auditor, times)
 
     def restore(self) -> None:
         """Put every attribute back, and wait for audits that are under way.

@@ -39,7 +39,7 @@ from bitfuse.ops.adaln import (
 )
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.qk_norm import QK_RMS_NORM
-from bitfuse.run.swap import Forward, hooked_everywhere, named, plain
+from bitfuse.run.swap import Forward, hooked_everywhere, modules_in, named, plain
 
 Ada = tuple[Tensor, Tensor | None]  # an AdaLN value [B, T or 1, D] and the table row [D] that is added to it
 Tables = tuple[Tensor, Tensor]  # cos and sin
@@ -510,10 +510,5 @@ def weights_of(module: torch.nn.Module) -> tuple[torch.dtype, torch.device]:
 def models_in(parts: Iterable[Any], kind: type) -> list[Any]:
     """The models of this class among these parts, or inside them: in torch.compile's module, PeftModel, DDP or another
     wrapper, which may be a module or hold one as an attribute. Each once."""
-    found: dict[int, Any] = {}
-    for part in parts:
-        held = [part] if isinstance(part, torch.nn.Module) else vars(part).values() if hasattr(part, "__dict__") else ()
-        for module in held:
-            if isinstance(module, torch.nn.Module):
-                found |= {id(model): model for model in module.modules() if isinstance(model, kind)}
-    return list(found.values())
+    found = (model for module in modules_in(parts) for model in module.modules() if isinstance(model, kind))
+    return list({id(model): model for model in found}.values())

@@ -10,8 +10,9 @@ a copy or a pickle of the module the host's own forward stands in the place of o
 from __future__ import annotations
 
 import inspect
+import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -52,8 +53,16 @@ class Forward:
         return module
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
-        """What the host would run now."""
-        return bound(self.module)(*args, **kwargs)
+        """What the host would run now.
+
+        A function is called as one: where torch.compile breaks its graph at this call, it would look a bound method up
+        in the module again by its name, find this forward there, and never end (torch 2.13).
+        """
+        module = self.module
+        forward = type(module).forward
+        if isinstance(forward, types.FunctionType):
+            return forward(module, *args, **kwargs)
+        return bound(module)(*args, **kwargs)
 
     @property
     def __self__(self) -> Any:
@@ -151,6 +160,36 @@ def ours_in(module: Any) -> Forward | None:
     """The forward of ours that stands in the module, within hooks or not."""
     found = (held.get(name) for held, name in places(module))
     return next((forward for forward in found if isinstance(forward, Forward) and not forward.ended), None)
+
+
+def modules_in(parts: Iterable[Any]) -> Iterator[Any]:
+    """The modules among these parts, and those that are attributes of others of them (of a caching wrapper, say)."""
+    for part in parts:
+        held = [part] if isinstance(part, torch.nn.Module) else vars(part).values() if hasattr(part, "__dict__") else ()
+        yield from (module for module in held if isinstance(module, torch.nn.Module))
+
+
+def compiled(module: Any) -> bool:
+    """Whether torch.compile has compiled a call of this module: by `Module.compile`, or as torch.compile's own module
+    around another. Not where it was told to do nothing (`disable=True`)."""
+    found = vars(module)
+    call = found.get("_compiled_call_impl")
+    if call is not None:
+        return hasattr(call, "_torchdynamo_orig_callable") and not getattr(call, "_torchdynamo_disable", False)
+    context = found.get("dynamo_ctx")  # of torch.compile's OptimizedModule
+    return context is not None and type(context).__name__ != "DisableContext"
+
+
+def compiled_in(root: Any) -> Iterator[tuple[Any, Any]]:
+    """(module, the one by whose compiled call it runs) of each module in this one that only the compiler calls."""
+    waiting = [(root, None)]
+    while waiting:
+        module, by = waiting.pop()
+        if by is None and compiled(module):
+            by = vars(module)["_modules"].get("_orig_mod", module)
+        if by is not None:
+            yield module, by
+        waiting += [(child, by) for child in module._modules.values() if child is not None]
 
 
 def hooked(module: Any) -> bool:
