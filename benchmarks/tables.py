@@ -274,6 +274,25 @@ def stacking(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def stacking_times(document: dict[str, Any]) -> str:
+    """Features on a GPU: a step of stock with the feature, and of bitfuse with it, by turns."""
+    lines = ["| feature | stock | bitfuse | | peak memory, stock and bitfuse |", "| --- | --- | --- | --- | --- |"]
+    for row in document["rows"]:
+        if not row.get("ms"):
+            continue
+        ms, peak = row["ms"], row["peak_gb"]
+        times = " | ".join(f"{ms[way]['median']:.0f} ms" for way in ("stock", "bitfuse"))
+        peaks = ", ".join(f"{peak[way]:.1f} GB" for way in ("stock", "bitfuse"))
+        lines.append(f"| {row['feature']} | {times} | {row['speedup']:.2f}x | {peaks} |")
+    first = document["rows"][0]
+    lines += [
+        "",
+        f"One step of LTX-{first['version']}, {first['tokens']} tokens, {first['layers']} layers, medians by turns; "
+        f"all sites fused and every bit that of stock with the feature. {_sources([document], '../')}",
+    ]
+    return "\n".join(lines)
+
+
 def _stacked(row: dict[str, Any]) -> str:
     differs = row["differs"] or row["after_restore"]
     return f"**differs**: {differs}" if differs else f"{row['fused']} of {row['seen']}"
@@ -331,6 +350,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for version in ("2.0", "2.3", "2.5")
     },
     "hosts table": lambda: hosts(newest_of_each("model"), newest_of_each("ranks")),
+    "stacking times table": lambda: stacking_times(newest("stacking")),
     "stacking table": lambda: stacking(json.loads(STACKING.read_text())),
     "compatibility table": lambda: compatibility(json.loads(COMPATIBILITY.read_text())),
 }
