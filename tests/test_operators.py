@@ -314,6 +314,18 @@ def outcome(function, *args: Any) -> Any:
         return type(error)
 
 
+def written(t: Tensor, v: Tensor) -> Tensor:
+    """The tensor with these values in its memory; where one element serves many, with those of index 0."""
+    expanded = [
+        dim for dim, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)) if size > 1 and not stride
+    ]
+    once = t
+    for dim in expanded:
+        once, v = once.narrow(dim, 0, 1), v.narrow(dim, 0, 1)
+    once.copy_(v)
+    return t
+
+
 def check_call(operator: Operator, call, device: torch.device) -> bool:
     """Whether the drawn call was fused; every property of it is asserted."""
     case, tokens, drawn, seed = call
@@ -321,7 +333,7 @@ def check_call(operator: Operator, call, device: torch.device) -> bool:
 
     def redrawn(t: Tensor) -> Tensor:
         layout, v = next(remaining), drawn_values(t, generator)
-        return t.copy_(v) if layout is None else laid_out(v, **layout)
+        return written(t, v) if layout is None else laid_out(v, **layout)
 
     args = on_tensors(redrawn, case.arguments(device, tokens=tokens))
     before = [bits(t).clone() for t in tensors_of(args)]

@@ -395,9 +395,9 @@ class Rotary(NamedTuple):
         return None if found is None else f"{self.name} of {host} and bitfuse's reference part here: {found}"
 
 
-def attention_operators(rotary: Iterable[Rotary], perturbed: Operator) -> tuple[Operator, ...]:
-    """All that an attention may call; `perturbed` is the host's for a perturbation mask."""
-    return *(used for one in rotary for used in (one.alone, one.qk)), QK_RMS_NORM, HEAD_GATE, perturbed
+def attention_operators(rotary: Iterable[Rotary], *more: Operator) -> tuple[Operator, ...]:
+    """All that an attention may call; `more` are the host's own, for a perturbation mask say."""
+    return *(used for one in rotary for used in (one.alone, one.qk)), QK_RMS_NORM, HEAD_GATE, *more
 
 
 def attentions(transformer: Any) -> Iterator[tuple[str, bool, Any, Any]]:

@@ -68,7 +68,7 @@ def weighted_sum_head_gate(out: Tensor, value: Tensor, mask: Tensor, logits: Ten
 
 
 @kernel(do_not_specialize=("heads",))
-def _perturbed_attention_kernel(
+def _blend_and_gate_kernel(
     x_ptr, value_ptr, mask_ptr, logits_ptr, out_ptr, heads, mask_batch: tl.int64,
     HEAD_DIM: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr, LERP: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def _plan(
     lanes = power_of_2(head_dim)
     per_program = max(1, _ELEMENTS // lanes)
     return Plan(
-        kernel=_perturbed_attention_kernel,
+        kernel=_blend_and_gate_kernel,
         grid=(-(-heads // per_program), batch, 1),
         scalars=(heads, 0 if mask.shape[0] == 1 else strides(mask)[0]),
         constants={"HEAD_DIM": head_dim, "LANES": lanes, "HEADS": per_program, "LERP": lerp, "FUSED": fused},

@@ -154,6 +154,7 @@ def _cases(gated_only: bool) -> tuple[PerturbedCase, ...]:
         case("video, three samples, by half and by a quarter", 6144, 32, 128, (1.0, 0.5, 0.25), batch=3, real=True),
         case("audio, 5 s, guidance of one of two samples", 126, 32, 64, real=True),
         case("video, 1536x1024x121, guidance of one of two samples", 24576, 32, 128, real=True),
+        case("video, one sample by half", 6144, 32, 128, (0.5,), batch=1, real=True),
         case("video without gates", 6144, 32, 128, gated=False, real=True),
         case("small", 19, 4, 16, (0.75, 0.25)),
         case("small, without gates", 19, 4, 16, (0.75, 0.25), gated=False),
