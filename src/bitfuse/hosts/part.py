@@ -154,7 +154,6 @@ def _compiled(whom: str) -> str:
     return f"torch.compile has compiled this {whom}, and the compiler gets the PyTorch chain itself"
 
 
-@torch.compiler.assume_constant_result
 def _traced(number: int) -> str | None:
     """Note that the compiler traces a whole model: run while it traces, so nothing of this is in its graph.
 
@@ -165,6 +164,10 @@ def _traced(number: int) -> str | None:
         return None
     model.traced = True
     return model.why_not_compiled()
+
+
+# What torch.compiler.assume_constant_result does (torch 2.11 to 2.13), which would import torch._dynamo for it
+_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def leave_to_compiler(root: Any, handle: Handle) -> None:
