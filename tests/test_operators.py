@@ -372,7 +372,7 @@ def takes(operator: Operator, *dtypes: torch.dtype) -> bool:
 def test_any_call_equals_the_reference(operator, device):
     fused = []
 
-    @settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
     @given(call=calls(operator))
     def check(call):
         fused.append(check_call(operator, call, device))
