@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ import bitfuse  # noqa: E402
 from bitfuse.tools import packages, seeded  # noqa: E402
 from bitfuse.tools.bench.bench import LATENTS  # noqa: E402
 from bitfuse.tools.machine import machine  # noqa: E402
-from stacking import FEATURES, ORDERS, Feature, as_json, row  # noqa: E402
+from stacking import FEATURES, ORDERS, Feature, row  # noqa: E402
 
 VERSIONS = ("2.0", "2.3")
 
@@ -47,7 +47,7 @@ def table() -> int:
             continue
         for version in VERSIONS:
             for order in ORDERS:
-                found = as_json(row(feature, version, order, torch.device("cpu"))) | {"how": feature.how}
+                found = asdict(row(feature, version, order, torch.device("cpu"))) | {"how": feature.how}
                 rows.append(found)
                 print(*(found[key] for key in ("feature", "version", "order", "fused", "seen")), file=sys.stderr)
     kept = json.loads(FILE.read_text())["rows"] if FILE.exists() else []

@@ -52,11 +52,6 @@ def _take_out() -> dict[str, Any]:
     return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "bitfuse"}
 
 
-def _spread(ms: list[float]) -> dict[str, Any]:
-    tenths = statistics.quantiles(ms, n=10, method="inclusive")
-    return {"median": statistics.median(ms), "p10": tenths[0], "p90": tenths[-1], "rounds": len(ms)}
-
-
 def operators(builds: list[Build], rounds: int) -> Iterator[dict[str, Any]]:
     """Microseconds of every operator's real cases, in both builds, with a cold L2."""
     new = builds[-1]
@@ -88,6 +83,7 @@ def steps(builds: list[Build], tokens: int, layers: int, rounds: int, version: s
     with new.loaded():
         from bitfuse.tools import seeded
         from bitfuse.tools.bench.bench import _geometry
+        from bitfuse.tools.bench.measure import spread
 
         device = torch.device("cuda")
         geometry = _geometry(device, tokens, layers, version, image_to_video=False)
@@ -122,7 +118,7 @@ def steps(builds: list[Build], tokens: int, layers: int, rounds: int, version: s
             with build.loaded():
                 equal[way] = equal[way] and new.bitfuse.compare(expected, calls[way]()) is None
     row = {"tokens": tokens, "layers": layers, "version": version, "accelerate_s_and_warm_s": warm, "equal": equal}
-    row["ms"] = {way: _spread(found[2:]) for way, found in ms.items()}
+    row["ms"] = {way: spread(found[2:]) | {"rounds": len(found) - 2} for way, found in ms.items()}
     for kind in ("", " graph"):
         if f"old{kind}" in ms and f"new{kind}" in ms:
             pairs = zip(ms[f"new{kind}"][2:], ms[f"old{kind}"][2:], strict=True)

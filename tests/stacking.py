@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -174,10 +174,6 @@ def row(feature: Feature, version: str, order: str, device: torch.device) -> Row
         after and after.sentence,
         tuple(reasons),
     )
-
-
-def as_json(found: Row) -> dict[str, Any]:
-    return asdict(found)
 
 
 if __name__ == "__main__":  # one row, for a look: python tests/stacking.py "LoRA" 2.3

@@ -193,12 +193,13 @@ def _look_again(adapter: Any, target: weakref.ref, models: list[weakref.ref], sh
     if not handle.on:
         return []
     _leave_to_compiler(found, handle)
-    now = list(map(id, adapter.transformers(found)))
+    there = adapter.transformers(found)
+    now = set(map(id, there))
     gone = [model for reference in models if (model := reference()) is not None and id(model) not in now]
     again = "handle.restore() and accelerate it again"
     sites = [Site(type(model).__name__, "none", f"it is no longer the target's: {again}") for model in gone]
     known = {id(reference()) for reference in models}
-    new = [model for model in adapter.transformers(found) if id(model) not in known]
+    new = [model for model in there if id(model) not in known]
     return sites + [
         Site(type(model).__name__, "none", f"it came into the target after that was accelerated: {again}")
         for model in new

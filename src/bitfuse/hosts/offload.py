@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bitfuse.hosts.code import source_hash
 from bitfuse.hosts.handle import Handle
-from bitfuse.run.swap import Forward, hooked, hooked_everywhere, innermost, named, places
+from bitfuse.run.swap import Forward, hooked, hooked_by_torch, innermost, named, places
 
 # By `source_hash`: the class's `pre_forward` and `post_forward`, None where it has none of its own. Read in diffusers
 # 0.38 to 0.42.1 and accelerate 1.0.1 to 1.15.0.
@@ -74,9 +74,7 @@ def who_else(module: torch.nn.Module) -> str | None:
     """The class of who else is called with this module, and not known to only move or cast weights, so that it can not
     be asked; "" for who has none, a hook of PyTorch's or a wrapper; None where there is nobody."""
     found = module.__dict__
-    if hooked_everywhere() or any(found[name] for name in _OF_TORCH):
-        return ""
-    if "_call_impl" in found or found.get("_compiled_call_impl") is not None:
+    if hooked_by_torch(module):
         return ""
     if "weight" not in found["_parameters"]:  # it can't be looked at before a hook has brought what it is made of
         return "its weight is computed at each call, by a parametrization say"
@@ -103,9 +101,6 @@ def who_else(module: torch.nn.Module) -> str | None:
         else:
             return ""
     return None
-
-
-_OF_TORCH = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _moves(hook: Any, before: Any, after: Any) -> bool:

@@ -192,14 +192,19 @@ def compiled_in(root: Any) -> Iterator[tuple[Any, Any]]:
         waiting += [(child, by) for child in module._modules.values() if child is not None]
 
 
-def hooked(module: Any) -> bool:
-    """Whether somebody is called when this module is, or instead of it: torch's hooks, or a foreign forward."""
+def hooked_by_torch(module: Any) -> bool:
+    """Whether PyTorch calls somebody when this module is called, or instead of it: its hooks, a compiled call."""
     found = module.__dict__
     if found["_forward_hooks"] or found["_forward_pre_hooks"] or hooked_everywhere():
         return True
     if found["_backward_hooks"] or found["_backward_pre_hooks"]:
         return True
-    if "_call_impl" in found or found.get("_compiled_call_impl") is not None:
+    return "_call_impl" in found or found.get("_compiled_call_impl") is not None
+
+
+def hooked(module: Any) -> bool:
+    """Whether somebody is called when this module is, or instead of it: by PyTorch, or as a foreign forward."""
+    if hooked_by_torch(module):
         return True
-    forward = found.get("forward")
+    forward = module.__dict__.get("forward")
     return forward is not None and not isinstance(forward, Forward) and not plain(module)
