@@ -4,7 +4,7 @@
 
 ulysses    diffusers' context parallelism: the tokens of video, audio and text divided among the ranks
 fsdp       FSDP2 (`fully_shard`): the weights divided, a block's gathered when it runs
-train      FSDP2 with a LoRA that is trained: the output and the gradients of a step
+train      FSDP2 with a LoRA that is trained: the output and the gradients of a step, in which bitfuse steps aside
 
 The transformer has random weights, the same on every rank. Without GPUs the ranks are processes on the CPU, over gloo,
 with a small transformer in Triton's interpreter. Exit code 0: what every rank computes has the bits of its stock step,
@@ -27,6 +27,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import bitfuse
 from bitfuse.tools import ranks, seeded
 from bitfuse.tools.bench.bench import LATENTS
 
@@ -138,11 +139,16 @@ def of_rank(given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         torch.use_deterministic_algorithms(True)  # the gradients of stock's attention are not, else
         add_lora(model)
     divide = divide_tokens if given.how == "ulysses" else divide_weights
-    divide(model, device)
-    forward = forward_of(model, inputs)
-    step: Callable[[], Any] = training_step(model, forward) if given.how == "train" else torch.no_grad()(forward)
-    sentence = f"{given.how}: {geometry.sentence}"
-    return {"geometry": sentence} | ranks.by_turns(model, step, given.rounds, given.steps, device)
+    with bitfuse.accelerated(model):  # divided while it is accelerated: once, for its bits
+        divide(model, device)
+        forward = forward_of(model, inputs)
+        step: Callable[[], Any] = training_step(model, forward) if given.how == "train" else torch.no_grad()(forward)
+        first = step()
+    found = {"geometry": f"{given.how}: {geometry.sentence}", "trains": given.how == "train"}
+    found |= ranks.by_turns(model, step, given.rounds, given.steps, device)
+    if mismatch := bitfuse.compare(step(), first):
+        found["differs"].append(f"bitfuse, accelerated before it was divided: {mismatch.sentence}")
+    return found
 
 
 if __name__ == "__main__":
