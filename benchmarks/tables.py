@@ -295,7 +295,7 @@ def stacking_times(document: dict[str, Any]) -> str:
 
 
 def compiled(on_cpu: dict[str, Any], on_gpu: dict[str, Any] | None) -> str:
-    """torch.compile with bitfuse's operators as opaque ops: the elements that differ, and times where a GPU was used."""
+    """torch.compile with bitfuse's operators as opaque ops: elements that differ, and times where a GPU was used."""
     documents = [on_cpu, *([on_gpu] if on_gpu else [])]
     ways = dict.fromkeys(way["way"] for document in documents for row in document["rows"] for way in row["ways"])
     timed = list(on_gpu["rows"]) if on_gpu else []

@@ -13,13 +13,15 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 import bitfuse
+from bitfuse.core.kernel import interpreter
 from bitfuse.tools import seeded
+from common import references_launched
 from stacking import FEATURES, LAYERS, ORDERS
 from test_seeded_hosts import _example
 
 diffusers = pytest.importorskip("diffusers", minversion="0.38")
 pytestmark = [
-    pytest.mark.usefixtures("launched_as_reference", "one_rank"),
+    pytest.mark.usefixtures("one_rank"),
     pytest.mark.skipif(not distributed.is_gloo_available(), reason="this PyTorch has no gloo"),
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module"),  # a view is returned, by stock too
 ]
@@ -33,7 +35,8 @@ LORA = next(feature for feature in FEATURES if feature.name == "LoRA")
 def one_rank():
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        yield
+        with interpreter(), references_launched():  # on the CPU, where there is a GPU too
+            yield
     finally:
         distributed.destroy_process_group()
 
