@@ -144,7 +144,7 @@ def of_rank(given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         forward = forward_of(model, inputs)
         step: Callable[[], Any] = training_step(model, forward) if given.how == "train" else torch.no_grad()(forward)
         first = step()
-    found = {"geometry": f"{given.how}: {geometry.sentence}", "trains": given.how == "train"}
+    found = {"geometry": geometry.sentence, "how": given.how, "trains": given.how == "train"}
     found |= ranks.by_turns(model, step, given.rounds, given.steps, device)
     if mismatch := bitfuse.compare(step(), first):
         found["differs"].append(f"bitfuse, accelerated before it was divided: {mismatch.sentence}")

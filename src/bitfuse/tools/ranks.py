@@ -45,7 +45,8 @@ def run(
     """Run this rank's part and show what all found: the exit code.
 
     of_rank    given the options and the rank's device, what `by_turns` gives, with the `geometry` in a sentence, and
-               `trains` True where a step is differentiated: then the PyTorch chains run, and nothing need be fused
+               `how` it is divided where there are several ways; `trains` True where a step is differentiated: then the
+               PyTorch chains run, and nothing need be fused
     host       of the model, one of `HOSTS`
     """
     given = parser.parse_args()
@@ -109,7 +110,7 @@ def together(parts: list[dict[str, Any]], host: str) -> dict[str, Any]:
     times = {way: spread(list(map(max, *(part[way] for part in parts)))) for way in ("stock", "bitfuse")}
     return {
         "machine": machine(),
-        "host": runs.named(host),
+        "host": ", ".join([runs.named(host), *([parts[0]["how"]] if "how" in parts[0] else [])]),
         "ranks": len(parts),
         "backend": distributed.get_backend(),
         "geometry": parts[0]["geometry"],
