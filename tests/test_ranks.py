@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import bitfuse
 from bitfuse.core.kernel import interpreter
+from bitfuse.run.swap import ours_in
 from bitfuse.tools import seeded
 from common import references_launched
 from stacking import FEATURES, LAYERS, ORDERS
@@ -39,6 +41,7 @@ def one_rank():
             yield
     finally:
         distributed.destroy_process_group()
+        gc.collect()  # what was sharded, of which other tests may keep no text
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +73,11 @@ def ltx(example):
     return Ltx(example)
 
 
-def in_order(order, model, use):
+def in_order(order, model, use, **options):
     """An acceleration of the model, which `use` changes before or after."""
     if order == ORDERS[0]:
         use(model)
-    handle = bitfuse.accelerate(model)
+    handle = bitfuse.accelerate(model, **options)
     if order == ORDERS[1]:
         use(model)
     return handle
@@ -92,6 +95,40 @@ def test_sharded_weights_are_fused_and_every_bit_is_that_of_stock(order, ltx, ex
     assert (report.fused, report.seen) == (SITES, SITES)
     of_blocks = model.transformer_blocks.parameters()  # they alone are divided again after a forward
     assert {type(parameter) for parameter in of_blocks} == {DTensor}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_text_is_not_kept_of_sharded_weights_which_are_written_to_without_a_version(order, ltx, example):
+    stock, model = ltx.build(), ltx.build()
+    example.divide_weights(stock, CPU)
+    handle = in_order(order, model, lambda model: example.divide_weights(model, CPU), keep_text=True)
+    before = ltx.step(stock)
+    for _ in range(3):
+        assert bitfuse.compare(before, ltx.step(model)) is None
+    with torch.no_grad():
+        for one in (stock, model):
+            one.transformer_blocks[0].attn2.to_k.weight.mul_(1.5)
+    after = ltx.step(stock)
+    assert bitfuse.compare(before, after) is not None
+    assert bitfuse.compare(after, ltx.step(model)) is None
+    assert (handle.report().fused, handle.report().seen) == (SITES, SITES)
+
+
+def test_a_text_is_kept_once_no_sharded_module_is_left(ltx, example):
+    sharded, model = ltx.build(), ltx.build()
+    example.divide_weights(sharded, CPU)
+    bitfuse.accelerate(model, keep_text=True)
+    text = ours_in(model.transformer_blocks[0].attn2).text
+
+    def twice():
+        for _ in range(2):
+            ltx.step(model)
+        return text.hits
+
+    assert twice() == 0
+    del sharded
+    gc.collect()
+    assert twice() == 1
 
 
 @pytest.mark.parametrize("order", ORDERS)
