@@ -187,6 +187,9 @@ def test_two_pipelines_share_connectors(device):
     handle = bitfuse.accelerate(first)
     with pytest.raises(ValueError, match="without the rest: LTX2TextConnectors; restore"):
         bitfuse.accelerate(second)
+    with bitfuse.accelerated(second) as outer:  # changes nothing
+        assert outer is handle
+        assert not any(ours_in(module) for module in models[1].modules())
     beside = bitfuse.accelerate(second.components["transformer"])
 
     def assert_all_are_stocks():
