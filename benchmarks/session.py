@@ -30,7 +30,9 @@ from rich.table import Table
 
 BENCH, VERIFY = "-m bitfuse bench --only", "-m bitfuse verify --json"
 STUBS = "tests/sglang_host.py"  # stands in for what SGLang imports and its LTX-2 does not use, where that is missing
-RANKS = f"python -m torch.distributed.run --standalone --nproc-per-node 2 {STUBS} examples/sglang_ranks.py"
+TWO = "python -m torch.distributed.run --standalone --nproc-per-node 2"
+RANKS = f"{TWO} {STUBS} examples/sglang_ranks.py"
+DIFFUSERS_RANKS = f"{TWO} examples/diffusers_ranks.py"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ PLANS = {
         Command("ranks", f"{RANKS} --tokens 6144 --json FILE", 240),
         Command("2.3-ranks", f"{RANKS} --tokens 6144 --ltx 2.3 --json FILE", 240),
     ],
+    "two-gpus-diffusers": [
+        Command("ulysses-ranks", f"{DIFFUSERS_RANKS} --how ulysses --tokens 6144 --json FILE", 180),
+        Command("fsdp-ranks", f"{DIFFUSERS_RANKS} --how fsdp --tokens 6144 --json FILE", 180),
+        Command("trained", f"{DIFFUSERS_RANKS} --how train --tokens 1536 --layers 8 --json FILE", 180),
+    ],
+    "compiled": [Command("compiled", "python benchmarks/compiled.py --layers 8 --out FILE", 400)],
 }
 
 

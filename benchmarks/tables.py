@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COMPATIBILITY = ROOT / "benchmarks" / "compatibility.json"
 STACKING = ROOT / "benchmarks" / "stacking.json"
+COMPILED = ROOT / "benchmarks" / "compiled.json"
 PAGES = ("README.md", "docs/hosts.md", "docs/stacking.md")
 SHOWN = ([1, 6144, 4096], [1, 24576, 4096], [1, 6144, 2048], [1, 126, 2048])  # the others are in the JSON
 
@@ -293,6 +294,79 @@ def stacking_times(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def compiled(on_cpu: dict[str, Any], on_gpu: dict[str, Any] | None) -> str:
+    """torch.compile with bitfuse's operators as opaque ops: elements that differ, and times where a GPU was used."""
+    documents = [on_cpu, *([on_gpu] if on_gpu else [])]
+    ways = dict.fromkeys(way["way"] for document in documents for row in document["rows"] for way in row["ways"])
+    timed = list(on_gpu["rows"]) if on_gpu else []
+    heads = [f"{row['tokens']} tokens, on the GPU" for row in timed]
+    lines = ["| " + " | ".join(["way", "elements that differ, on the CPU", *heads]) + " |"]
+    lines += ["| --- |" + " --- |" * (1 + len(timed))]
+    for way in ways:
+        if way == "stock":
+            continue
+        cells = [_that_differ(_of_way(on_cpu["rows"], way)), *(_timed_way(row, way) for row in timed)]
+        lines.append(f"| {_compiled_label(way)} | {' | '.join(cells)} |")
+    first = on_cpu["rows"][0]
+    left = first["left"]
+    count = {name: left.get(f"aten.{name}.default", 0) for name in ("addmm", "gelu")}
+    attentions = sum(n for name, n in left.items() if "scaled_dot_product" in name)
+    versions, seeds = ({row[key] for row in on_cpu["rows"]} for key in ("version", "seed"))
+    machine = on_cpu["machine"]
+    sentences = [
+        f"What is left between the operators of a block of LTX-{first['version']}: {count['addmm']} matmuls, "
+        f"{attentions} attentions, {count['gelu']} GELUs, views and copies.",
+        f"On the CPU: a forward of each of LTX-{' and LTX-'.join(sorted(versions))} for each of {len(seeds)} seeds, "
+        f"{first['layers']} layers; torch {machine['torch']}, diffusers {machine['diffusers']}, {machine['date'][:10]} "
+        "([JSON](../benchmarks/compiled.json), by `benchmarks/compiled.py`).",
+    ]
+    if on_gpu:
+        sentences += [_fastest_exact(row) for row in timed]
+        sentences.append(f"{timed[0]['layers']} layers, medians by turns. {_sources([on_gpu], '../')}")
+    return "\n".join([*lines, "", " ".join(sentences)])
+
+
+def _of_way(rows: list[dict[str, Any]], way: str) -> list[dict[str, Any]]:
+    return [found for row in rows for found in row["ways"] if found["way"] == way]
+
+
+def _that_differ(found: list[dict[str, Any]]) -> str:
+    if not found:
+        return "-"
+    if any("failed" in one for one in found):
+        return "does not run"
+    return f"{sum(one['differing'] for one in found)} of {sum(one['elements'] for one in found)}"
+
+
+def _timed_way(row: dict[str, Any], way: str) -> str:
+    found = _of_way([row], way)
+    time = f"{found[0]['ms']['median']:.1f} ms, " if found and "ms" in found[0] else ""
+    return time + _that_differ(found)
+
+
+def _compiled_label(way: str) -> str:
+    """A way of `benchmarks/compiled.py`, as the table names it."""
+    whose, _, how = way.partition(", ")
+    if how in ("", "CUDA graph"):
+        return "`accelerate(cuda_graph=True)`" if how else "`accelerate`"
+    return f"{'stock' if whose == 'stock' else 'opaque operators'}, {how}"
+
+
+def _fastest_exact(row: dict[str, Any]) -> str:
+    """Of the compiled ways that keep every bit the fastest, beside bitfuse's own CUDA graph."""
+    exact = {way["way"]: way["ms"]["median"] for way in row["ways"] if "ms" in way and not way["differing"]}
+    ours = exact.pop("bitfuse, CUDA graph", None)
+    compiled = {way: ms for way, ms in exact.items() if way not in ("stock", "bitfuse")}
+    if not compiled or ours is None:
+        return f"At {row['tokens']} tokens no compiled way keeps every bit."
+    best = min(compiled, key=lambda way: compiled[way])
+    ratio = compiled[best] / ours
+    return (
+        f"At {row['tokens']} tokens the fastest compiled way that keeps every bit ({_compiled_label(best)}) takes "
+        f"{ratio:.2f}x the time of bitfuse's own graph."
+    )
+
+
 def _stacked(row: dict[str, Any]) -> str:
     differs = row["differs"] or row["after_restore"]
     return f"**differs**: {differs}" if differs else f"{row['fused']} of {row['seen']}"
@@ -332,6 +406,11 @@ def newest(name: str) -> dict[str, Any]:
     return _load(max(RESULTS.glob(f"*-{name}.json")))
 
 
+def newest_or_none(name: str) -> dict[str, Any] | None:
+    """`newest`, or None where nothing of that name was measured yet."""
+    return newest(name) if any(RESULTS.glob(f"*-{name}.json")) else None
+
+
 def newest_of_each(name: str) -> list[dict[str, Any]]:
     """Of all documents whose names end so, the latest of each name: a measurement may take several days' commands."""
     latest = {path.name[len("2026-11-23-") :]: path for path in sorted(RESULTS.glob(f"*-{name}.json"))}
@@ -351,6 +430,7 @@ TABLES: dict[str, Callable[[], str]] = {
     },
     "hosts table": lambda: hosts(newest_of_each("model"), newest_of_each("ranks")),
     "stacking times table": lambda: stacking_times(newest("stacking")),
+    "compiled table": lambda: compiled(json.loads(COMPILED.read_text()), newest_or_none("compiled")),
     "stacking table": lambda: stacking(json.loads(STACKING.read_text())),
     "compatibility table": lambda: compatibility(json.loads(COMPATIBILITY.read_text())),
 }

@@ -13,6 +13,7 @@ import bitfuse
 from bitfuse.core.kernel import interpreter
 from bitfuse.run.swap import ours_in
 from test_diffusers import V20, make
+from test_diffusers import run as run_transformer
 
 upstream = pytest.importorskip("diffusers.pipelines.ltx2.connectors")
 
@@ -175,6 +176,42 @@ def test_a_pipeline_of_which_a_part_is_accelerated_is_refused_and_left_as_it_is(
     assert len(whole.sites) > sites
     assert bitfuse.accelerate(part) is bitfuse.accelerate(pipe) is whole
     whole.restore()
+
+
+@pytest.mark.usefixtures("launched_as_reference")
+def test_two_pipelines_share_connectors(device):
+    """Those are the first one's; the second one's transformer is accelerated by itself, and either may end first."""
+    text, models = connectors(device=device), [make(V20, device=device, seed=seed) for seed in (0, 1)]
+    first, second = (pipeline(model, text) for model in models)
+    stock, steps = run(text), [run_transformer(model) for model in models]
+    handle = bitfuse.accelerate(first)
+    with pytest.raises(ValueError, match="without the rest: LTX2TextConnectors; restore"):
+        bitfuse.accelerate(second)
+    with bitfuse.accelerated(second) as outer:  # changes nothing
+        assert outer is handle
+        assert not any(ours_in(module) for module in models[1].modules())
+    beside = bitfuse.accelerate(second.components["transformer"])
+
+    def assert_all_are_stocks():
+        assert_same(stock, run(text))
+        for step, model in zip(steps, models, strict=True):
+            assert_same(step, run_transformer(model))
+
+    assert_all_are_stocks()
+    for found in (handle, beside):
+        assert set(states(found).values()) == {"fused"}
+    assert names()[0] in states(handle)
+    assert names()[0] not in states(beside)
+    handle.restore()
+    fused = sum(site.fused for site in beside.sites)
+    assert_all_are_stocks()
+    assert sum(site.fused for site in beside.sites) > fused
+    assert not any(ours_in(module) for module in (*text.modules(), *models[0].modules()))
+    beside.restore()
+    with bitfuse.accelerated(second) as whole:
+        assert_all_are_stocks()
+        assert set(states(whole).values()) == {"fused"}
+        assert names()[0] in states(whole)
 
 
 def test_the_connectors_are_in_no_cuda_graph():

@@ -75,6 +75,44 @@ def test_a_feature_has_a_row_with_both_orders_and_says_where_bits_differ():
     assert table[2] == "| LoRA | 3 of 4, 4 of 4 | **differs**: at [0] | `so` |"
 
 
+def test_ways_to_compile_have_a_row_each_with_a_gpus_times_or_without():
+    def row(differing, **ms):
+        ways = [{"way": way, "differing": differing.get(way, 0), "elements": 9} for way in ways_of]
+        ways = [way | ({"ms": {"median": ms[way["way"]]}} if way["way"] in ms else {}) for way in ways]
+        ways.append({"way": "bitfuse, odd", "failed": "RuntimeError: no"})
+        return {
+            "version": "2.0",
+            "seed": 0,
+            "layers": 2,
+            "tokens": 6144,
+            "left": {"aten.gelu.default": 2},
+            "ways": ways,
+        }
+
+    ways_of = ["stock", "bitfuse", "bitfuse, CUDA graph", "stock, inductor", "bitfuse, inductor"]
+    machine = dict.fromkeys(("device", "driver", "torch", "triton", "diffusers"), "1") | {"date": "2026-11-29T"}
+    on_cpu = {"machine": machine, "rows": [row({"stock, inductor": 4}), row({"stock, inductor": 3})]}
+    table = _tables().compiled(on_cpu, None).splitlines()
+    assert table[:2] == ["| way | elements that differ, on the CPU |", "| --- | --- |"]
+    assert table[2:7] == [
+        "| `accelerate` | 0 of 18 |",
+        "| `accelerate(cuda_graph=True)` | 0 of 18 |",
+        "| stock, inductor | 7 of 18 |",
+        "| opaque operators, inductor | 0 of 18 |",
+        "| opaque operators, odd | does not run |",
+    ]
+    assert "0 matmuls, 0 attentions, 2 GELUs" in table[-1]
+    assert "GPU" not in "".join(table)
+    times = {"stock": 9.0, "bitfuse": 4.0, "bitfuse, CUDA graph": 2.0, "stock, inductor": 1.0, "bitfuse, inductor": 3.0}
+    on_gpu = {"machine": machine, "path": "x-compiled.json", "rows": [row({"stock, inductor": 4}, **times)]}
+    table = _tables().compiled(on_cpu, on_gpu).splitlines()
+    assert table[4] == "| stock, inductor | 7 of 18 | 1.0 ms, 4 of 9 |"
+    fastest = "the fastest compiled way that keeps every bit (opaque operators, inductor) takes 1.50x the time"
+    assert f"At 6144 tokens {fastest} of bitfuse's own graph." in table[-1]
+    on_gpu["rows"] = [row({"stock, inductor": 4, "bitfuse, inductor": 1}, **times)]
+    assert "At 6144 tokens no compiled way keeps every bit." in _tables().compiled(on_cpu, on_gpu)
+
+
 def _step(tokens, stock_ms, launches=10_000, **more):
     ms = {"stock": {"median": stock_ms}, "bitfuse": {"median": stock_ms / 2}}
     kernels = {"stock": {"matmul": 50.0, "attention": 20.0, "other": 30.0, "launches": launches}}

@@ -22,7 +22,7 @@ from bitfuse.cli import app
 from bitfuse.core.kernel import interpreter
 from bitfuse.hosts.site import Site
 from bitfuse.tools import explain as sites
-from bitfuse.tools import seeded
+from bitfuse.tools import ranks, seeded
 from bitfuse.tools.compare import comparison, conformance, demo, runs
 from bitfuse.tools.compare.request import Request
 from bitfuse.tools.prove import document, verify
@@ -355,42 +355,68 @@ def test_a_folder_without_ltx_core_is_named(monkeypatch, tmp_path, capsys):
 
 # -- several ranks -----------------------------------------------------------------------------------------------------
 
+RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+EQUAL = "What every rank computes is what its stock step computes, in every bit."
+
 
 @pytest.mark.slow  # half a minute of two processes; test_sglang has the passes of sequence parallelism in one
 def test_two_ranks_of_sglang_are_their_stock_steps_and_fuse_the_same_sites(tmp_path):
     sglang_host.ready()
     out = tmp_path / "ranks.json"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--ltx", "2.3", "--layers", "1", "--rounds", "2", "--steps", "1", "--json", out]
     done = subprocess.run(
-        [*start, sglang_host.__file__, EXAMPLES / "sglang_ranks.py", *options],
+        [*RANKS, sglang_host.__file__, EXAMPLES / "sglang_ranks.py", *options],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "Both streams of every rank are those of its stock step in every bit." in done.stdout
+    assert EQUAL in done.stdout
     found = json.loads(out.read_text())
     assert (found["ranks"], found["backend"], found["differs"]) == (2, "gloo", {})
     assert found["sites_fused"] == [25, 25], "all of a block, and the output's modulation"
     assert "48 video" in found["geometry"], "of the whole clip"
 
 
+@pytest.mark.slow  # a quarter of a minute of two processes each; test_ranks has FSDP2 in one
+@pytest.mark.parametrize(("how", "ltx", "fused"), [("ulysses", "2.3", 24), ("fsdp", "2.0", 16), ("train", "2.0", 0)])
+def test_two_ranks_of_diffusers_are_their_stock_steps_and_fuse_the_same_sites(how, ltx, fused, tmp_path):
+    pytest.importorskip("diffusers", minversion="0.42")
+    if how == "train":
+        pytest.importorskip("peft")
+    out = tmp_path / "ranks.json"
+    options = ["--how", how, "--ltx", ltx, "--layers", "1", "--rounds", "2", "--steps", "1", "--json", out]
+    done = subprocess.run(
+        [*RANKS, EXAMPLES / "diffusers_ranks.py", *options], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert EQUAL in done.stdout
+    found = json.loads(out.read_text())
+    assert (found["ranks"], found["backend"], found["differs"]) == (2, "gloo", {})
+    assert found["sites_fused"] == [fused, fused]
+    assert found["trains"] == (how == "train")
+
+
 @pytest.mark.parametrize(
     "part", [{"differs": ["bitfuse: differs"]}, {"sites": ["others"]}, {"fused": 0}], ids=lambda part: next(iter(part))
 )
 def test_one_rank_that_is_not_as_promised_fails_them_all(monkeypatch, part):
-    sglang_host.upstream()
-    example = _example("sglang_ranks")
-    monkeypatch.setattr(example.distributed, "get_backend", lambda: "gloo")
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(ranks.distributed, "get_backend", lambda: "gloo")
     times = {"stock": [1.0, 2.0], "bitfuse": [1.0, 2.0]}
     good = {"geometry": "", **times, "differs": [], "sites": [], "fused": 9, "seen": 9}
-    found = example.together([good, good])
-    assert example.as_promised(found)
+
+    def together(*parts):
+        return ranks.together(list(parts), "diffusers")
+
+    found = together(good, good)
+    assert ranks.as_promised(found)
     assert found["ms"]["stock"]["median"] == 1.5
-    assert example.together([good, good | {"bitfuse": [4.0, 4.0]}])["speed_up"] == 1.5 / 4, "the slowest rank counts"
-    assert not example.as_promised(example.together([good, good | part]))
+    assert together(good, good | {"bitfuse": [4.0, 4.0]})["speed_up"] == 1.5 / 4, "the slowest rank counts"
+    assert not ranks.as_promised(together(good, good | part))
+    training = {"trains": True}
+    assert ranks.as_promised(together(good | training, good | training | part)) == ("fused" in part)
 
 
 @pytest.mark.parametrize(("version", "ranks", "name"), [("2.0", 3, "frames"), ("2.3", 4, "audio_frames")])

@@ -192,10 +192,10 @@ def _peft(model):
 
 
 def _data_parallel(model):
-    return torch.nn.DataParallel(model)  # wraps as DistributedDataParallel does, which needs a process group
+    return torch.nn.DataParallel(model)
 
 
-WRAPPERS = {
+WRAPPERS = {  # DistributedDataParallel, which needs a process group, is in test_ranks.py
     "PeftModel": _peft,
     "DataParallel": _data_parallel,
     "a caching wrapper": Caching,
@@ -230,14 +230,22 @@ def test_what_is_no_ltx_model_is_named_beside_one_that_is(ltx):
     assert "torch.nn.modules.linear.Linear, in which no LTX2VideoTransformer3DModel was found" in row.declined
 
 
+class DiffusersPipeline(diffusers.DiffusionPipeline):
+    """One of diffusers' own kind, whose `components` are its attributes."""
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.register_modules(transformer=transformer)
+
+
 def test_another_transformer_put_into_the_pipeline_is_named(ltx):
     build, step = ltx
     first, other = build(), build()
-    pipe = Pipeline(transformer=first)
+    pipe = DiffusersPipeline(first)
     handle = bitfuse.accelerate(pipe)
     step(first)()
     assert handle.report().fused == SITES
-    pipe.components["transformer"] = other
+    pipe.transformer = other
     report = handle.report()
     assert (report.fused, report.seen) == (SITES, SITES + 2)
     gone, new = [site for site in report.sites if site.operator == "none"]

@@ -2,7 +2,8 @@
 
 "The same" means the same tensor object at the same address, of the same PyTorch version counter (every in-place op
 counts it up), and weights of the same storage and version: a fact that costs no wait for the device. It is not the
-whole truth: writes through `.data`, numpy, DLPack, shared memory and `torch.distributed.broadcast` count up no version.
+whole truth: writes through `.data`, numpy, DLPack, shared memory and `torch.distributed.broadcast` count up no version,
+nor do FSDP2's, beside which nothing is kept.
 So nothing is kept by default; what is here serves `keep_text=True`, where the user says that there are no such writes.
 A result is dropped when its input is freed, when it was written into, when two newer ones have come, and on
 `restore()`. Nothing is kept or used where a tensor has no version counter (inference mode), a CUDA graph is captured
@@ -12,6 +13,7 @@ A result is dropped when its input is freed, when it was written into, when two 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -98,6 +100,8 @@ def _stamp(x: Tensor) -> tuple[Tensor, Any, Any, Any, Any, Any, Any] | None:
 
 def weights(*linears: Any) -> Hashable:
     """What the result of these linear layers depends on besides their input; None where one can't be looked into."""
+    if _gathered():
+        return None
     found: list[Hashable] = []
     for linear in linears:
         if type(linear) is not torch.nn.Linear or hooked(linear):
@@ -107,6 +111,19 @@ def weights(*linears: Any) -> Hashable:
                 return None
             found.append(None if p is None else (StorageWeakRef(p.untyped_storage()), p.storage_offset(), p._version))
     return tuple(found)
+
+
+def _gathered() -> bool:
+    """Whether a weight may be one that FSDP2 has gathered: it divides those of some module that is alive.
+
+    It gathers a weight into the same parameter and storage before every forward and counts no version for it. Neither
+    the weight nor its module tells: it may be a module around that one whose weights are divided (torch 2.13).
+    """
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if kind is None or not kind.__subclasses__():  # it derives a class from that of every module it divides
+        return False
+    alive = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None)
+    return alive is None or any(isinstance(module, kind) for module in tuple(alive))
 
 
 # -- beside a CUDA graph -----------------------------------------------------------------------------------------------
