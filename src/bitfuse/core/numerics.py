@@ -75,12 +75,12 @@ def _silu_twin(value):
 
 @kernel(twin=_silu_twin)
 def silu(value):
-    """value / (1 + e^-value) in fp32, as ATen's `silu` has it on CUDA.
+    """value / (1 + e^-value) in fp32, of a bf16 value and to be rounded to bf16: then it equals ATen's `silu` on CUDA.
 
-    All values of bf16 and of fp16 equal (H200, torch 2.11, 2026-11-29). With the approximate division those of bf16
-    do, too, and one of fp16 does not.
+    Of all values of bf16 (H200, torch 2.11, 2026-11-29), with this approximate division as with a rounded one, which is
+    slower. One value of fp16 needs the rounded one.
     """
-    return divide(value, 1.0 + exponential(negate(value)))
+    return value / (1.0 + exponential(negate(value)))
 
 
 @kernel
