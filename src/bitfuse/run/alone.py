@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 
 import torch
 from torch import Tensor
@@ -11,18 +12,25 @@ from torch import Tensor
 def alone(t: Tensor) -> bool:
     """Whether nobody but the caller's one variable holds this tensor or its memory, so that it may be written into.
 
+    t    any tensor; False where it is not a plain one, dense in its memory, whichever code has made it
+
     `F.linear` of three dimensions returns a view of what it computed, of which that view is to be the only holder.
+    Memory that PyTorch has from somebody else (numpy, DLPack, a library's buffer) can't be resized, and may be theirs.
     """
-    return _holders(t) == _ALONE[t._base is not None] and sys.getrefcount(t) <= _REFERENCES
+    if type(t) is not Tensor or t.layout is not torch.strided or not t.is_contiguous():
+        return False
+    holders = _holders(t)
+    return holders == _ALONE[t._base is not None] and sys.getrefcount(t) <= _REFERENCES
 
 
-def _holders(t: Tensor) -> tuple[int, int]:
-    """How many hold its memory, in C++, and the tensor that it is a view of, in Python."""
-    memory = torch._C._storage_Use_Count(t.untyped_storage()._cdata)
-    return memory, 0 if t._base is None else sys.getrefcount(t._base)
+def _holders(t: Tensor) -> tuple[int, int, int, bool]:
+    """How many hold its memory, in C++; the tensor that it is a view of, in Python; weakly; and whose memory it is."""
+    memory = t.untyped_storage()
+    base = 0 if t._base is None else sys.getrefcount(t._base)
+    return torch._C._storage_Use_Count(memory._cdata), base, weakref.getweakrefcount(t), memory.resizable()
 
 
-def _calibrate() -> tuple[int, tuple[tuple[int, int], tuple[int, int]]]:
+def _calibrate() -> tuple[int, tuple[tuple[int, int, int, bool], tuple[int, int, int, bool]]]:
     """What `alone` sees of tensors that one variable holds: versions of Python and PyTorch count in different ways."""
 
     def references(t: Tensor) -> int:

@@ -12,10 +12,10 @@ A result is dropped when its input is freed, when it was written into, when two 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,40 +23,58 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef  # its storage's address is not given to another meanwhile
 
 from bitfuse.core.bits import as_tuple
-from bitfuse.core.conditions import around
-from bitfuse.run.swap import hooked
+from bitfuse.core.conditions import around, watched
+from bitfuse.run.swap import hooked, named
 from bitfuse.run.twin import flat, stand_in
 
 _KEPT = 2  # results of one function: the conditional and the unconditional prompt, say
 _here = threading.local()  # .prelude: the one in use in this thread, for a model may be called in another meanwhile
 
 
-class Constant:
-    """Results of one function of one tensor, by the tensor. `hits` and `misses` count its calls."""
+class Unknown(str):
+    """Why it can't be told what a result depends on."""
 
-    def __init__(self) -> None:
-        self._kept: list[tuple[weakref.ref, Hashable, Any, tuple[int, ...]]] = []
+    __slots__ = ()
+
+
+def _nobody(reason: str) -> None:
+    pass
+
+
+class Constant:
+    """Results of one function of one tensor, by the tensor. `hits` and `misses` count its calls.
+
+    fall    told why a result is computed that was to be kept (`run.extra.Extra.fall`); not of a first call's
+    """
+
+    def __init__(self, fall: Callable[[str], None] = _nobody) -> None:
+        self._kept: list[tuple[weakref.ref, tuple[Hashable, Hashable], Any, tuple[int, ...]]] = []
         self.hits = self.misses = 0
+        self.fall = fall
 
     @classmethod
-    def until_restored(cls, handle: Any) -> Constant:
+    def until_restored(cls, handle: Any, fall: Callable[[str], None] = _nobody) -> Constant:
         """A new one, which is emptied when the handle is restored; the handle does not keep it alive."""
-        constant = cls()
+        constant = cls(fall)
         clear = weakref.WeakMethod(constant.clear)
         handle.on_restore(lambda: (found := clear()) is not None and found())
         return constant
 
     def of(self, x: Tensor, extra: Hashable, compute: Callable[[Tensor], Any]) -> Any:
-        """compute(x), or what it gave for this tensor and this `extra` before. `extra` None: compute it.
+        """compute(x), or what it gave for this tensor and this `extra` before. `extra` `Unknown`: compute it.
 
         compute    a function of x alone, and of what `extra` stands for
         """
         prelude: Prelude | None = getattr(_here, "prelude", None)
         if prelude is not None and (handed := prelude.handed_out(self, x)) is not None:
             return handed
-        stamp = None if extra is None else _stamp(x)
-        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if stamp is None or capturing or next(around(), None) is not None:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return compute(x)
+        stamp, reason = _stamp(x), next(around(), None) if watched() else None
+        if reason is None:
+            reason = extra if type(extra) is Unknown else _NO_STAMP if stamp is None else None
+        if stamp is None or reason is not None:
+            self.fall(reason or _NO_STAMP)
             return compute(x)
         value = self._kept_or_computed(stamp, extra, x, compute)
         if prelude is not None:
@@ -64,14 +82,18 @@ class Constant:
         return value
 
     def _kept_or_computed(self, stamp: tuple, extra: Hashable, x: Tensor, compute: Callable[[Tensor], Any]) -> Any:
-        root, key = stamp[0], (*stamp[1:], extra)
+        root, key = stamp[0], (stamp[1:], extra)
         for ref, kept_key, value, versions in self._kept:
             if ref() is root and kept_key == key and _versions(value) == versions:
                 self.hits += 1
                 return value
         self.misses += 1
+        if any(ref() is root and seen == key[0] for ref, (seen, _), _, _ in self._kept):
+            self.fall("its weights were written to or moved since the text was kept (offload moves them at every call)")
         value = compute(x)
-        if not torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            self.fall("gradients are enabled; torch.no_grad() allows it")
+        else:
             entry = (weakref.ref(root, self._drop), key, value, _versions(value))
             self._kept = [*self._kept[1 - _KEPT :], entry]
         return value
@@ -96,23 +118,69 @@ def _stamp(x: Tensor) -> tuple[Tensor, Any, Any, Any, Any, Any, Any] | None:
     return root, x._version, x.data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
+_NO_STAMP = "the text is a tensor of a class of its own, or of inference mode, where PyTorch does not count writes"
+
+
 def weights(*linears: Any) -> Hashable:
-    """What the result of these linear layers depends on besides their input; None where one can't be looked into."""
+    """What the result of these linear layers depends on besides their input; `Unknown` where one can't be looked into.
+
+    A weight may be a quantised one: a tensor of a class of its own that consists of plain ones, as it tells PyTorch
+    itself (`__tensor_flatten__`, with all else that it is made by).
+    """
     found: list[Hashable] = []
     for linear in linears:
-        if type(linear) is not torch.nn.Linear or hooked(linear):
-            return None
+        if type(linear) is not torch.nn.Linear:
+            return Unknown(f"a linear layer of the text is a {named(type(linear))}, not torch's own")
+        if hooked(linear):
+            return Unknown("a linear layer of the text has a hook (offload, layerwise casting)")
         for p in (linear.weight, linear.bias):
-            if p is not None and (type(p) is not torch.nn.Parameter or p.is_inference()):
-                return None
-            found.append(None if p is None else (StorageWeakRef(p.untyped_storage()), p.storage_offset(), p._version))
+            if p is None:
+                found.append(None)
+            elif type(p) is torch.nn.Parameter and not p.is_inference():
+                found.append((StorageWeakRef(p.untyped_storage()), p.storage_offset(), p._version))
+            elif (parts := _parts(p)) is None:
+                return Unknown(f"a weight for the text is a {named(type(p))}, which can't be looked into")
+            else:
+                found.append(parts)
     return tuple(found)
+
+
+def _parts(t: Any) -> Hashable | None:
+    """What a tensor consists of: the same where it is the same. None where that can't be told."""
+    if type(t) in (Tensor, torch.nn.Parameter):
+        if t.is_inference():
+            return None
+        return StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
+    flatten = getattr(t, "__tensor_flatten__", None)
+    if flatten is None:
+        return None
+    names, rest = flatten()
+    parts = tuple(_parts(getattr(t, name)) for name in names)
+    found = type(t), _frozen(rest), parts
+    try:
+        hash(found)
+    except TypeError:
+        return None
+    return None if None in parts else found
+
+
+def _frozen(value: Any) -> Any:
+    """A value as one that hashes, and that equals only what is the same in every bit: 1 is not True, nor 0.0 -0.0."""
+    if isinstance(value, dict):
+        return dict, tuple((key, _frozen(v)) for key, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(_frozen, value))
+    if isinstance(value, float):
+        return type(value), repr(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value), _frozen(vars(value))
+    return type(value), value
 
 
 # -- beside a CUDA graph -----------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclasses.dataclass
 class _Noted:
     """One call of a `Constant`. `x`, `value` and `memory` are the forward's at first, then those that stay."""
 

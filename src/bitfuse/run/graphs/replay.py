@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 _KEYS_KEPT = 256  # keys remembered, most of them without a graph
 
+FIRST = "a first call with these inputs and settings"
+"""The reason of a call that runs without a graph as each first one does; any other is one that lost something."""
+
 
 @dataclasses.dataclass
 class _Graph:
@@ -287,7 +290,7 @@ class GraphedForward:
         if entry.calls <= entry.wait:
             while len(self._entries) > _KEYS_KEPT:
                 self._drop(self._entries.popitem(last=False)[1])
-            return self._eagerly(self._news or "a first call with these inputs and settings", args, kwargs, alone=True)
+            return self._eagerly(self._news or FIRST, args, kwargs, alone=True)
         offset, prelude = self._cuda.drawn(call.device), self._prelude() if self._prelude else None
         with prelude.in_use() if prelude else contextlib.nullcontext():
             result = self._eagerly(None, args, kwargs, alone=True)
