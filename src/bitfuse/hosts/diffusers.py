@@ -20,7 +20,7 @@ from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
 from bitfuse.core.conditions import around, watched
-from bitfuse.hosts import ltx2, offload
+from bitfuse.hosts import lora, ltx2, offload
 from bitfuse.hosts.handle import Handle
 from bitfuse.hosts.ltx2 import ABSENT, AUDIO, COMPOSED, UNGATED, VIDEO, Ada, Rotary, RotaryTrial, Stream, Tables
 from bitfuse.hosts.part import Model, ModelForward, Part
@@ -30,7 +30,6 @@ from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.perturbed_attention import LERP_HEAD_GATE
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_SPLIT_FP32
 from bitfuse.ops.rope import INTERLEAVED_FP32, SPLIT_FP32
-from bitfuse.run import memo
 from bitfuse.run.alone import alone
 from bitfuse.run.graphs import graph_forward
 from bitfuse.run.memo import Constant, Prelude
@@ -167,7 +166,7 @@ class Attention(Part):
                 key = attn.to_k(context)
                 value = attn.to_v(context) if value is None else value
             else:
-                weights = memo.weights(attn.to_k, attn.to_v)
+                weights = lora.weights(attn.to_k, attn.to_v)
                 key, value = self.text.of(context, weights, lambda text: (attn.to_k(text), attn.to_v(text)))
             query, key = self._norm_and_rotate(attn, query, key, query_rotary_emb, key_rotary_emb)
             out = upstream.dispatch_attention_fn(
@@ -419,7 +418,7 @@ class Projection(Part):
         self.kept.fall(reason)
 
     def fused(self, projection: Any, caption: Tensor) -> Tensor:
-        weights = memo.weights(projection.linear_1, projection.linear_2)
+        weights = lora.weights(projection.linear_1, projection.linear_2)
         return self.kept.of(caption, weights, lambda caption: _Projection.forward(projection, caption))
 
 

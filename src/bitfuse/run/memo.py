@@ -88,7 +88,9 @@ class Constant:
                 self.hits += 1
                 return value
         self.misses += 1
-        if any(ref() is root and seen == key[0] for ref, (seen, _), _, _ in self._kept):
+        others = [entry for entry in self._kept if entry[0]() is not root or entry[1][0] != key[0]]
+        if len(others) < len(self._kept):  # of this text, by other weights, which may never be the same again
+            self._kept = others
             self.fall("its weights were written to or moved since the text was kept (offload moves them at every call)")
         value = compute(x)
         if torch.is_grad_enabled():
@@ -118,6 +120,7 @@ def _stamp(x: Tensor) -> tuple[Tensor, Any, Any, Any, Any, Any, Any] | None:
     return root, x._version, x.data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
+HOOKED = "a linear layer of the text has a hook (offload, layerwise casting)"
 _NO_STAMP = "the text is a tensor of a class of its own, or of inference mode, where PyTorch does not count writes"
 
 
@@ -132,7 +135,7 @@ def weights(*linears: Any) -> Hashable:
         if type(linear) is not torch.nn.Linear:
             return Unknown(f"a linear layer of the text is a {named(type(linear))}, not torch's own")
         if hooked(linear):
-            return Unknown("a linear layer of the text has a hook (offload, layerwise casting)")
+            return Unknown(HOOKED)
         for p in (linear.weight, linear.bias):
             if p is None:
                 found.append(None)
@@ -156,7 +159,7 @@ def _parts(t: Any) -> Hashable | None:
         return None
     names, rest = flatten()
     parts = tuple(_parts(getattr(t, name)) for name in names)
-    found = type(t), _frozen(rest), parts
+    found = type(t), frozen(rest), parts
     try:
         hash(found)
     except TypeError:
@@ -164,16 +167,16 @@ def _parts(t: Any) -> Hashable | None:
     return None if None in parts else found
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
     """A value as one that hashes, and that equals only what is the same in every bit: 1 is not True, nor 0.0 -0.0."""
     if isinstance(value, dict):
-        return dict, tuple((key, _frozen(v)) for key, v in value.items())
+        return dict, tuple((key, frozen(v)) for key, v in value.items())
     if isinstance(value, (list, tuple)):
-        return type(value), tuple(map(_frozen, value))
+        return type(value), tuple(map(frozen, value))
     if isinstance(value, float):
         return type(value), repr(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return type(value), _frozen(vars(value))
+        return type(value), frozen(vars(value))
     return type(value), value
 
 
