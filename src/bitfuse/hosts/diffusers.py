@@ -166,8 +166,11 @@ class Attention(Part):
                 key = attn.to_k(context)
                 value = attn.to_v(context) if value is None else value
             else:
-                weights = lora.weights(attn.to_k, attn.to_v)
-                key, value = self.text.of(context, weights, lambda text: (attn.to_k(text), attn.to_v(text)))
+                key, value = self.text.of(
+                    context,
+                    lambda: lora.weights(attn.to_k, attn.to_v),
+                    lambda text: (attn.to_k(text), attn.to_v(text)),
+                )
             query, key = self._norm_and_rotate(attn, query, key, query_rotary_emb, key_rotary_emb)
             out = upstream.dispatch_attention_fn(
                 query.unflatten(2, (attn.heads, -1)),
@@ -418,8 +421,11 @@ class Projection(Part):
         self.kept.fall(reason)
 
     def fused(self, projection: Any, caption: Tensor) -> Tensor:
-        weights = lora.weights(projection.linear_1, projection.linear_2)
-        return self.kept.of(caption, weights, lambda caption: _Projection.forward(projection, caption))
+        return self.kept.of(
+            caption,
+            lambda: lora.weights(projection.linear_1, projection.linear_2),
+            lambda caption: _Projection.forward(projection, caption),
+        )
 
 
 class GELU(Part):

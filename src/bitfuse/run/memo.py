@@ -60,17 +60,18 @@ class Constant:
         handle.on_restore(lambda: (found := clear()) is not None and found())
         return constant
 
-    def of(self, x: Tensor, extra: Hashable, compute: Callable[[Tensor], Any]) -> Any:
-        """compute(x), or what it gave for this tensor and this `extra` before. `extra` `Unknown`: compute it.
+    def of(self, x: Tensor, depends: Callable[[], Hashable], compute: Callable[[Tensor], Any]) -> Any:
+        """compute(x), or what it gave before for this tensor, while it depended on the same besides.
 
-        compute    a function of x alone, and of what `extra` stands for
+        depends    tells what that is now, or `Unknown`: then it is computed
+        compute    a function of x alone, and of what `depends` tells
         """
         prelude: Prelude | None = getattr(_here, "prelude", None)
         if prelude is not None and (handed := prelude.handed_out(self, x)) is not None:
             return handed
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return compute(x)
-        stamp, reason = _stamp(x), next(around(), None) if watched() else None
+        stamp, extra, reason = _stamp(x), depends(), next(around(), None) if watched() else None
         if reason is None:
             reason = extra if type(extra) is Unknown else _NO_STAMP if stamp is None else None
         if stamp is None or reason is not None:
@@ -78,7 +79,7 @@ class Constant:
             return compute(x)
         value = self._kept_or_computed(stamp, extra, x, compute)
         if prelude is not None:
-            prelude.note(self, x, compute, value)
+            prelude.note(_Noted(self, x, depends, extra, compute, value, []))
         return value
 
     def _kept_or_computed(self, stamp: tuple, extra: Hashable, x: Tensor, compute: Callable[[Tensor], Any]) -> Any:
@@ -185,10 +186,15 @@ def frozen(value: Any) -> Any:
 
 @dataclasses.dataclass
 class _Noted:
-    """One call of a `Constant`. `x`, `value` and `memory` are the forward's at first, then those that stay."""
+    """One call of a `Constant`. `x`, `value` and `memory` are the forward's at first, then those that stay.
+
+    extra    what `depends` told when the value was computed
+    """
 
     constant: Constant
     x: Tensor
+    depends: Callable[[], Hashable]
+    extra: Hashable
     compute: Callable[[Tensor], Any]
     value: Any
     memory: list[Tensor]
@@ -218,9 +224,9 @@ class Prelude:
         finally:
             _here.prelude = None
 
-    def note(self, constant: Constant, x: Tensor, compute: Callable[[Tensor], Any], value: Any) -> None:
+    def note(self, call: _Noted) -> None:
         if self._results is None and not torch.is_grad_enabled():
-            self._calls.append(_Noted(constant, x, compute, value, []))
+            self._calls.append(call)
 
     def handed_out(self, constant: Constant, x: Tensor) -> Any:
         return None if self._results is None else self._results.get((id(constant), *_place(x)))
@@ -266,7 +272,16 @@ class Prelude:
             for (ref, seen), stamp in zip(self._filled, now, strict=True)
         )
 
+    def outdated(self) -> bool:
+        """Whether a weight was written to since the results were computed: they are `stale` then."""
+        found = any(call.depends() != call.extra for call in self._calls)
+        if found:
+            self._filled = []
+        return found
+
     def filled(self, arguments: list[Tensor]) -> None:
+        for call in self._calls:
+            call.extra = call.depends()
         stamps = [_stamp(arguments[i]) for i in self.arguments]
         self._filled = [(weakref.ref(stamp[0]), stamp[1:]) for stamp in stamps if stamp is not None]
 
