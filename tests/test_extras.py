@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch.nn import functional as F
 from torch.utils import dlpack
 
@@ -16,6 +18,7 @@ import bitfuse
 from bitfuse.hosts.ltx2 import SecondStream
 from bitfuse.run.alone import alone
 from bitfuse.run.swap import ours_in
+from bitfuse.tools import explain
 from stacking import FEATURES, ORDERS, Feature, step_of
 
 diffusers = pytest.importorskip("diffusers", minversion="0.38")
@@ -286,6 +289,23 @@ def test_an_activation_that_was_not_read_is_named(device, monkeypatch):
     assert count == 4
     assert "GELU.gelu of diffusers" in reason
     assert "is not a source that bitfuse knows (" in reason
+    found = explain.explain(explain.from_version("2.0", 1), tokens=64)
+    assert found.as_dict()["not_used"] == [f"GELU in place: {reason}"]
+    console = Console(file=io.StringIO(), width=400)
+    explain.show(console, found)
+    assert f"Not used, GELU in place: {reason}" in console.file.getvalue()
+
+
+@pytest.mark.usefixtures("launched_as_reference")
+def test_strict_is_about_sites_alone(device):
+    build, step = step_of("2.0", device)
+    model = build()
+    model.transformer_blocks[0].ff.net[0].proj.register_forward_hook(lambda *args: None)
+    handle = bitfuse.accelerate(model, strict=True, keep_text=True)
+    with torch.no_grad():
+        step(model)()
+    assert handle.report().fused == handle.report().seen
+    assert list(_reasons(handle)) == ["GELU in place"]
 
 
 # -- the second stream -------------------------------------------------------------------------------------------------

@@ -448,7 +448,7 @@ class GELU(Part):
             return "gradients are enabled, and may need what the projection gave; torch.no_grad() allows it"
         # whoever is called may look at it later, on another stream say, without holding it
         proj = activation.proj
-        if hooked(proj) or (proj._modules and any(map(hooked, proj.modules()))):
+        if hooked(proj) if type(proj) is torch.nn.Linear else any(map(hooked, proj.modules())):
             return "a hook on the projection (offload, layerwise casting) may look at what that gave"
         return next(around(), None) if watched() else None
 

@@ -27,6 +27,8 @@ def weights(*layers: Any) -> Hashable:
 
     `Unknown` where one can't be looked into, as of `memo.weights`, which this is for layers without a LoRA.
     """
+    if not any("base_layer" in layer._modules for layer in layers):
+        return memo.weights(*layers)
     found = []
     for layer in layers:
         key = _of_lora(layer) if "base_layer" in layer._modules else memo.weights(layer)

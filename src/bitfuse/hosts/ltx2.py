@@ -295,23 +295,25 @@ class Watched:
             return "a hook is registered for all modules"
         if torch.nn.Module.__call__ is not torch.nn.Module._wrapped_call_impl:
             return "torch.nn.Module.__call__ was replaced"
-        modules, attributes, seen = self._seen
+        names, modules, attributes, seen = self._seen
         children = [child for d in attributes for child in d["_modules"].values()]
         if len(children) != len(seen) or not all(map(operator.is_, children, seen)):
-            self._seen = modules, attributes, _ = _modules_of(block)
-        for (name, module), d in zip(modules, attributes, strict=True):
+            self._seen = names, modules, attributes, _ = _modules_of(block)
+        for module, d in zip(modules, attributes, strict=True):
             if d["_forward_hooks"] or d["_forward_pre_hooks"]:
-                return f"a hook is attached to {name or 'the block'}"
+                return f"a hook is attached to {names[modules.index(module)]}"
             if "forward" in d and not isinstance(d["forward"], Forward) and not plain(module):
-                return f"the forward of {name or 'the block'} was replaced, or a hook runs it (offload, casting)"
+                name = names[modules.index(module)]
+                return f"the forward of {name} was replaced, or a hook runs it (offload, casting)"
         return None
 
 
-def _modules_of(block: Any) -> tuple[list[tuple[str, Any]], list[dict[str, Any]], list[Any]]:
-    """The modules of a block by their names, with the dictionary of each, and the children of all of them."""
-    modules = list(block.named_modules())
-    attributes = [module.__dict__ for _, module in modules]
-    return modules, attributes, [child for d in attributes for child in d["_modules"].values()]
+def _modules_of(block: Any) -> tuple[list[str], list[Any], list[dict[str, Any]], list[Any]]:
+    """The names of a block's modules, those themselves, the dictionary of each, and the children of all of them."""
+    found = dict(block.named_modules())
+    attributes = [module.__dict__ for module in found.values()]
+    children = [child for d in attributes for child in d["_modules"].values()]
+    return [name or "the block" for name in found], list(found.values()), attributes, children
 
 
 class SecondStream:
