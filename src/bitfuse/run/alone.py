@@ -14,12 +14,15 @@ _STRIDED, _uses = torch.strided, torch._C._storage_Use_Count
 def alone(t: Tensor) -> bool:
     """Whether nobody but the caller's one variable holds this tensor or its memory, so that it may be written into.
 
-    t    any tensor; False where it is not a plain one, dense in its memory, whichever code has made it
+    t    any tensor, whichever code has made it; False where it is not a plain one, dense in its memory, that PyTorch
+         lets everybody write into
 
     `F.linear` of three dimensions returns a view of what it computed, of which that view is to be the only holder.
     Memory that PyTorch has from somebody else (numpy, DLPack, a library's buffer) can't be resized, and may be theirs.
     """
     if type(t) is not Tensor or t.layout is not _STRIDED or not t.is_contiguous():
+        return False
+    if t.requires_grad or (t.is_inference() and not torch.is_inference_mode_enabled()):  # as some wrapper made it
         return False
     return _holders(t) in _ALONE and getrefcount(t) <= _REFERENCES
 

@@ -48,7 +48,7 @@ class Constant:
     """
 
     def __init__(self, fall: Callable[[str], None] = _nobody) -> None:
-        self._kept: list[tuple[weakref.ref, tuple[Hashable, Hashable], Any, tuple[int, ...]]] = []
+        self._kept: list[tuple[weakref.ref, Hashable, Hashable, Any, tuple[int, ...]]] = []
         self.hits = self.misses = 0
         self.fall = fall
 
@@ -71,11 +71,10 @@ class Constant:
             return handed
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return compute(x)
-        stamp, extra, reason = _stamp(x), depends(), next(around(), None) if watched() else None
-        if reason is None:
-            reason = extra if type(extra) is Unknown else _NO_STAMP if stamp is None else None
-        if stamp is None or reason is not None:
-            self.fall(reason or _NO_STAMP)
+        reason = next(around(), None) if watched() else None
+        stamp, extra = _stamp(x), depends()
+        if stamp is None or reason is not None or type(extra) is Unknown:
+            self.fall(reason or (_NO_STAMP if stamp is None else str(extra)))
             return compute(x)
         value = self._kept_or_computed(stamp, extra, x, compute)
         if prelude is not None:
@@ -83,21 +82,24 @@ class Constant:
         return value
 
     def _kept_or_computed(self, stamp: tuple, extra: Hashable, x: Tensor, compute: Callable[[Tensor], Any]) -> Any:
-        root, key = stamp[0], (stamp[1:], extra)
-        for ref, kept_key, value, versions in self._kept:
-            if ref() is root and kept_key == key and _versions(value) == versions:
+        root, part = stamp[0], stamp[1:]
+        others = []
+        for entry in self._kept:
+            ref, seen, kept_extra, value, versions = entry
+            if ref() is not root or seen != part:
+                others.append(entry)
+            elif kept_extra == extra and _versions(value) == versions:
                 self.hits += 1
                 return value
         self.misses += 1
-        others = [entry for entry in self._kept if entry[0]() is not root or entry[1][0] != key[0]]
-        if len(others) < len(self._kept):  # of this text, by other weights, which may never be the same again
+        if len(others) < len(self._kept):  # what was kept of this text is wrong now, and may stay so
             self._kept = others
-            self.fall("its weights were written to or moved since the text was kept (offload moves them at every call)")
+            self.fall(_CHANGED)
         value = compute(x)
         if torch.is_grad_enabled():
             self.fall("gradients are enabled; torch.no_grad() allows it")
         else:
-            entry = (weakref.ref(root, self._drop), key, value, _versions(value))
+            entry = (weakref.ref(root, self._drop), part, extra, value, _versions(value))
             self._kept = [*self._kept[1 - _KEPT :], entry]
         return value
 
@@ -121,6 +123,7 @@ def _stamp(x: Tensor) -> tuple[Tensor, Any, Any, Any, Any, Any, Any] | None:
     return root, x._version, x.data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
+_CHANGED = "its weights or what was kept of it were written to, or moved (offload moves weights at every call)"
 HOOKED = "a linear layer of the text has a hook (offload, layerwise casting)"
 _NO_STAMP = "the text is a tensor of a class of its own, or of inference mode, where PyTorch does not count writes"
 
