@@ -1274,7 +1274,7 @@ def test_the_text_of_a_model_that_modulates_it_is_not_kept(device):
 # -- the report ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("launched_as_reference")
+@pytest.mark.usefixtures("fresh_routes", "launched_as_reference")  # real kernels, run before, take another tier
 def test_the_report_says_what_happened(device):
     model = make(device=device)
     handle = bitfuse.accelerate(model)

@@ -25,7 +25,7 @@ import bitfuse
 from bitfuse.core.bits import compare
 from bitfuse.core.kernel import interpreter
 from bitfuse.hosts.handle import Handle
-from bitfuse.run import twin
+from bitfuse.run import memo, twin
 from bitfuse.run.graphs import GraphedForward, cuda, graph_forward, key
 from bitfuse.run.graphs import replay as replays
 from bitfuse.run.graphs.watch import Watch
@@ -1690,8 +1690,8 @@ class Text(nn.Module):
         self.computed = []  # the Python runs of what is kept
 
     def forward(self, x, text):
-        projected = self.kept[0].of(text, (), self._projected).view(1, -1, 8)
-        keys, values = self.kept[1].of(projected, (), self._keys)
+        projected = self.kept[0].of(text, lambda: memo.weights(self.project), self._projected).view(1, -1, 8)
+        keys, values = self.kept[1].of(projected, lambda: memo.weights(self.key), self._keys)
         return x @ keys[0].mT + values.sum() + text[0, 0]
 
     def _projected(self, text):
@@ -1732,7 +1732,7 @@ def test_what_stays_the_same_is_replayed_only_for_another_text(text_model, text_
 
 
 def _plain(model):
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model, {id(model.kept): []})  # what a StorageWeakRef stands for can't be copied
     twin.__dict__.pop("forward", None)
     twin.kept = [Constant(), Constant()]
     return twin
@@ -1808,3 +1808,16 @@ def test_the_transformer_replays_its_text_apart():
         (graph,) = (entry.graph for entry in replay._entries.values() if entry.graph)
     assert replay._cuda.replays == 3  # of the prelude once, while the graph was compared
     assert len(graph.prelude.arguments) == 2  # the text of either stream
+
+
+@pytest.mark.parametrize("name", ["project", "key"])
+def test_what_stays_the_same_is_computed_anew_by_a_weight_written_in_place(name, text_model, text_replay):
+    x, text = torch.randn(3, 8), torch.randn(3, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            text_model(x, text)
+        before = text_model(x, text)
+        getattr(text_model, name).weight.mul_(-1)
+        expected = _plain(text_model)(x, text)
+        assert compare(before, expected) is not None
+        assert compare(expected, text_model(x, text)) is None

@@ -769,13 +769,16 @@ def test_a_second_stream_is_used_where_nobody_is_called_along_the_way(host_model
         ours = None if block is None else ours_in(block)
         if getattr(ours, "second_stream", None) is None:
             pytest.skip("this host's blocks run on one stream")
-        quiet = functools.partial(ours.unobserved, block)
-        assert quiet()
+        why_watched = functools.partial(ours.why_watched, block)
+        assert why_watched() is None
         with pytest.MonkeyPatch.context() as patch:
             forward = block.ff.forward
             patch.setattr(block.ff, "forward", lambda *args: forward(*args))
-            assert not quiet()
+            assert why_watched() == "the forward of ff was replaced, or a hook runs it (offload, casting)"
         hook = block.attn1.register_forward_hook(lambda *args: None)
-        assert not quiet()
+        assert why_watched() == "a hook is attached to attn1"
         hook.remove()
-        assert quiet()
+        hook = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+        assert why_watched() == "a hook is registered for all modules"
+        hook.remove()
+        assert why_watched() is None

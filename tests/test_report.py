@@ -23,6 +23,8 @@ from bitfuse.hosts.handle import Options
 from bitfuse.hosts.report import Times, measure
 from bitfuse.hosts.site import Site
 from bitfuse.run.audit import Auditor
+from bitfuse.run.extra import Extra, Extras
+from bitfuse.run.graphs import FIRST
 from common import small
 
 SPLIT = OPERATORS["split_rotary_per_op"]
@@ -48,7 +50,17 @@ def example(**more):
 
 
 TIMES = Times({f"transformer_blocks.{i}.attn1": 0.25 for i in range(2)}, 2.0)
-GRAPH = SimpleNamespace(captures=1, replays=7, reasons={"a first call": 2})
+GRAPH = SimpleNamespace(captures=1, replays=7, reasons={FIRST: 2})
+HOOKED = SimpleNamespace(captures=0, replays=0, reasons={FIRST: 1, "attn1 has a forward hook": 3})
+
+
+def lost():
+    """Of two extras, one of them for two reasons."""
+    extras = Extras()
+    for reason in (NASTY, "gradients are enabled", NASTY):
+        extras.gelu.fall(reason)
+    extras.second_stream.fall("a hook is attached to attn1")
+    return extras
 
 
 def printed(report, width=200):
@@ -103,7 +115,7 @@ def test_times_graphs_and_audits_are_in_the_dictionary():
     assert json.loads(json.dumps(found)) == found
     assert found["seconds"] == 2.0
     assert [(s["seconds"], s["time_share"]) for s in found["sites"][:2]] == [(0.25, 0.125), (0.0, 0.0)]
-    assert found["graphs"] == [{"captures": 1, "replays": 7, "calls_without": {"a first call": 2}}]
+    assert found["graphs"] == [{"captures": 1, "replays": 7, "calls_without": {FIRST: 2}}]
     assert found["audit"]["every"] == 64
     kind = example(times=TIMES).kinds()[0]
     assert (kind["name"], kind["count"]) == ("transformer_blocks.*.attn1", 2)
@@ -119,7 +131,7 @@ def test_the_text():
     assert "partly fused (2 calls fused, 6 not, 0.0% of the time): differs at [0, 3]" in lines[2]
     assert "left alone (0 calls fused, 0 not, 0.0% of the time): its processor is another" in lines[3]
     assert lines[4].endswith("not called yet (0 calls fused, 0 not, 0.0% of the time)")
-    assert lines[5:7] == ["  CUDA graph: 1 captured, 7 replays", "    2 calls without: a first call"]
+    assert lines[5:7] == ["  CUDA graph: 1 captured, 7 replays", f"    2 calls without: {FIRST}"]
     assert lines[7] == "  time: 2 s in all, 0.5 s at these sites"
     assert repr(report) == str(report)
 
@@ -165,6 +177,55 @@ def test_an_empty_report():
     assert "0 of 0" in printed(report)
     assert Cells(report._repr_html_()).rows == [["site", "operator", "tier", "calls fused", "fallen back"]]
     assert report.kinds() == []
+
+
+# -- what was not used -----------------------------------------------------------------------------------------------
+
+
+def test_what_was_not_used_is_said_with_what_was_lost_and_how_often():
+    report = example(graphs=[GRAPH, HOOKED, HOOKED], extras=lost())
+    assert str(report).splitlines()[-8:] == [
+        "    1 calls without: " + FIRST,
+        "  not used: CUDA graph, so the CPU launched these forwards' kernels one by one",
+        "    6 x attn1 has a forward hook",
+        "  not used: second stream, so the audio half of these blocks did not run beside the video half",
+        "    1 x a hook is attached to attn1",
+        "  not used: GELU in place, so the widest tensor of these feed-forwards was held twice",
+        f"    2 x {NASTY}",
+        "    1 x gradients are enabled",
+    ]
+    found = report.as_dict()["not_used"]
+    assert json.loads(json.dumps(found)) == found
+    assert [(one["name"], one["reasons"]) for one in found] == [
+        ("CUDA graph", {"attn1 has a forward hook": 6}),
+        ("second stream", {"a hook is attached to attn1": 1}),
+        ("GELU in place", {NASTY: 2, "gradients are enabled": 1}),
+    ]
+    assert found[1]["lost"] == "the audio half of these blocks did not run beside the video half"
+    words = " ".join(printed(report).split())
+    assert "not used: GELU in place, so the widest tensor of these feed-forwards was held twice" in words
+    assert "2 x differs at [0, 3]: <script>alert('x')</script> [bold]&amp;" in words
+    assert set(Cells(report._repr_html_()).tags) <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "p"}
+
+
+def test_nothing_is_said_of_what_was_used():
+    report = example(graphs=[GRAPH], extras=Extras())
+    assert report.not_used == report.as_dict()["not_used"] == []
+    assert "not used" not in str(report)
+    assert "not used" not in printed(report)
+    assert "not used" not in report._repr_html_()
+
+
+def test_an_extra_keeps_a_few_reasons_and_none_of_a_bitfuse_that_is_off():
+    extra = Extra("one", "nothing")
+    extra.fall("bitfuse is off (BITFUSE=0 or bitfuse.disable())")
+    assert not extra.reasons
+    for i in range(40):
+        extra.fall(f"reason {i}")
+    extra.fall("reason 0")
+    assert len(extra.reasons) == Extra.REASONS_KEPT + 1
+    assert extra.reasons["reason 0"] == 2
+    assert extra.reasons[Extra.OTHERS] == 8
 
 
 # -- time ------------------------------------------------------------------------------------------------------------

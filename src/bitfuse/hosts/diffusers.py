@@ -19,22 +19,21 @@ from diffusers.models import activations, normalization
 from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
-from bitfuse.core.conditions import around
-from bitfuse.hosts import ltx2, offload
+from bitfuse.core.conditions import around, watched
+from bitfuse.hosts import lora, ltx2, offload
 from bitfuse.hosts.handle import Handle
 from bitfuse.hosts.ltx2 import ABSENT, AUDIO, COMPOSED, UNGATED, VIDEO, Ada, Rotary, RotaryTrial, Stream, Tables
 from bitfuse.hosts.part import Model, ModelForward, Part
 from bitfuse.hosts.site import Site
-from bitfuse.hosts.sources import Norms, calls_of, entries, functions, of_operators, source_hash, why_not_stock
+from bitfuse.hosts.sources import Norms, calls_of, entries, functions, of_operators, why_not_stock
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.perturbed_attention import LERP_HEAD_GATE
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_SPLIT_FP32
 from bitfuse.ops.rope import INTERLEAVED_FP32, SPLIT_FP32
-from bitfuse.run import memo
 from bitfuse.run.alone import alone
 from bitfuse.run.graphs import graph_forward
 from bitfuse.run.memo import Constant, Prelude
-from bitfuse.run.swap import hooked, innermost, named, ours_in
+from bitfuse.run.swap import hooked, named, ours_in
 
 NAME = f"diffusers {diffusers.__version__}"
 
@@ -167,8 +166,11 @@ class Attention(Part):
                 key = attn.to_k(context)
                 value = attn.to_v(context) if value is None else value
             else:
-                weights = memo.weights(attn.to_k, attn.to_v)
-                key, value = self.text.of(context, weights, lambda text: (attn.to_k(text), attn.to_v(text)))
+                key, value = self.text.of(
+                    context,
+                    lambda: lora.weights(attn.to_k, attn.to_v),
+                    lambda text: (attn.to_k(text), attn.to_v(text)),
+                )
             query, key = self._norm_and_rotate(attn, query, key, query_rotary_emb, key_rotary_emb)
             out = upstream.dispatch_attention_fn(
                 query.unflatten(2, (attn.heads, -1)),
@@ -413,57 +415,89 @@ class Projection(Part):
 
     def __init__(self, projection: Any, model: Model):
         super().__init__(projection, model)
-        self.kept = Constant.until_restored(model.handle)
+        self.kept = Constant.until_restored(model.handle, model.handle.extras.text.fall)
+
+    def fall(self, reason: str) -> None:
+        self.kept.fall(reason)
 
     def fused(self, projection: Any, caption: Tensor) -> Tensor:
-        weights = memo.weights(projection.linear_1, projection.linear_2)
-        return self.kept.of(caption, weights, lambda caption: _Projection.forward(projection, caption))
+        return self.kept.of(
+            caption,
+            lambda: lora.weights(projection.linear_1, projection.linear_2),
+            lambda caption: _Projection.forward(projection, caption),
+        )
 
 
 class GELU(Part):
-    """`GELU.forward`, into the memory of what it activates, where nobody else can hold that."""
+    """`GELU.forward`, into the memory of what it activates, where nobody else can hold that.
 
-    __slots__ = ()
+    Whatever the projection is (a LoRA of peft's, a quantised layer): what it has returned decides.
+    """
+
+    __slots__ = ("_extra",)
     kind = "activation"
 
+    def __init__(self, activation: Any, model: Model):
+        super().__init__(activation, model)
+        self._extra = model.handle.extras.gelu
+
     def why_stock(self, activation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if "gelu" in activation.__dict__:
+            return "the gelu of the activation was replaced"
+        if torch.is_grad_enabled():
+            return "gradients are enabled, and may need what the projection gave; torch.no_grad() allows it"
+        # whoever is called may look at it later, on another stream say, without holding it
         proj = activation.proj
-        if type(proj) is not torch.nn.Linear or "gelu" in activation.__dict__:
-            return "its projection or its activation is not the host's own"
-        # a gradient needs what proj gives, and so may whoever watches
-        if torch.is_grad_enabled() or hooked(proj) or next(around(), None) is not None:
-            return "somebody may look at what the projection gave"
-        return None
+        if hooked(proj) if type(proj) is torch.nn.Linear else any(map(hooked, proj.modules())):
+            return "a hook on the projection (offload, layerwise casting) may look at what that gave"
+        return next(around(), None) if watched() else None
+
+    def fall(self, reason: str) -> None:
+        self._extra.fall(reason)
 
     def fused(self, activation: Any, hidden_states: Tensor) -> Tensor:
         projected = activation.proj(hidden_states)
-        if not alone(projected):  # a wrapper of F.linear, say, has kept it
+        if not alone(projected):
+            self.fall(_NOT_ALONE if type(projected) is Tensor else f"the projection gave a {type(projected).__name__}")
             return activation.gelu(projected)
         return torch.ops.aten.gelu_(projected, approximate=activation.approximate)
 
 
+_NOT_ALONE = "what the projection gave is held by somebody else, or is not dense in memory of PyTorch's"
+
+
 def _keep_text(model: Any, shared: Model) -> None:
     """In LTX-2.0, where asked for: the text's projections, and every block's keys and values of it."""
+    handle, fall = shared.handle, shared.handle.extras.text.fall
     if getattr(model, "prompt_modulation", False) or not model.config.get("use_prompt_embeddings", True):
-        return  # the text is modulated anew at every step
+        fall("this model (LTX-2.3 or newer) makes another text of it at every step, of which nothing can be kept")
+        return
     for projection in (model.caption_projection, model.audio_caption_projection):
-        known = source_hash(_Projection.forward) in READ["projection"]
-        if known and type(projection) is _Projection and innermost(projection) is not None:
-            shared.handle.put(projection, Projection(projection, shared))
+        sources = {"projection": _Projection.forward}
+        reason = next(why_not_stock(projection, _Projection, "text's projection", NAME, READ, sources), None)
+        if reason is None:
+            handle.put(projection, Projection(projection, shared))
+        else:
+            fall(reason)
     for block in model.transformer_blocks:
         for attn in (block.attn2, block.audio_attn2):
             if isinstance(ours := ours_in(attn), Attention):
-                ours.text = Constant.until_restored(shared.handle)
+                ours.text = Constant.until_restored(handle, fall)
+            else:
+                fall("an attention to the text is left alone")
 
 
 def _activate_in_place(model: Any, shared: Model) -> None:
     """The feed-forwards' GELU, into the memory of its input: the widest tensor of a block, held once and not twice."""
-    known = source_hash(_GELU.forward) in READ["GELU.forward"] and source_hash(_GELU.gelu) in READ["GELU.gelu"]
-    for block in model.transformer_blocks if known else ():
+    sources = {"GELU.forward": _GELU.forward, "GELU.gelu": _GELU.gelu}
+    for block in model.transformer_blocks:
         for feed_forward in (block.ff, block.audio_ff):
             activation = next(iter(getattr(feed_forward, "net", ())), None)
-            if type(activation) is _GELU and innermost(activation) and "gelu" not in activation.__dict__:
+            reason = next(why_not_stock(activation, _GELU, "activation", NAME, READ, sources), None)
+            if reason is None:
                 shared.handle.put(activation, GELU(activation, shared))
+            else:
+                shared.handle.extras.gelu.fall(reason)
 
 
 # -- taking over -------------------------------------------------------------------------------------------------------

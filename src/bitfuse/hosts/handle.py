@@ -12,6 +12,7 @@ from typing import Any
 from bitfuse.hosts.report import Report, Times, kind_of, measure
 from bitfuse.hosts.site import NotFused, Site
 from bitfuse.run.audit import Auditor
+from bitfuse.run.extra import Extras
 from bitfuse.run.swap import COPIED_BY, CopiedPlain, Forward, bound, innermost, places
 
 
@@ -60,6 +61,7 @@ class Handle:
         self.cuda_graph, self.keep_text = self.options.cuda_graph, self.options.keep_text  # what adapters look at
         self.auditor = Auditor(self.options.audit) if self.options.audit else None
         self.sites: list[Site] = []
+        self.extras = Extras()
         self.models: list[Any] = []
         self.on = True
         self.pinned = False  # by `accelerate`; else it ends with the last of its users
@@ -174,7 +176,7 @@ class Handle:
 
     def _report(self, times: Times | None = None) -> Report:
         sites = self.sites + self.look_again()
-        return Report(self.host, sites, [counts for _, counts in self._graphs], self.auditor, times)
+        return Report(self.host, sites, [counts for _, counts in self._graphs], self.auditor, times, self.extras)
 
     def restore(self) -> None:
         """Put every attribute back, and wait for audits that are under way.

@@ -164,7 +164,7 @@ class AVBlock(Block):
     host_class the host's class, `whose` it is in sentences, and the `methods` of it that are restated besides forward
     """
 
-    __slots__ = ("_unobserved", "_values", "second_stream")
+    __slots__ = ("_values", "_watched", "second_stream")
     norms: NormOperators
     host_class: Any
     whose: str
@@ -175,19 +175,19 @@ class AVBlock(Block):
     ):
         super().__init__(block, model, sites)
         self._values, self.second_stream = values, second
-        self._unobserved = None if second is None else Unobserved(block)
+        self._watched = None if second is None else Watched(block)
 
     def call(self, site: Site, operator: Operator, *args: Any) -> Any:
         return site.call(operator, *args)
 
-    def unobserved(self, block: Any) -> bool:
-        """Whether nobody would notice that parts of the block run beside each other."""
-        return self._unobserved is not None and self._unobserved()
+    def why_watched(self, block: Any) -> str | None:
+        """Who would notice that parts of the block run beside each other, in a sentence; None: nobody."""
+        return None if self._watched is None else self._watched(block)
 
     def fork(self, block: Any, x: Tensor) -> Fork:
         """The block's two streams, or its one."""
         second = self.second_stream
-        return Fork(x, None if second is None else second.of(x, lambda: self.unobserved(block)))
+        return Fork(x, None if second is None else second.of(x, lambda: self.why_watched(block)))
 
     def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if (reason := why_gradient(block, args, kwargs)) is not None:
@@ -240,7 +240,8 @@ def take_over_blocks(
 
     otherwise    called with a block that is left alone, and its name
     """
-    values, second, handle = AdaLNValues(), None if one_stream else SecondStream(), model.handle
+    values, handle = AdaLNValues(), model.handle
+    second = None if one_stream else SecondStream(handle.extras.second_stream.fall)
     for index, block in enumerate(blocks):
         name, reason = f"transformer_blocks.{index}", next(why_left_alone(block), None)
         sites = {site: Site(f"{name}.{site}", used.name, reason) for site, used in sites_of(block).items()}
@@ -279,28 +280,40 @@ class AdaLNValues:
 # -- a second CUDA stream ----------------------------------------------------------------------------------------------
 
 
-class Unobserved:
-    """Whether no hook, and no forward but the class's and ours, would notice in which order the modules of a block run.
+class Watched:
+    """Who would notice in which order the modules of a block run: a hook, or a forward that is not the class's or ours.
 
-    Asked once per call of the block: none of its modules has a hook or a foreign forward, nor have all modules (as
-    while `bitfuse.trace` listens), and none was replaced since the block was taken over.
+    Asked once per call of the block: of its modules as they are by then (a LoRA brings its own), and of all modules (as
+    while `bitfuse.trace` listens).
     """
 
     def __init__(self, block: Any):
-        self._modules = list(block.modules())
-        self._attributes = [module.__dict__ for module in self._modules]
-        self._children = [child for d in self._attributes for child in d["_modules"].values()]
+        self._seen = _modules_of(block)
 
-    def __call__(self) -> bool:
-        if hooked_everywhere() or torch.nn.Module.__call__ is not torch.nn.Module._wrapped_call_impl:
-            return False
-        for module, d in zip(self._modules, self._attributes, strict=True):
+    def __call__(self, block: Any) -> str | None:
+        if hooked_everywhere():
+            return "a hook is registered for all modules"
+        if torch.nn.Module.__call__ is not torch.nn.Module._wrapped_call_impl:
+            return "torch.nn.Module.__call__ was replaced"
+        names, modules, attributes, seen = self._seen
+        children = [child for d in attributes for child in d["_modules"].values()]
+        if len(children) != len(seen) or not all(map(operator.is_, children, seen)):
+            self._seen = names, modules, attributes, _ = _modules_of(block)
+        for module, d in zip(modules, attributes, strict=True):
             if d["_forward_hooks"] or d["_forward_pre_hooks"]:
-                return False
+                return f"a hook is attached to {names[modules.index(module)]}"
             if "forward" in d and not isinstance(d["forward"], Forward) and not plain(module):
-                return False
-        children = [child for d in self._attributes for child in d["_modules"].values()]
-        return len(children) == len(self._children) and all(map(operator.is_, children, self._children))
+                name = names[modules.index(module)]
+                return f"the forward of {name} was replaced, or a hook runs it (offload, casting)"
+        return None
+
+
+def _modules_of(block: Any) -> tuple[list[str], list[Any], list[dict[str, Any]], list[Any]]:
+    """The names of a block's modules, those themselves, the dictionary of each, and the children of all of them."""
+    found = dict(block.named_modules())
+    attributes = [module.__dict__ for module in found.values()]
+    children = [child for d in attributes for child in d["_modules"].values()]
+    return [name or "the block" for name in found], list(found.values()), attributes, children
 
 
 class SecondStream:
@@ -311,21 +324,27 @@ class SecondStream:
     is freed to itself, and it allocates nothing before it has waited for the first stream: so no memory is used
     again while the other stream still reads it, without `record_stream`.
 
-    Not where somebody is called along the way (hooks, LoRA's included, see streams as they please), and not for few
-    tokens unless a CUDA graph is captured: there the CPU sets the pace, and switching streams takes its time.
+    Not where somebody is called along the way (hooks see streams as they please), and not for few tokens unless a CUDA
+    graph is captured: there the CPU sets the pace, and switching streams takes its time.
+
+    fall    told why it is not used where it would pay (`run.extra.Extra.fall`)
     """
 
     MIN_ROWS = 4096
 
-    def __init__(self) -> None:
+    def __init__(self, fall: Callable[[str], None]) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._fall = fall
 
-    def of(self, x: Tensor, unobserved: Callable[[], bool]) -> torch.cuda.Stream | None:
+    def of(self, x: Tensor, why_watched: Callable[[], str | None]) -> torch.cuda.Stream | None:
         """The second stream, where it pays and is safe, else None."""
-        if not x.is_cuda or torch.is_grad_enabled():
+        if not x.is_cuda:
             return None
-        few = x.shape[0] * x.shape[1] < self.MIN_ROWS
-        if (few and not torch.cuda.is_current_stream_capturing()) or not unobserved():
+        if x.shape[0] * x.shape[1] < self.MIN_ROWS and not torch.cuda.is_current_stream_capturing():
+            return None
+        reason = "gradients are enabled; torch.no_grad() allows it" if torch.is_grad_enabled() else why_watched()
+        if reason is not None:
+            self._fall(reason)
             return None
         if x.device not in self._streams:
             self._streams[x.device] = torch.cuda.Stream(x.device)

@@ -524,12 +524,13 @@ class BasicAVTransformerBlock(ltx2.AVBlock):
             return perturbations.mask_like(s.skips, block.idx, s.x)
         return s.args.cross_attn_perturbation_mask
 
-    def unobserved(self, block: Any) -> bool:
-        """Nor are its attentions' functions somebody else's (parallel ones, say)."""
+    def why_watched(self, block: Any) -> str | None:
+        """Or whose the functions of its attentions are, where they are somebody else's (parallel ones, say)."""
         attentions = [module for module in block._modules.values() if isinstance(module, attention.Attention)]
         found = (vars(attn).get(f) for attn in attentions for f in ("attention_function", "masked_attention_function"))
-        own = all(type(f).__module__ == attention.__name__ for f in found if f is not None)
-        return own and super().unobserved(block)
+        if not all(type(f).__module__ == attention.__name__ for f in found if f is not None):
+            return "the function of an attention is not ltx-core's own"
+        return super().why_watched(block)
 
 
 def _sites_of(block: Any) -> dict[str, Any]:

@@ -284,9 +284,13 @@ class Part(_OfModel):
         if reason is None:
             return self.fused(module, *args, **kwargs)
         if reason is not ENDED:
-            for site in self.sites:
-                site.fall(reason)
+            self.fall(reason)
         return bound(module)(*args, **kwargs)
+
+    def fall(self, reason: str) -> None:
+        """Note a call that runs the host's own forward."""
+        for site in self.sites:
+            site.fall(reason)
 
     def _another(self, module: Any) -> str | None:
         if type(module).forward is self.own:

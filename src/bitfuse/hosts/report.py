@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import itertools
 import time
@@ -14,6 +15,8 @@ import torch
 
 from bitfuse.hosts.site import Site
 from bitfuse.run.audit import Auditor
+from bitfuse.run.extra import Extra, Extras
+from bitfuse.run.graphs import FIRST
 
 _NUMBERS = _FUSED, _FALLEN, _SHARE = "calls fused", "fallen back", "time share"  # columns of the table
 
@@ -44,12 +47,25 @@ class Report:
         graphs: list[Any] | None = None,
         auditor: Auditor | None = None,
         times: Times | None = None,
+        extras: Extras | None = None,
     ):
         self.host = host
         self.sites = sites
         self.graphs = graphs or []
         self.auditor = auditor
         self.times = times
+        self._extras = extras or Extras()
+
+    @property
+    def not_used(self) -> list[Extra]:
+        """What was to be used besides the fused sites and was not, at some call at least, each with its reasons.
+
+        Of a CUDA graph, the first call of a kind is none of them: it runs without one by design.
+        """
+        graph = dataclasses.replace(self._extras.graph, reasons=Counter())
+        for one in self.graphs:
+            graph.reasons.update({reason: count for reason, count in one.reasons.items() if reason != FIRST})
+        return [extra for extra in dataclasses.replace(self._extras, graph=graph) if extra.reasons]
 
     @property
     def seen(self) -> int:
@@ -63,7 +79,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON takes it. Times are in seconds, `time_share` from 0 to 1; both only where asked for.
 
-        `audit` is None where it is off; `Auditor` says what is in it.
+        `audit` is None where it is off; `Auditor` says what is in it. `not_used` is empty where nothing was lost.
         """
         found: dict[str, Any] = {
             "host": self.host,
@@ -73,6 +89,9 @@ class Report:
                 {"captures": g.captures, "replays": g.replays, "calls_without": dict(g.reasons)} for g in self.graphs
             ],
             "audit": self.auditor.as_dict() if self.auditor else None,
+            "not_used": [
+                {"name": extra.name, "lost": extra.lost, "reasons": dict(extra.reasons)} for extra in self.not_used
+            ],
             "sites": [self._site(site) for site in self.sites],
         }
         if self.times:
@@ -181,7 +200,11 @@ class Report:
         notes = []
         for graph in self.graphs:  # replays run no Python, so the sites above don't count them
             notes.append(f"CUDA graph: {graph.captures} captured, {graph.replays} replays")
-            notes += [f"  {count} calls without: {reason}" for reason, count in graph.reasons.items()]
+            if first := graph.reasons.get(FIRST, 0):  # all others are under "not used"
+                notes.append(f"  {first} calls without: {FIRST}")
+        for extra in self.not_used:
+            notes.append(f"not used: {extra.name}, so {extra.lost}")
+            notes += [f"  {count} x {reason}" for reason, count in extra.reasons.items()]
         if self.auditor:
             notes += str(self.auditor).splitlines()
             if self.graphs:

@@ -37,7 +37,7 @@ from torch import Tensor
 from bitfuse.core.conditions import fitting, plain, runnable
 from bitfuse.core.kernel import interpreting, kernel, power_of_2
 from bitfuse.core.launch import Out, Plan, named, strides
-from bitfuse.core.numerics import divide, round_to, silu, square_root
+from bitfuse.core.numerics import added_number, divide, round_to, silu, square_root
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.reduction import vector_places
 from bitfuse.core.volume_mean import Order, factor, fold_blocks, order_of
@@ -435,6 +435,9 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
         if found is None:
             return "ATen adds up the channels of this volume in an order that is not reproduced here"
         order = found
+    eps = added_number(y.device, y.dtype, given["eps"]) if norm else 0.0
+    if eps is None:
+        return "PyTorch adds a number here neither as fp32 nor rounded to bf16"
     threads = order.height * order.blocks
     slots = power_of_2(threads)
     channels_at_once = 4 * slots if norm and not given_mean else min(128, power_of_2(channels))
@@ -456,7 +459,7 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
         _pixel_kernel,
         (-(-pixels // per_program), 1, 1),
         (
-            *(pixels, frames, height, width, given.get("eps", 0.0), factor(tuple(y.shape)), *_steps(residual)),
+            *(pixels, frames, height, width, eps, factor(tuple(y.shape)), *_steps(residual)),
             *(*_value_strides(given.get("scale")), *_value_strides(given.get("shift"))),
         ),
         {

@@ -13,11 +13,11 @@ A result is dropped when its input is freed, when it was written into, when two 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,56 +25,83 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef  # its storage's address is not given to another meanwhile
 
 from bitfuse.core.bits import as_tuple
-from bitfuse.core.conditions import around
-from bitfuse.run.swap import hooked
+from bitfuse.core.conditions import around, watched
+from bitfuse.run.swap import hooked, named
 from bitfuse.run.twin import flat, stand_in
 
 _KEPT = 2  # results of one function: the conditional and the unconditional prompt, say
 _here = threading.local()  # .prelude: the one in use in this thread, for a model may be called in another meanwhile
 
 
-class Constant:
-    """Results of one function of one tensor, by the tensor. `hits` and `misses` count its calls."""
+class Unknown(str):
+    """Why it can't be told what a result depends on."""
 
-    def __init__(self) -> None:
-        self._kept: list[tuple[weakref.ref, Hashable, Any, tuple[int, ...]]] = []
+    __slots__ = ()
+
+
+def _nobody(reason: str) -> None:
+    pass
+
+
+class Constant:
+    """Results of one function of one tensor, by the tensor. `hits` and `misses` count its calls.
+
+    fall    told why a result is computed that was to be kept (`run.extra.Extra.fall`); not of a first call's
+    """
+
+    def __init__(self, fall: Callable[[str], None] = _nobody) -> None:
+        self._kept: list[tuple[weakref.ref, Hashable, Hashable, Any, tuple[int, ...]]] = []
         self.hits = self.misses = 0
+        self.fall = fall
 
     @classmethod
-    def until_restored(cls, handle: Any) -> Constant:
+    def until_restored(cls, handle: Any, fall: Callable[[str], None] = _nobody) -> Constant:
         """A new one, which is emptied when the handle is restored; the handle does not keep it alive."""
-        constant = cls()
+        constant = cls(fall)
         clear = weakref.WeakMethod(constant.clear)
         handle.on_restore(lambda: (found := clear()) is not None and found())
         return constant
 
-    def of(self, x: Tensor, extra: Hashable, compute: Callable[[Tensor], Any]) -> Any:
-        """compute(x), or what it gave for this tensor and this `extra` before. `extra` None: compute it.
+    def of(self, x: Tensor, depends: Callable[[], Hashable], compute: Callable[[Tensor], Any]) -> Any:
+        """compute(x), or what it gave before for this tensor, while it depended on the same besides.
 
-        compute    a function of x alone, and of what `extra` stands for
+        depends    tells what that is now, or `Unknown`: then it is computed
+        compute    a function of x alone, and of what `depends` tells
         """
         prelude: Prelude | None = getattr(_here, "prelude", None)
         if prelude is not None and (handed := prelude.handed_out(self, x)) is not None:
             return handed
-        stamp = None if extra is None else _stamp(x)
-        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if stamp is None or capturing or next(around(), None) is not None:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return compute(x)
+        reason = next(around(), None) if watched() else None
+        stamp, extra = _stamp(x), depends()
+        if stamp is None or reason is not None or type(extra) is Unknown:
+            self.fall(reason or (_NO_STAMP if stamp is None else str(extra)))
             return compute(x)
         value = self._kept_or_computed(stamp, extra, x, compute)
         if prelude is not None:
-            prelude.note(self, x, compute, value)
+            prelude.note(_Noted(self, x, depends, extra, compute, value, []))
         return value
 
     def _kept_or_computed(self, stamp: tuple, extra: Hashable, x: Tensor, compute: Callable[[Tensor], Any]) -> Any:
-        root, key = stamp[0], (*stamp[1:], extra)
-        for ref, kept_key, value, versions in self._kept:
-            if ref() is root and kept_key == key and _versions(value) == versions:
+        root, part = stamp[0], stamp[1:]
+        others = []
+        for entry in self._kept:
+            ref, seen, kept_extra, value, versions = entry
+            if ref() is not root or seen != part:
+                others.append(entry)
+            elif kept_extra == extra and _versions(value) == versions:
                 self.hits += 1
                 return value
         self.misses += 1
+        if len(others) < len(self._kept):  # what was kept of this text is wrong now, and may stay so
+            self._kept = others
+            self.fall(_CHANGED)
         value = compute(x)
-        if not torch.is_grad_enabled():
-            entry = (weakref.ref(root, self._drop), key, value, _versions(value))
+        if torch.is_grad_enabled():
+            self.fall("gradients are enabled; torch.no_grad() allows it")
+        else:
+            entry = (weakref.ref(root, self._drop), part, extra, value, _versions(value))
             self._kept = [*self._kept[1 - _KEPT :], entry]
         return value
 
@@ -98,18 +125,34 @@ def _stamp(x: Tensor) -> tuple[Tensor, Any, Any, Any, Any, Any, Any] | None:
     return root, x._version, x.data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype
 
 
+_CHANGED = "its weights or what was kept of it were written to, or moved (offload moves weights at every call)"
+HOOKED = "a linear layer of the text has a hook (offload, layerwise casting)"
+_NO_STAMP = "the text is a tensor of a class of its own, or of inference mode, where PyTorch does not count writes"
+
+
 def weights(*linears: Any) -> Hashable:
-    """What the result of these linear layers depends on besides their input; None where one can't be looked into."""
+    """What the result of these linear layers depends on besides their input; `Unknown` where one can't be looked into.
+
+    A weight may be a quantised one: a tensor of a class of its own that consists of plain ones, as it tells PyTorch
+    itself (`__tensor_flatten__`, with all else that it is made by).
+    """
     if _gathered():
-        return None
+        return Unknown("FSDP2 divides weights of a module in this process, and counts no version where it gathers them")
     found: list[Hashable] = []
     for linear in linears:
-        if type(linear) is not torch.nn.Linear or hooked(linear):
-            return None
+        if type(linear) is not torch.nn.Linear:
+            return Unknown(f"a linear layer of the text is a {named(type(linear))}, not torch's own")
+        if hooked(linear):
+            return Unknown(HOOKED)
         for p in (linear.weight, linear.bias):
-            if p is not None and (type(p) is not torch.nn.Parameter or p.is_inference()):
-                return None
-            found.append(None if p is None else (StorageWeakRef(p.untyped_storage()), p.storage_offset(), p._version))
+            if p is None:
+                found.append(None)
+            elif type(p) is torch.nn.Parameter and not p.is_inference():
+                found.append((StorageWeakRef(p.untyped_storage()), p.storage_offset(), p._version))
+            elif (parts := _parts(p)) is None:
+                return Unknown(f"a weight for the text is a {named(type(p))}, which can't be looked into")
+            else:
+                found.append(parts)
     return tuple(found)
 
 
@@ -124,17 +167,52 @@ def _gathered() -> bool:
         return False
     alive = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None)
     return alive is None or any(isinstance(module, kind) for module in tuple(alive))
+def _parts(t: Any) -> Hashable | None:
+    """What a tensor consists of: the same where it is the same. None where that can't be told."""
+    if type(t) in (Tensor, torch.nn.Parameter):
+        if t.is_inference():
+            return None
+        return StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
+    flatten = getattr(t, "__tensor_flatten__", None)
+    if flatten is None:
+        return None
+    names, rest = flatten()
+    parts = tuple(_parts(getattr(t, name)) for name in names)
+    found = type(t), frozen(rest), parts
+    try:
+        hash(found)
+    except TypeError:
+        return None
+    return None if None in parts else found
+
+
+def frozen(value: Any) -> Any:
+    """A value as one that hashes, and that equals only what is the same in every bit: 1 is not True, nor 0.0 -0.0."""
+    if isinstance(value, dict):
+        return dict, tuple((key, frozen(v)) for key, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(frozen, value))
+    if isinstance(value, float):
+        return type(value), repr(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value), frozen(vars(value))
+    return type(value), value
 
 
 # -- beside a CUDA graph -----------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclasses.dataclass
 class _Noted:
-    """One call of a `Constant`. `x`, `value` and `memory` are the forward's at first, then those that stay."""
+    """One call of a `Constant`. `x`, `value` and `memory` are the forward's at first, then those that stay.
+
+    extra    what `depends` told when the value was computed
+    """
 
     constant: Constant
     x: Tensor
+    depends: Callable[[], Hashable]
+    extra: Hashable
     compute: Callable[[Tensor], Any]
     value: Any
     memory: list[Tensor]
@@ -164,9 +242,9 @@ class Prelude:
         finally:
             _here.prelude = None
 
-    def note(self, constant: Constant, x: Tensor, compute: Callable[[Tensor], Any], value: Any) -> None:
+    def note(self, call: _Noted) -> None:
         if self._results is None and not torch.is_grad_enabled():
-            self._calls.append(_Noted(constant, x, compute, value, []))
+            self._calls.append(call)
 
     def handed_out(self, constant: Constant, x: Tensor) -> Any:
         return None if self._results is None else self._results.get((id(constant), *_place(x)))
@@ -212,7 +290,16 @@ class Prelude:
             for (ref, seen), stamp in zip(self._filled, now, strict=True)
         )
 
+    def outdated(self) -> bool:
+        """Whether a weight was written to since the results were computed: they are `stale` then."""
+        found = any(call.depends() != call.extra for call in self._calls)
+        if found:
+            self._filled = []
+        return found
+
     def filled(self, arguments: list[Tensor]) -> None:
+        for call in self._calls:
+            call.extra = call.depends()
         stamps = [_stamp(arguments[i]) for i in self.arguments]
         self._filled = [(weakref.ref(stamp[0]), stamp[1:]) for stamp in stamps if stamp is not None]
 

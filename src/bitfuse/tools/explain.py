@@ -82,13 +82,17 @@ class SiteKind:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found. `here` says why nothing would be fused on this very machine, where that is so."""
+    """What `explain` found. `here` says why nothing would be fused on this very machine, where that is so.
+
+    not_used    besides sites, what is known not to be used before a forward, in sentences (`Report.not_used`)
+    """
 
     model: str
     host: str
     geometry: str
     kinds: list[SiteKind]
     here: list[str]
+    not_used: list[str] = field(default_factory=list)
 
     @property
     def seen(self) -> int:
@@ -238,6 +242,7 @@ def explain(
     weight = next(model.parameters())
     without_values = getattr(weight, "fake_mode", contextlib.nullcontext())  # the meta device needs no mode
     handle = hosts.accelerate(model)
+    not_used = [f"{extra.name}: {reason}" for extra in handle.report().not_used for reason in extra.reasons]
     try:
         for site in handle.sites:
             calls[site.name] = []
@@ -266,7 +271,7 @@ def explain(
     sentence = f"{tokens} video, {geometry.audio_frames} audio and {geometry.text_tokens} text tokens, {weight.dtype}"
     here = "cuda" if torch.cuda.is_available() else "cpu"
     reasons = list(runnable({"x": torch.empty(1, device=here)}))
-    return Explanation(name, handle.host, sentence, list(kinds.values()), reasons)
+    return Explanation(name, handle.host, sentence, list(kinds.values()), reasons, not_used)
 
 
 class _InItsDtype:
@@ -381,6 +386,8 @@ def show(console: Console, found: Explanation) -> None:
         "way is tried and the PyTorch chain is the last. `handle.report()` then says which way each call went."
     )
     console.print(cell(sentence))
+    for lost in found.not_used:
+        console.print(cell(f"Not used, {lost}", "yellow"))
     for reason in found.here:
         console.print(cell(f"On this machine, here and now, nothing is fused: {reason}", "yellow"))
 

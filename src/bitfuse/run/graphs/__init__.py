@@ -8,7 +8,7 @@ graph is compared with the forward, bit for bit, before a result of it is handed
 to `torch.cuda`.
 """
 
-from bitfuse.run.graphs.replay import Counts, GraphedForward, graph_forward
+from bitfuse.run.graphs.replay import FIRST, Counts, GraphedForward, graph_forward
 from bitfuse.run.twin import flat, stand_in
 
-__all__ = ["Counts", "GraphedForward", "flat", "graph_forward", "stand_in"]
+__all__ = ["FIRST", "Counts", "GraphedForward", "flat", "graph_forward", "stand_in"]

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 _KEYS_KEPT = 256  # keys remembered, most of them without a graph
 
+FIRST = "a first call with these inputs and settings"
+"""The reason of a call that runs without a graph as each first one does; any other is one that lost something."""
+
 
 @dataclasses.dataclass
 class _Graph:
@@ -250,8 +253,7 @@ class GraphedForward:
         All of it where there is no graph to replay, and where there may be other processes: of a replay that is thrown
         away they would know nothing, and wait for its part in what they do together.
         """
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return watch.moved(model) if self.graphs and not together else watch.changed(model)
+        return watch.moved(model) if self.graphs and not _together() else watch.changed(model)
 
     def _altered(self, model: nn.Module | None) -> bool:
         """Whether the model has changed in what `_first_look` has left out; what was captured is then dropped."""
@@ -278,16 +280,21 @@ class GraphedForward:
             reason = self._before_replay(args, kwargs) if self._before_replay else None
             if reason:
                 return self._eagerly(reason, args, kwargs, alone=True)
+            prelude = entry.graph.prelude
+            if prelude is not None and _together():
+                prelude.outdated()
             result = self._replay(entry.graph, call)
             if self._altered(model):
                 return self._answer(args, kwargs)
+            if prelude is not None and prelude.outdated():  # looked at while the GPU is at work, as the model is
+                result = self._replay(entry.graph, call)
             self.counts.replays += 1
             return result
         entry.calls += 1
         if entry.calls <= entry.wait:
             while len(self._entries) > _KEYS_KEPT:
                 self._drop(self._entries.popitem(last=False)[1])
-            return self._eagerly(self._news or "a first call with these inputs and settings", args, kwargs, alone=True)
+            return self._eagerly(self._news or FIRST, args, kwargs, alone=True)
         offset, prelude = self._cuda.drawn(call.device), self._prelude() if self._prelude else None
         with prelude.in_use() if prelude else contextlib.nullcontext():
             result = self._eagerly(None, args, kwargs, alone=True)
@@ -432,6 +439,11 @@ class GraphedForward:
         self._watch = None
         if graphs:
             self._cuda.give_back()
+
+
+def _together() -> bool:
+    """Whether there may be other processes that compute this forward with this one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _gone(reference: weakref.ref, _: object) -> None:
