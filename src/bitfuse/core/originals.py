@@ -104,7 +104,7 @@ def rerouted(is_cuda: bool) -> tuple[bool, ...]:
 
     Such code comes and goes (`torch.backends.python_native`), and may choose by more than a signature holds: from 2.14
     on torch's own takes a contiguous tensor that starts between multiples of 16 bytes to quack only from 2^24 elements
-    on. So this is in layouts and signatures, and where it holds the bits of every layout are compared.
+    on. So this is in layouts and signatures, and where it holds the bits of every layout are compared. 0.3 us.
     """
     fused, norm, mean = _SUMMING["CUDA" if is_cuda else "CPU"]
     return fused in _in_python, norm in _in_python, mean in _in_python
