@@ -1,4 +1,5 @@
-"""Which versions of which host keep the promise: run here, noted in compatibility.json, a table in docs/hosts.md.
+"""Which versions of which host keep the promise, with which torch: run here, noted in compatibility.json, a table in
+docs/hosts.md.
 
     python benchmarks/compatibility.py                                                    # what is installed
     PYTHONPATH=OTHER/SITE python benchmarks/compatibility.py diffusers                    # another version than that
@@ -6,8 +7,8 @@
 
 Two things for each host, on the CPU, in Triton's interpreter: the conformance test (`tests/test_hosts.py`: each of the
 host's functions against the operator's reference), and one step of a two-layer transformer for every version of LTX-2
-that the host has, stock and accelerated (`bitfuse.conformance`). A version's row replaces an earlier one of it. Then
-`make readme` fills the table. Exit code 1 where a bit differs.
+that the host has, stock and accelerated (`bitfuse.conformance`). A version's row replaces an earlier one of it with the
+same torch. Then `make readme` fills the table. Exit code 1 where a bit differs.
 """
 
 from __future__ import annotations
@@ -70,9 +71,10 @@ def row(host: str, version: str | None) -> dict[str, Any]:
 
 
 def merged(rows: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By host and version, in order; of a version that is in both, the new row."""
-    found = {(r["host"], r["version"]): r for r in (*rows, *new)}
-    return [found[key] for key in sorted(found, key=lambda key: (list(HOSTS).index(key[0]), Version(key[1])))]
+    """By host, version and torch, in order; of what is in both, the new row."""
+    found = {(r["host"], r["version"], r["torch"]): r for r in (*rows, *new)}
+    order = sorted(found, key=lambda key: (list(HOSTS).index(key[0]), *map(Version, key[1:])))
+    return [found[key] for key in order]
 
 
 def main(

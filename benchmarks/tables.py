@@ -228,29 +228,30 @@ def _waiting(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def compatibility(rows: list[dict[str, Any]]) -> str:
-    """Every version of every host that was tried: a row for those, one after the other, of which the same was found."""
-    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    """Every version of every host that was tried: a row for those, one after the other, of which the same was found
+    with the same versions of torch."""
+    with_: dict[tuple[str, ...], list[str]] = {}  # of a host's version and what was found of it: torch and Triton
     for row in rows:
         functions = row["functions"]
         tried = functions["passed"] + len(functions["failed"])
-        cells = (row["host"], f"{functions['passed']} of {tried}", *map(_step_cell, row["steps"]))
-        alike.setdefault(cells, []).append(row)
-    lines = [
-        f"| host | its functions | {' | '.join('LTX-' + step['ltx'] for step in rows[0]['steps'])} |",
-        "| --- | --- |" + " --- |" * len(rows[0]["steps"]),
-    ]
-    for (host, *cells), group in alike.items():
+        cells = (row["host"], row["version"], f"{functions['passed']} of {tried}", *map(_step_cell, row["steps"]))
+        with_.setdefault(cells, []).append(f"{row['torch']} and {row['triton']}")
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for (host, version, *cells), torches in with_.items():
+        alike.setdefault((host, *cells, ", ".join(torches)), []).append(version)
+    steps = [f"LTX-{step['ltx']}" for step in rows[0]["steps"]]
+    lines = [f"| host | its functions | {' | '.join(steps)} | torch and Triton |", "| --- " * (len(steps) + 3) + "|"]
+    for (host, *cells), versions in alike.items():
         name = {"sglang": "SGLang"}.get(host, host)
-        lines.append(f"| {name} {', '.join(row['version'] for row in group)} | {' | '.join(cells)} |")
-    torches, tritons, dates = (sorted({row[key] for row in rows}) for key in ("torch", "triton", "date"))
+        lines.append(f"| {name} {', '.join(versions)} | {' | '.join(cells)} |")
+    dates = sorted(row["date"] for row in rows)
     days = dict.fromkeys(date[:10] for date in (dates[0], dates[-1]))
     lines += [
         "",
         "Functions that compute in every bit what bitfuse's references do, of those that the host has; then sites "
         "fused of sites seen in one step of a transformer of two layers, whose output is that of the stock step in "
-        "every bit (-: a version of LTX-2 that the host does not have). In Triton's interpreter, on the CPU: "
-        f"torch {', '.join(torches)}, Triton {', '.join(tritons)}, {' to '.join(days)} "
-        "([JSON](../benchmarks/compatibility.json), by `benchmarks/compatibility.py`).",
+        "every bit (-: a version of LTX-2 that the host does not have). In Triton's interpreter, on the CPU, "
+        f"{' to '.join(days)} ([JSON](../benchmarks/compatibility.json), by `benchmarks/compatibility.py`).",
     ]
     return "\n".join(lines)
 

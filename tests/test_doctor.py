@@ -238,6 +238,26 @@ def test_what_is_switched_off_is_not_reported(value, monkeypatch):
     assert only("compiler variables").state == OK
 
 
+@pytest.mark.parametrize(("value", "reported"), [("", False), ("0", False), ("1", True), ("false", True)])
+def test_what_torch_takes_for_a_yes(value, reported, monkeypatch):
+    monkeypatch.setenv("PYTORCH_SUM_INNER_TREE", value)
+    assert (only("compiler variables").name == "PYTORCH_SUM_INNER_TREE") == reported
+
+
+NEWER = """
+    TRITON_ROCPROFILER_SDK_INCLUDE_PATH TRITON_ROCPROFILER_SDK_LIB_PATH TRITON_SWAP_MIR_ENABLE_MISCHED
+    TRITON_CUPTI_LIB_BLACKWELL_PATH TRITON_HIP_USE_EXPERT_SCHEDULING TRITON_PROFILE_METRIC_BUFFER_SIZE
+    TRITON_AMD_CODEGEN_PATH TRITON_FPSAN_HOMOMORPHIC_CASTS TRITON_HSA_RUNTIME_PATH TRITON_ROCTX_LIBRARY
+    TRITON_ROCTRACER_LIB_PATH TRITON_FORCE_DISABLE_FP_FUSION TRITON_PLUGIN_PATHS TRITON_DEFAULT_BACKEND
+"""  # of Triton 3.8 and 3.9, whichever is installed here
+
+
+@pytest.mark.parametrize("name", NEWER.split())
+def test_variables_of_newer_tritons_are_known(name, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    assert "is not known here" not in only("compiler variables").meaning
+
+
 def test_a_default_for_fusion_is_reported_either_way(monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
     assert only("compiler variables").name == "TRITON_DEFAULT_FP_FUSION"
@@ -371,11 +391,18 @@ def test_functions_replaced_in_python(monkeypatch):
 
 
 def test_ops_replaced_by_torch_itself(monkeypatch):
-    kernels = [("aten::_fused_rms_norm", "/somewhere/torch/_native/registry.py:297")]
+    names = "topk", "sum.dim_IntList", "bmm", "scatter_add", "_fused_rms_norm_backward", "_fused_rms_norm"
+    kernels = [(f"aten::{name}", "/somewhere/torch/_native/registry.py:297") for name in names]
     monkeypatch.setattr(doctor, "_python_kernels", lambda: iter(kernels))
     found = replaced()["replaced ops, by torch"]
-    assert (found.state, found.found) == (NOTE, "_fused_rms_norm (_native/registry.py:297)")
+    assert found.state == NOTE
+    assert found.found.startswith("_fused_rms_norm (_native/registry.py:297), topk"), "the one that matters comes first"
+    assert "stock's own rms_norm changes where CuTe DSL is installed" in found.meaning
+    assert "whichever runs in this process" in found.meaning
     assert found.advice.startswith("TORCH_DISABLE_NATIVE_JIT=1")
+    monkeypatch.setattr(doctor, "_python_kernels", lambda: iter(kernels[:-1]))
+    found = replaced()["replaced ops, by torch"]
+    assert (found.advice, "rms_norm changes" in found.meaning) == (NOTHING, False)
     monkeypatch.setattr(doctor, "_python_kernels", lambda: iter(()))
     assert replaced()["replaced ops"].state == OK
 
@@ -386,6 +413,12 @@ def test_packages_that_replace_ops(monkeypatch):
     found = replaced()["nvidia-cutlass-dsl"]
     assert (found.state, found.found) == (NOTE, "4.4.1 is installed")
     assert "F.rms_norm" in found.meaning
+    assert (found.meaning.endswith("Here ATen's own runs"), found.advice) == (True, NOTHING)
+    kernels = [("aten::_fused_rms_norm", "/somewhere/torch/_native/registry.py:297")]
+    monkeypatch.setattr(doctor, "_python_kernels", lambda: iter(kernels))
+    found = replaced()["nvidia-cutlass-dsl"]
+    assert "Here" not in found.meaning
+    assert found.advice.startswith("uninstall it")
 
 
 @contextlib.contextmanager

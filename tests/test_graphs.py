@@ -366,6 +366,17 @@ def test_reading_the_settings_after_tf32_was_set_in_the_new_way():
     assert new != key.settings()
 
 
+def test_what_python_code_stands_in_for_is_in_the_key():
+    before, lib = key.settings(), torch.library.Library("aten", "IMPL")
+    try:
+        lib.impl("_fused_rms_norm", lambda *args: args[:2], "CUDA")
+        during = key.settings()
+    finally:
+        lib._destroy()
+    assert during != before
+    assert key.settings() == before
+
+
 def test_settings_of_the_host_are_in_the_key(toy):
     backend = ["native"]
     replay = stand_in(GraphedForward(toy, toy.forward, settings=lambda: tuple(backend)))

@@ -230,6 +230,43 @@ def test_a_live_call_that_differs_condemns_too(fresh_routes, device, monkeypatch
     assert not verdict.equal
 
 
+@pytest.fixture
+def mean_in_python(recwarn):  # PyTorch warns that a kernel is overridden
+    """Python code stands in for ATen's mean, as far as PyTorch knows; nothing here calls it."""
+    lib = torch.library.Library("aten", "IMPL")
+
+    def stand_in(device):
+        lib.impl("mean.dim", lambda x, dim, keepdim=False, *, dtype=None: NotImplemented, device.type.upper())
+
+    yield stand_in
+    lib._destroy()
+
+
+def test_where_python_code_adds_up_rows_every_layout_is_compared(fresh_routes, device, monkeypatch, mean_in_python):
+    """Such code may choose by the number of rows, which no signature holds: torch's own RMSNorm does from 2.14 on."""
+    stock = SPLIT.reference
+    monkeypatch.setattr(SPLIT, "reference", lambda x, cos, sin: stock(x, cos, sin) * (-1 if x.shape[1] == 9 else 1))
+    few, many = tensors_of("fp16", device), CASES["fp16"].arguments(device, tokens=9)
+    assert SPLIT.route(*few).fused
+    assert SPLIT.route(*many).fused, "one proof for both, which is wrong for such a reference"
+    mean_in_python(device)
+    assert SPLIT.route(*few).fused
+    assert SPLIT.route(*many).mismatch is not None
+    assert compare(SPLIT.reference(*many), SPLIT(*many)) is None
+
+
+def test_what_stands_in_for_an_op_that_adds_up_rows_is_proved_anew(fresh_routes, device, monkeypatch, mean_in_python):
+    runs = []
+    battery = SPLIT.battery
+    monkeypatch.setattr(SPLIT, "battery", lambda *tensors: runs.append(tensors) or battery(*tensors))
+    tensors = tensors_of("fp16", device)
+    SPLIT(*tensors)
+    mean_in_python(device)
+    SPLIT(*tensors)
+    SPLIT(*tensors)
+    assert len(runs) == 2
+
+
 def raising(error: BaseException):
     def bind(self, args, outs):
         raise error

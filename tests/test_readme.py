@@ -42,26 +42,31 @@ def test_no_version_of_a_host_was_seen_to_differ():
 
 
 def test_a_versions_row_is_put_where_it_belongs_and_replaces_an_earlier_one():
-    rows = [{"host": host, "version": version} for host, version in (("diffusers", "0.9.0"), ("sglang", "0.5.23"))]
-    new = [{"host": "ltx-core", "version": "1.0.0"}, {"host": "diffusers", "version": "0.42.1"}, {**rows[1], "new": 1}]
+    def row(host, version, torch="2.13.0+cpu", **more):
+        return {"host": host, "version": version, "torch": torch, **more}
+
+    rows = [row("diffusers", "0.9.0"), row("sglang", "0.5.23"), row("sglang", "0.5.23", "2.9.1")]
+    new = [row("ltx-core", "1.0.0"), row("diffusers", "0.42.1"), {**rows[1], "new": 1}]
     found = _tables("compatibility").merged(rows, new)
-    assert found == [rows[0], new[1], new[0], new[2]]
+    assert found == [rows[0], new[1], new[0], rows[2], new[2]], "a row with another torch stays"
 
 
 def test_versions_of_which_the_same_was_found_share_a_row():
-    def row(version, *outcomes):
+    def row(version, *outcomes, torch="2.13.0"):
         steps = [{"ltx": "2.0", "outcome": o, "fused": 3, "of": 4, "reason": "differs at [0]"} for o in outcomes]
         functions = {"passed": 5, "failed": ["one"], "skipped": ["another"]}
-        facts = {"torch": "2.13.0", "triton": "3.7.1", "date": "2026-11-24T00:00:00"}
+        facts = {"torch": torch, "triton": "3.7.1", "date": "2026-11-24T00:00:00"}
         return {"host": "sglang", "version": version, "functions": functions, "steps": steps, **facts}
 
-    table = _tables().compatibility(
-        [row("1.0", "equal"), row("1.1", "equal"), row("1.2", "differs"), row("1.3", "declined")]
-    )
-    assert table.splitlines()[2:5] == [
-        "| SGLang 1.0, 1.1 | 5 of 6 | 3 of 4, equal |",
-        "| SGLang 1.2 | 5 of 6 | **differs**: differs at [0] |",
-        "| SGLang 1.3 | 5 of 6 | left alone |",
+    rows = [row("1.0", "equal"), row("1.1", "equal"), row("1.2", "differs"), row("1.3", "declined")]
+    rows += [row("1.4", outcome, torch=torch) for torch in ("2.13.0", "2.14.1") for outcome in ("equal", "declined")]
+    table = _tables().compatibility(rows)
+    assert table.splitlines()[2:7] == [
+        "| SGLang 1.0, 1.1 | 5 of 6 | 3 of 4, equal | 2.13.0 and 3.7.1 |",
+        "| SGLang 1.2 | 5 of 6 | **differs**: differs at [0] | 2.13.0 and 3.7.1 |",
+        "| SGLang 1.3 | 5 of 6 | left alone | 2.13.0 and 3.7.1 |",
+        "| SGLang 1.4 | 5 of 6 | 3 of 4, equal | 2.13.0 and 3.7.1, 2.14.1 and 3.7.1 |",
+        "| SGLang 1.4 | 5 of 6 | left alone | 2.13.0 and 3.7.1, 2.14.1 and 3.7.1 |",
     ]
 
 

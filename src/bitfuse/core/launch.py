@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bitfuse.core.bits import Outputs, as_tuple
 from bitfuse.core.kernel import EXACT, Kernel, interpreting
+from bitfuse.core.originals import rerouted
 
 
 class Out(NamedTuple):
@@ -73,8 +74,9 @@ class Plan:
 
         Sizes and strides that the kernel gets as numbers count by their class alone ("a multiple of 16": see
         `_specialisation`), so the number of tokens is not in it, unless it changes a class. In it are: what selects the
-        compiled kernel; which strides are 0, so that one row serves many; and in which order the dimensions of each
-        tensor lie in memory, as PyTorch gives outputs the order of the inputs.
+        compiled kernel; which strides are 0, so that one row serves many; in which order the dimensions of each tensor
+        lie in memory, as PyTorch gives outputs the order of the inputs; and for which of the reference's ops Python
+        code stands in for ATen's (`rerouted`).
         """
         pointers = tuple(
             t if t is None else (t.dtype, t.data_ptr() % 16 == 0, _order(t.shape, t.stride()))
@@ -88,7 +90,7 @@ class Plan:
         )
         constants = tuple((name, str(value)) for name, value in self.constants.items())
         kernel = (self.kernel.fn.__qualname__, constants, self.num_warps, tuple(self.options.items()), self.slots)
-        return (kernel, args[0].device, pointers, self.extras, outs, scalars)
+        return (kernel, args[0].device, rerouted(args[0].is_cuda), pointers, self.extras, outs, scalars)
 
     def pointers(self, args: tuple[Any, ...]) -> list[Tensor | None]:
         """The call's tensors, with None for each optional one that it passes as None or leaves out at the end."""

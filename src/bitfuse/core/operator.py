@@ -7,16 +7,17 @@ it bit for bit. Whatever can't be fused runs the reference, for a reason that is
 2. Has a function that the reference calls been replaced (`originals`)? Is bitfuse off, or does somebody want to see
    every PyTorch op (`conditions.around`)? Then the reference runs. This is asked at every call, and no answer is kept.
 3. Was this layout decided before? A layout (`_layout`) is all that a launch is prepared for: the exact shapes,
-   strides, dtypes, device and alignment of the tensors, and the values of floats and ints. `_routes` has a `Route` for
-   each that was decided, and the call takes it. Only a layout that is met for the first time comes to the questions
-   below.
+   strides, dtypes, device and alignment of the tensors, the values of floats and ints, and for which ops Python code
+   stands in for ATen's (`rerouted`). `_routes` has a `Route` for each that was decided, and the call takes it. Only a
+   layout that is met for the first time comes to the questions below.
 4. Are these the operator's kinds of arguments (`_check` raises TypeError), and does `why_not` name a reason against
    fusing them? The first that it names is the route's. Shapes that the reference rejects too raise ShapeError.
 5. For each tier, in order: does it give a `Plan`, and is the kernel of that plan proved? A verdict is kept in
    `bitfuse.core.proof` for operator, tier and signature. A signature (`Plan.signature`) is coarser than a layout: the
    number of tokens is not in it, so one proof serves many layouts. Where there is no verdict yet, the battery runs.
 6. Do the plan's outputs have the form that the reference gives its own for these very arguments (`compare_forms`)?
-   And, if the battery has just run, are the bits of this call equal, too (`compare_live`)?
+   And, if the battery has just run, are the bits of this call equal, too (`compare_live`)? Where Python code stands in
+   for an op this is asked of every layout, as such code may choose by shape and alignment.
 
 The first tier that passes 5 and 6 has the call. If none does, the reference has it, and the route says why not. The
 route is kept for its layout, unless an error of the moment (no memory, no disk) stood in the way, a CUDA graph was
@@ -43,7 +44,7 @@ from bitfuse.core.bits import Mismatch, Outputs, as_tuple
 from bitfuse.core.conditions import around, described
 from bitfuse.core.kernel import interpreting
 from bitfuse.core.launch import Plan, on_device
-from bitfuse.core.originals import Originals, called_by
+from bitfuse.core.originals import Originals, called_by, rerouted
 
 if TYPE_CHECKING:
     from bitfuse.core.evidence import Evidence
@@ -356,7 +357,8 @@ class Operator:
             return self.reference, proof.Verdict(False, f"{mismatch.sentence}, for this layout of the arguments")
         try:
             run = self._runner(plan, args)
-            live = proof.compare_live(self.reference, run, args) if new else None
+            unsure = new or any(rerouted(args[0].is_cuda))
+            live = proof.compare_live(self.reference, run, args) if unsure else None
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -412,7 +414,8 @@ def _layout(args: tuple[Any, ...]) -> tuple | None:
     """
     grad = torch.is_grad_enabled()
     try:
-        parts: list[Any] = [] if args[0].is_cuda else [interpreting()]
+        on_gpu = args[0].is_cuda
+        parts: list[Any] = [rerouted(on_gpu)] if on_gpu else [rerouted(on_gpu), interpreting()]
         for t in args:
             kind = type(t)
             if kind in _VALUES:

@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Entry = tuple[Any, str, str]  # owner (a module or a class), name of its attribute, label for sentences
@@ -88,6 +89,25 @@ def _asked(owner: Any, name: str) -> list[Any]:
         if name in vars(holder):
             break
     return found
+
+
+# -- what the dispatcher sends to Python code --------------------------------------------------------------------------
+
+# The ops of the references that add up rows: of all others any right implementation gives the same bits. CUDA's mean
+# does not call sum, which torch 2.14 and newer send elsewhere under PYTORCH_SUM_INNER_TREE.
+_SUMMING = {key: [f"aten/{op}/{key}" for op in ("_fused_rms_norm", "rms_norm", "mean.dim")] for key in ("CUDA", "CPU")}
+_in_python: Any = torch.library._impls  # of every op and dispatch key that Python code is registered for (2.11 to 2.15)
+
+
+def rerouted(is_cuda: bool) -> tuple[bool, ...]:
+    """For each op that adds up rows, whether Python code stands in for ATen's kernel on CUDA, or on the CPU.
+
+    Such code comes and goes (`torch.backends.python_native`), and may choose by more than a signature holds: from 2.14
+    on torch's own takes a contiguous tensor that starts between multiples of 16 bytes to quack only from 2^24 elements
+    on. So this is in layouts and signatures, and where it holds the bits of every layout are compared. 0.3 us.
+    """
+    fused, norm, mean = _SUMMING["CUDA" if is_cuda else "CPU"]
+    return fused in _in_python, norm in _in_python, mean in _in_python
 
 
 # -- what a reference calls ----------------------------------------------------------------------------------------

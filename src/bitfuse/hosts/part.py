@@ -166,7 +166,7 @@ def _traced(number: int) -> str | None:
     return model.why_not_compiled()
 
 
-# What torch.compiler.assume_constant_result does (torch 2.11 to 2.13), which would import torch._dynamo for it
+# What torch.compiler.assume_constant_result does (torch 2.11 to 2.15), which would import torch._dynamo for it
 _traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

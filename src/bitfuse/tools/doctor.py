@@ -210,7 +210,9 @@ _ELSEWHERE = "machine code comes from somewhere else than the installed Triton"
 _OTHERWISE = "kernels are compiled otherwise than everybody else's; each is still proved as compiled here"
 _UNIMPORTANT = "has no effect on bitfuse's kernels"
 
-# (state, what it means) of environment variables that Triton and PyTorch read. Triton 3.6 to 3.9, torch 2.11 to 2.13.
+_SAY_SO = f"{_UNIMPORTANT}: each says for itself that a*b + c is not fused. Other Triton kernels' bits depend on it"
+
+# (state, what it means) of environment variables that Triton and PyTorch read. Triton 3.6 to 3.9, torch 2.11 to 2.15.
 VARIABLES: dict[str, tuple[str, str]] = {
     "TRITON_KERNEL_OVERRIDE": (WARNING, "compiled stages are replaced by files from TRITON_OVERRIDE_DIR"),
     "TRITON_CACHE_MANAGER": (WARNING, _ELSEWHERE),
@@ -228,11 +230,13 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "TRITON_INSTRUMENTATION_MODE": (WARNING, f"kernels are instrumented, and slow: {_OTHERWISE}"),
     "TRITON_ENABLE_ASAN": (WARNING, f"kernels are instrumented, and slow: {_OTHERWISE}"),
     "TRITON_ENABLE_EXPERIMENTAL_CONSAN": (WARNING, f"kernels are instrumented, and slow: {_OTHERWISE}"),
-    "TRITON_SWAP_MIR": (WARNING, f"a compiled stage is replaced by files: {_OTHERWISE}"),
+    "TRITON_PLUGIN_PATHS": (WARNING, f"somebody's code takes part in compiling: {_OTHERWISE}"),
+    "TRITON_FPSAN_HOMOMORPHIC_CASTS": (NOTE, "acts in kernels that TRITON_INSTRUMENTATION_MODE instruments, alone"),
+    "TRITON_DEFAULT_BACKEND": (NOTE, "chooses the kind of GPU that Triton compiles for"),
     "TRITON_DEBUG": (NOTE, "kernels are compiled with checks; slower"),
     "TRITON_ALWAYS_COMPILE": (NOTE, "every process compiles every kernel again: a slow start"),
-    "TRITON_DEFAULT_FP_FUSION": (NOTE, f"{_UNIMPORTANT}: each says for itself that a*b + c is not fused"),
-    "TRITON_FORCE_DISABLE_FP_FUSION": (NOTE, f"{_UNIMPORTANT}: each says for itself that a*b + c is not fused"),
+    "TRITON_DEFAULT_FP_FUSION": (NOTE, _SAY_SO),
+    "TRITON_FORCE_DISABLE_FP_FUSION": (NOTE, _SAY_SO),
     "TRITON_F32_DEFAULT": (
         NOTE,
         f"{_UNIMPORTANT}, which multiply no matrices; other Triton kernels' bits depend on it",
@@ -243,6 +247,17 @@ VARIABLES: dict[str, tuple[str, str]] = {
     ),
     "TORCH_PYTHON_NATIVE_USER_GRAPH_ORDER_FN": (WARNING, "importing torch runs a function that this names"),
     "TORCH_DISABLE_NATIVE_JIT": (NOTE, "torch's own replacements of ATen ops are off; the unfused run's bits follow"),
+    "TORCH_DISABLE_NATIVE_AOT": (NOTE, "torch's own replacements that are compiled already (2.15: topk) are off"),
+    "PYTORCH_SUM_INNER_TREE": (
+        NOTE,
+        "torch 2.14 and newer then add up sums over rows in another order on CUDA, where CuTe DSL is installed. No "
+        "chain that is fused calls sum: means and norms are added up as before",
+    ),
+    "TORCHINDUCTOR_NUMERICS": (
+        NOTE,
+        "torch.compile (2.14 and newer) then rounds and adds up more as eager PyTorch does; eager PyTorch, bitfuse's "
+        "kernels included, is what it was",
+    ),
     "NVIDIA_TF32_OVERRIDE": (NOTE, "overrides every setting of TF32, in both runs alike"),
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": (NOTE, "fp32 matrix products are rounded to TF32, in both runs alike"),
     "TORCH_BLAS_PREFER_CUBLASLT": (NOTE, "another library multiplies matrices, in both runs alike"),
@@ -252,12 +267,14 @@ VARIABLES: dict[str, tuple[str, str]] = {
     "DIFFUSERS_ATTN_BACKEND": (NOTE, "chooses diffusers' attention, in both runs alike"),
 }
 _OFF = ("", "0", "false", "off", "no", "n")
+_OFF_FOR_TORCH = ("", "0")  # to whom PYTORCH_SUM_INNER_TREE=false is a yes
 # What Triton reads besides, to no effect on what a kernel computes
 _HARMLESS = re.compile(
     r"TRITON_(INTERPRET|HOME|CACHE_DIR|DUMP_\w+|OVERRIDE_DIR|KERNEL_DUMP|STORE_BINARY_ONLY|DISABLE_LINE_INFO|CUD\w+_PATH|"
     r"FRONT_END_DEBUGGING|PRINT_AUTOTUNING|CACHE_AUTOTUNING|PROTON_\w+|ENABLE_NVTX|CUPTI_\w+|CUOBJDUMP_PATH|"
-    r"NVDISASM_PATH|HIP_\w+|LIBHIP_PATH|REDIS_\w+|REPRODUCER_PATH|ENABLE_PYTHON_STACKTRACE|ENABLE_HW_TRACE|PROFILE_\w+|\w*LLVM_DEBUG\w*|"
-    r"ALLOW_NON_CONSTEXPR_GLOBALS)"
+    r"NVDISASM_PATH|REDIS_\w+|REPRODUCER_PATH|ENABLE_PYTHON_STACKTRACE|ENABLE_HW_TRACE|PROFILE_\w+|\w*LLVM_DEBUG\w*|"
+    r"ALLOW_NON_CONSTEXPR_GLOBALS|PARTITION_SCHEDULING_\w+|"
+    r"AMD_CODEGEN_PATH|HIP_\w+|LIBHIP_PATH|HSA_\w+|ROC(PROFILER|TRACER|TX)_\w+|SWAP_MIR(_ENABLE_MISCHED)?)"  # AMD alone
 )
 
 
@@ -268,7 +285,8 @@ def _variables(device: torch.device) -> Iterator[Finding]:
         if not state and name.startswith("TRITON_") and not _HARMLESS.fullmatch(name):
             state, meaning = NOTE, "what this variable does is not known here; every kernel is proved with it in force"
         switches = state and name not in ("TRITON_DEFAULT_FP_FUSION", "NVIDIA_TF32_OVERRIDE")
-        if not state or (switches and value.strip().lower() in _OFF):
+        off = _OFF_FOR_TORCH if name == "PYTORCH_SUM_INNER_TREE" else _OFF
+        if not state or (switches and value.strip().lower() in off):
             continue
         found = True
         shown = value if re.fullmatch(r"[\w.:+-]{1,20}", value) else "(not shown)"  # a path may name a person
@@ -325,11 +343,20 @@ def _cache(device: torch.device) -> Iterator[Finding]:
 
 # -- what changes the unfused run's bits -----------------------------------------------------------------------------
 
+_CUTE_DSL = "nvidia-cutlass-dsl"
 _REPLACERS = {
-    "nvidia-cutlass-dsl": "torch 2.13 and newer then run F.rms_norm by quack on sm_90 and sm_100, with apache-tvm-ffi",
+    _CUTE_DSL: (
+        "CuTe DSL, for which torch has quack's F.rms_norm: 2.13 and 2.14 with 4.4.1, 4.4.2 or 4.5.2, 2.15 with 4.6.2, "
+        "4.7.1 or 4.8.0, and with apache-tvm-ffi"
+    ),
     "batch-invariant-ops": "replaces matrix products and means once it is switched on",
     "flag-gems": "replaces many ATen ops once it is switched on",
 }
+_QUACK = (
+    "stock's own rms_norm changes where CuTe DSL is installed: quack's kernel runs it on sm_90 and sm_100 (from torch "
+    "2.15 on also on sm_120), from 2.14 on by shape and alignment. bitfuse proves against whichever runs in this "
+    "process, and compares the bits of every layout; the single pass of a norm may not be proved: slower"
+)
 _KEYS = re.compile(r"(Autograd|Autocast)?(CPU|CUDA)|(Composite\w+|Autograd)\[alias\]")
 
 
@@ -350,17 +377,21 @@ def _overrides(device: torch.device) -> Iterator[Finding]:
         meaning = "the unfused run uses these, and kernels are proved against them: equal, but less may be fused"
         advice = "don't load what replaces them, if you want ATen's"
         yield Finding("replaced ops", WARNING, _list(foreign), f"{meaning}; {seen}", advice)
+    by_quack = [op for op in native if op.startswith("_fused_rms_norm (")]
     if native:
-        meaning = (
-            "torch's own replacements; kernels are proved against them. Of a norm the single pass may not be: slower"
-        )
-        advice = "TORCH_DISABLE_NATIVE_JIT=1 brings ATen's back" if any("rms_norm" in op for op in native) else NOTHING
-        yield Finding("replaced ops, by torch", NOTE, _list(native), meaning, advice)
+        meaning = _QUACK if by_quack else "torch's own replacements; kernels are proved against them"
+        advice = "TORCH_DISABLE_NATIVE_JIT=1 brings ATen's back" if by_quack else NOTHING
+        listed = _list([*by_quack, *(op for op in native if op not in by_quack)])
+        yield Finding("replaced ops, by torch", NOTE, listed, meaning, advice)
     if not foreign and not native:
         yield Finding("replaced ops", OK, "none", f"PyTorch runs ATen's own; {seen}")
     for package, what in _REPLACERS.items():
-        if (version := packages.version(package)) is not None:
-            yield Finding(package, NOTE, f"{version} is installed", what, "uninstall it if you want ATen's bits")
+        if (version := packages.version(package)) is None:
+            continue
+        unused = package == _CUTE_DSL and not by_quack
+        meaning = f"{what}. Here ATen's own runs" if unused else what
+        advice = NOTHING if unused else "uninstall it if you want ATen's bits"
+        yield Finding(package, NOTE, f"{version} is installed", meaning, advice)
 
 
 def _python_kernels() -> Iterator[tuple[str, str]]:

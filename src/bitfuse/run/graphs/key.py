@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfuse.core import conditions
+from bitfuse.core.originals import rerouted
 from bitfuse.run import twin
 
 HOST_ELEMENTS = 64  # a CPU tensor of up to so many is a value, like a float: a mask of samples, a noise level
@@ -159,6 +160,7 @@ def settings() -> tuple[Hashable, ...]:
         cudnn.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
         torch._C._get_deterministic_fill_uninitialized_memory(),
+        rerouted(is_cuda=True),
     )
 
 
