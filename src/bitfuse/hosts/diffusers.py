@@ -507,8 +507,16 @@ def transformers(target: Any) -> list[Any]:
     """The LTX-2 transformers in a pipeline, then its text connectors; or in the one given; empty when there is none."""
     parts = [target, *_components(target).values()]
     found = ltx2.models_in(parts, upstream.LTX2VideoTransformer3DModel)
-    module = sys.modules.get("diffusers.pipelines.ltx2.connectors")  # not imported: then nothing can be of it
-    return found + (ltx2.models_in(parts, module.LTX2TextConnectors) if module is not None else [])
+    for home, kind in _FURTHER:
+        module = sys.modules.get(home)  # not imported: then nothing can be of it
+        found += ltx2.models_in(parts, getattr(module, kind)) if hasattr(module, kind) else []
+    return found
+
+
+_FURTHER = (
+    ("diffusers.pipelines.ltx2.connectors", "LTX2TextConnectors"),
+    ("diffusers.models.autoencoders.autoencoder_kl_ltx2", "AutoencoderKLLTX2Video"),
+)
 
 
 def unrecognised(target: Any) -> dict[str, str]:
@@ -528,6 +536,13 @@ def _components(target: Any) -> dict[str, Any]:
 
 def accelerate(model: Any, handle: Handle) -> None:
     """Take over every site of one transformer, or of text connectors, noting each in the handle."""
+    if hasattr(model, "decoder"):
+        from bitfuse.hosts import diffusers_vae
+
+        shared = Model(handle, {"decoder": diffusers_vae.LEFT_OUT})
+        diffusers_vae.accelerate(model, shared, NAME)
+        shared.take_over_is_done()
+        return
     if not isinstance(model, upstream.LTX2VideoTransformer3DModel):
         from bitfuse.hosts import diffusers_connectors  # only here: it imports diffusers' pipelines
 

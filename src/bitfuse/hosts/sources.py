@@ -159,12 +159,16 @@ def own(owner: Any, name: str) -> bool:
     return any(_stands_for(qualname, found, name, within) for qualname in names_of(found))
 
 
+# Names that PyTorch gives a function of another name: torch.nn.Module's, torch.Tensor's
+_ALIASES = {("__call__", "_wrapped_call_impl"), ("__rtruediv__", "__rdiv__")}
+
+
 def _stands_for(qualname: str, function: types.FunctionType, name: str, classes: set[str]) -> bool:
     """Whether a function that its file has under this qualified name is the one that is to be found as `name`."""
     *outer, last = qualname.split(".")
-    if "<locals>" in outer:  # what a decorator of the package made; it keeps the name
-        return function.__name__ == name
-    alias = name == "__call__" and last == "_wrapped_call_impl"  # as torch.nn.Module has it
+    if "<locals>" in outer:  # what a decorator of the package made; it keeps the name: of torch.Tensor.__pow__ pow
+        return function.__name__ in (name, name.strip("_")) or (name, function.__name__) in _ALIASES
+    alias = (name, last) in _ALIASES
     return (last == name or alias) and (not outer or outer[-1] in classes)
 
 

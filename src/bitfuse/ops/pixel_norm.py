@@ -154,9 +154,7 @@ def residual_pad(
     return laid(padded(convolved(y, bias, noise, noise_scale) + residual.contiguous(), front, back, edge))  # r4
 
 
-def upsample(
-    y: Tensor, residual: Tensor | None, bias: Tensor | None, frames: int, height: int, width: int
-) -> Tensor:
+def upsample(y: Tensor, residual: Tensor | None, bias: Tensor | None, frames: int, height: int, width: int) -> Tensor:
     """Channels to pixels, and the upsampler's residual: after the convolution of an upsampler.
 
     y           [B, C * K, D, H, W] in channels_last_3d, where K = frames * height * width
@@ -361,7 +359,7 @@ def _upsample_kernel(
     w, rest = pixel % width * UP_WIDTH + part % UP_WIDTH, pixel // width
     h, rest = rest % height * UP_HEIGHT + part // UP_WIDTH % UP_HEIGHT, rest // height
     d, batch = rest % frames * UP_FRAMES + part // (UP_WIDTH * UP_HEIGHT) - (UP_FRAMES - 1), rest // frames
-    at = ((batch.to(tl.int64) * (frames * UP_FRAMES - (UP_FRAMES - 1)) + d) * (height * UP_HEIGHT) + h)
+    at = (batch.to(tl.int64) * (frames * UP_FRAMES - (UP_FRAMES - 1)) + d) * (height * UP_HEIGHT) + h
     at = at * (width * UP_WIDTH) + w
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     there = ((pixel < pixels) & (d >= 0))[:, None] & (channel < C)

@@ -15,7 +15,7 @@ from bitfuse.core.launch import Plan, named
 from bitfuse.core.values import ROW_FAMILIES, lookalike
 from bitfuse.core.volume_mean import emulated_mean, order_of
 from bitfuse.ops import pixel_norm
-from bitfuse.ops.pixel_norm import CHANNELS_LAST, convolved, laid, normed, padded
+from bitfuse.ops.pixel_norm import convolved, laid, normed, padded
 
 BF16 = torch.bfloat16
 
@@ -41,9 +41,12 @@ def _battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, t
     for family, draw in _FAMILIES.items():
         if batch * channels * torch.Size(sides).numel() > _MANY and family not in ("live", "absorption"):
             continue
-        yield family, tuple(
-            _drawn(name, arg, draw, batch, sides, generator) if isinstance(arg, Tensor) else arg
-            for name, arg in given.items()
+        yield (
+            family,
+            tuple(
+                _drawn(name, arg, draw, batch, sides, generator) if isinstance(arg, Tensor) else arg
+                for name, arg in given.items()
+            ),
         )
 
 

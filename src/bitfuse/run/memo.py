@@ -167,6 +167,8 @@ def _gathered() -> bool:
         return False
     alive = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None)
     return alive is None or any(isinstance(module, kind) for module in tuple(alive))
+
+
 def _parts(t: Any) -> Hashable | None:
     """What a tensor consists of: the same where it is the same. None where that can't be told."""
     if type(t) in (Tensor, torch.nn.Parameter):
