@@ -254,14 +254,15 @@ class LTX2VideoDecoder3d(Part):
 
         scale, shift = None, None
         if decoder.time_embedder is not None:
-            embedded = _embedded(decoder, temb, pending.y).unflatten(1, (2, -1))
+            embedded: Any = _embedded(decoder, temb, pending.y)
+            embedded = embedded.unflatten(1, (2, -1))
             shift, scale = (embedded + decoder.scale_shift_table[None, ..., None, None, None]).unbind(dim=1)
         _, padded = self._norm("norm_out", decoder.norm_out, pending, decoder.conv_out, causal, scale, shift)
         last = self._convolve("conv_out", padded, decoder.conv_out)
         del padded
         return self._call("unpatchify", UNPATCHIFY, last.y, last.bias, decoder.patch_size_t, decoder.patch_size)
 
-    def _resnet(self, name: str, resnet: Any, pending: _Pending, temb: Tensor | None, causal: bool) -> _Pending:
+    def _resnet(self, name: str, resnet: Any, pending: _Pending, temb: Any, causal: bool) -> _Pending:
         scale_1, shift_1, scale_2, shift_2 = None, None, None, None
         if resnet.scale_shift_table is not None:
             table = resnet.scale_shift_table[None, ..., None, None, None]

@@ -56,7 +56,7 @@ def convolved(y: Tensor, bias: Tensor | None, noise: Tensor | None, noise_scale:
     y = y.contiguous()
     if bias is not None:
         y = y + bias.view(1, -1, 1, 1, 1)  # r1
-    if noise is not None:
+    if noise is not None and noise_scale is not None:
         y = y + (noise * noise_scale)[None, :, None, ...]  # r2, r3
     return y
 
@@ -67,7 +67,7 @@ def mean_square(x: Tensor) -> Tensor:
 
 def normed(x: Tensor, mean: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
     n = x / torch.sqrt(mean + eps)  # r7, r8, r9
-    if scale is not None:
+    if scale is not None and shift is not None:
         n = n * (1 + scale) + shift  # r10, r11, r12
     return F.silu(n)  # r13
 
@@ -227,7 +227,7 @@ def _pixel_kernel(
     lane, here = tl.arange(0, CHANNELS)[None, :], inside[:, None]
 
     scaled_by = 1.0
-    kept = ()
+    kept: Any = ()
     if NORM:
         if given_ptr is not None:
             mean = tl.load(given_ptr + number, mask=inside, other=0.0).to(tl.float32)
@@ -246,7 +246,7 @@ def _pixel_kernel(
                             y_ptr, residual_ptr, bias_ptr, noise_ptr, noise_scale_ptr, x_at, residual_at, noise_at,
                             half * (C // HALVES) + first + lane, here, dtype,
                         )  # fmt: skip
-                        kept = kept + (x.to(dtype),)
+                        kept = (*kept, x.to(dtype))
                         sums += round_to(x * x, dtype)  # r5
                 else:
                     for first in tl.range(0, C // HALVES, 4 * THREADS, loop_unroll_factor=4):
@@ -268,8 +268,8 @@ def _pixel_kernel(
     if KEPT:
         for i in tl.static_range(C // CHANNELS):
             store_x(
-                kept[i].to(tl.float32), scaled_by, scale_ptr, shift_ptr, sum_ptr, out_ptr, scale_at, shift_at, x_at, out_at,
-                scale_channel, shift_channel, i * CHANNELS + lane, here, own[:, None], NORM, dtype,
+                kept[i].to(tl.float32), scaled_by, scale_ptr, shift_ptr, sum_ptr, out_ptr,
+                scale_at, shift_at, x_at, out_at, scale_channel, shift_channel, i * CHANNELS + lane, here, own[:, None], NORM, dtype,
             )  # fmt: skip
     else:
         for first in tl.range(0, C, CHANNELS, loop_unroll_factor=4):
@@ -307,8 +307,8 @@ def load_x(
 
 @kernel
 def store_x(
-    x, scaled_by, scale_ptr, shift_ptr, sum_ptr, out_ptr, scale_at, shift_at, x_at, out_at, scale_channel, shift_channel,
-    channel, here, own, NORM: tl.constexpr, DTYPE: tl.constexpr,
+    x, scaled_by, scale_ptr, shift_ptr, sum_ptr, out_ptr, scale_at, shift_at, x_at, out_at,
+    scale_channel, shift_channel, channel, here, own, NORM: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Write x where it is wanted, and what becomes of it."""
     if sum_ptr is not None:

@@ -1,4 +1,4 @@
-"""What the operators of `pixel_norm.py` are proved by: geometries of LTX-2's decoders, batteries, wrong kernels, counts."""
+"""What the operators of `pixel_norm.py` are proved by: geometries of LTX-2's decoders, batteries, wrong kernels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MANY = 1 << 28  # elements of a volume of which only few families are tried
 
 
 def _battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(family, arguments): a small volume where ATen adds up its channels in the same order, else one of the same size."""
+    """(family, arguments): a small volume where ATen adds up its channels in the same order, else one as large."""
     given = named(reference, args)
     y = given["y"]
     batch, channels, *own = y.shape
@@ -220,7 +220,8 @@ _PADDED = (
     Mutant("the edge repeated, not mirrored", (
         ("w = width - 1 - tl.abs(width - 1 - tl.abs(column))", "w = tl.minimum(tl.maximum(column, 0), width - 1)"),)),
     Mutant("the edge mirrored with itself", (
-        ("h = height - 1 - tl.abs(height - 1 - tl.abs(row))", "h = tl.where(row < 0, 0, tl.minimum(row, height - 1))"),)),
+        ("h = height - 1 - tl.abs(height - 1 - tl.abs(row))",
+         "h = tl.where(row < 0, 0, tl.minimum(row, height - 1))"),)),
     Mutant("the last frame repeated in front", (("d = tl.minimum(tl.maximum(frame, 0), frames - 1)",
         "d = tl.where(frame < 0, frames - 1, tl.minimum(frame, frames - 1))"),)),
     Mutant("y + bias not rounded", ((_BIAS, _BIAS.replace("round_to(", "(").replace(", DTYPE)", ")")),)),
@@ -242,7 +243,8 @@ _NORM = (
            case="small"),
     Mutant("accumulators by neighbours", (
         ("tl.trans(tl.reshape(sums, (PIXELS, 4, SLOTS)), (0, 2, 1))", "tl.reshape(sums, (PIXELS, SLOTS, 4))"),)),
-    Mutant("subnormals flushed", (("x = round_to(x * scaled_by, DTYPE)", f"x = round_to({flushed('x')} * scaled_by, DTYPE)"),)),
+    Mutant("subnormals flushed", (
+        ("x = round_to(x * scaled_by, DTYPE)", f"x = round_to({flushed('x')} * scaled_by, DTYPE)"),)),
 )  # fmt: skip
 _RESIDUAL_NORM = (Mutant("the sum not rounded", ((_SUM, "x = x + residual"),)),)
 _MODULATION = (
@@ -253,7 +255,8 @@ _MODULATION = (
         case="small, modulated, with noise"),
 )  # fmt: skip
 _NOISE = (
-    Mutant("noise and its scale not rounded", (("noise = round_to(noise * noise_scale, DTYPE)", "noise = noise * noise_scale"),),
+    Mutant("noise and its scale not rounded", (
+        ("noise = round_to(noise * noise_scale, DTYPE)", "noise = noise * noise_scale"),),
            case="small, modulated, with noise"),
 )  # fmt: skip
 _UPSAMPLED = (
