@@ -1,5 +1,7 @@
 """Lightricks' ltx-core (1.0.0 to 1.2.0): attentions and blocks of its LTX-2 transformer, and its rotary tables' grid.
 
+Its video decoder is in `ltx_core_vae.py`.
+
 A block gets a forward of its own (`bitfuse.run.swap`), which restates upstream's: the same modules called in the same
 order, and between them operators, each of which equals its chain bit for bit or runs it. From 1.1.4 on ltx-core has
 seams. An attention calls its `preattention_function` (Q/K norms and rotary embedding) and its
@@ -17,6 +19,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -588,14 +591,29 @@ _FILLED: dict[str, tuple[type[Seam], Any]] = {
 
 
 def transformers(target: Any) -> list[Any]:
-    """The LTX-2 transformer given, or the one inside (an `X0Model`, a wrapper); empty when there is none."""
-    return ltx2.models_in([target], model.LTXModel)
+    """The LTX-2 transformer or video decoder given, or the one inside (an `X0Model`, a wrapper); empty: there is none."""
+    found = ltx2.models_in([target], model.LTXModel)
+    if "ltx_core.model.video_vae.video_vae" in sys.modules:  # not imported: then nothing can be of it
+        found += ltx2.models_in([target], _vae().HOST_CLASS)
+    return found
+
+
+def _vae() -> Any:
+    from bitfuse.hosts import ltx_core_vae  # only here: it imports ltx-core's video VAE
+
+    return ltx_core_vae
 
 
 def accelerate(transformer: Any, handle: Handle) -> None:
-    """Take over every site of one transformer, noting each in the handle. ValueError for options it has not."""
+    """Take over every site of one transformer or video decoder, noting each in the handle. ValueError for options that
+    ltx-core's have not."""
     if handle.keep_text:
         raise ValueError("keep_text is True; accepted for an ltx-core model: False, its text is not kept")
+    if not isinstance(transformer, model.LTXModel):
+        shared = Model(handle, {"decoder": _vae().LEFT_OUT})
+        _vae().accelerate(transformer, shared, NAME)
+        shared.take_over_is_done()
+        return
     tables = entries(transformer_args, f"TransformerArgsPreprocessor.{_TABLES}")
     shared = Model(handle, {"attention": _of_attentions(), "block": _of_blocks(), "tables": tables})
     for found in ltx2.attentions(transformer):

@@ -1,0 +1,199 @@
+"""The convolutional decoder of ltx-core's LTX-2 video autoencoder (1.0.0 to 1.2.0), by what `video_decoder.py` does.
+
+From diffusers' it differs around its convolutions, not between them: it adds noise to the latents and takes their
+statistics back itself, from 1.1.2 on it casts them to the weights' dtype and the video back, its blocks stand in one
+list, and it casts tables and scales of noise to the volume's dtype. It is `VideoDecoder` up to 1.1.7 and
+`ConvVideoDecoder` in 1.2.0.
+
+Tiles are the host's: `tiled_decode` cuts, blends and joins them, and calls the forward for each.
+
+From 1.1.3 on there is a second forward, by `enable_memory_efficient_decode`, which ltx-pipelines use by default. It is
+left in place: its volumes lie in channels_last_3d (from 1.1.4 on), so ATen adds up their channels in another order, and
+its convolutions run over 16 frames at a time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from ltx_core.model.common import normalization
+from ltx_core.model.video_vae import convolution, ops, resnet, sampling, video_vae
+from torch import Tensor
+
+from bitfuse.hosts.code import source_hash
+from bitfuse.hosts.part import Model
+from bitfuse.hosts.sources import entries, functions, why_not_stock
+from bitfuse.hosts.video_decoder import LEFT_OUT as _SHARED
+from bitfuse.hosts.video_decoder import Names, Stage, Values, VideoDecoder
+from bitfuse.run.swap import named
+
+# `VideoDecoder` is the name of a protocol in 1.2.0
+HOST_CLASS: Any = getattr(video_vae, "ConvVideoDecoder", None) or video_vae.VideoDecoder
+_FORWARD = f"{HOST_CLASS.__name__}.forward"
+
+_CASTING = "55c962bfef754529"  # 1.1.2 to 1.2.0
+# Whether the latents are cast to the weights' dtype, and the video back.
+_CASTS = source_hash(HOST_CLASS.forward) == _CASTING
+
+# Upstream sources that were read and are restated here (`source_hash`).
+READ = {
+    _FORWARD: {
+        "a6039a980fa12589",  # 1.0.0 of 2026-01-05: other annotations only
+        "db3ed1017c12ee53",  # 1.0.0 to 1.1.1
+        _CASTING,
+    },
+    "UNetMidBlock3D.forward": {"06e32e2019d4f62f"},  # these seven 1.0.0 to 1.2.0
+    "ResnetBlock3D.forward": {"941d6c02707c3147"},
+    "ResnetBlock3D._feed_spatial_noise": {"6fe59b3d06825812"},
+    "DepthToSpaceUpsample.forward": {"9a593ad4d77d7430"},
+    "CausalConv3d.forward": {"906731c8ab4c607c"},
+    "PixelNorm.forward": {"f37e7d55c12706f6"},
+    "unpatchify": {"10a2938c2e66ffa4"},
+}
+_HOMES = {
+    video_vae: (_FORWARD,),
+    resnet: ("UNetMidBlock3D.forward", "ResnetBlock3D.forward", "ResnetBlock3D._feed_spatial_noise"),
+    sampling: ("DepthToSpaceUpsample.forward",),
+    convolution: ("CausalConv3d.forward",),
+    normalization: ("PixelNorm.forward",),
+    ops: ("unpatchify",),
+}
+
+# The functions that the forward below leaves out.
+LEFT_OUT = [entry for home, paths in _HOMES.items() for entry in entries(home, *paths)] + _SHARED
+LEFT_OUT += entries(sys.modules[HOST_CLASS.__module__], "unpatchify")
+
+
+class ConvVideoDecoder(VideoDecoder):
+    """In place of the forward of upstream's decoder."""
+
+    __slots__ = ()
+    names = Names(
+        resnet=resnet.ResnetBlock3D,
+        upsampler=sampling.DepthToSpaceUpsample,
+        convolution=convolution.CausalConv3d,
+        norm=normalization.PixelNorm,
+        given="sample",
+        norm_out="conv_norm_out",
+        nonlinearity="non_linearity",
+        norm_dim="dim",
+        identities=("norm3", "conv_shortcut"),
+    )
+
+    @classmethod
+    def stages(cls, decoder: Any) -> Iterator[Stage]:
+        for number, block in enumerate(decoder.up_blocks):
+            name = f"up_blocks.{number}"
+            if isinstance(block, resnet.UNetMidBlock3D):
+                steps = [(f"{name}.res_blocks.{index}", one) for index, one in enumerate(block.res_blocks)]
+                yield Stage(name, block, resnet.UNetMidBlock3D, steps)
+            else:
+                yield Stage(name, None, None, [(name, block)])
+
+    def why_not_block(self, stage: Stage) -> str | None:
+        for name, module in stage.steps:
+            if type(module) not in (self.names.resnet, self.names.upsampler):
+                return f"{name} is a {named(type(module))}; accepted: a ResnetBlock3D or DepthToSpaceUpsample"
+            if type(module) is self.names.upsampler and module.stride[0] not in (1, 2):
+                return f"{name} makes {module.stride[0]} frames of one, and keeps them all; accepted: 1 or 2"
+            if stage.module is None and getattr(module, "timestep_conditioning", False):
+                return f"{name} stands by itself and asks for a timestep"
+        return None
+
+    def why_not_given(self, decoder: Any, x: Tensor) -> str | None:
+        if type(x) is not Tensor or not _CASTS:
+            return super().why_not_given(decoder, x)
+        dtype = _weights_dtype(decoder)
+        return None if dtype == torch.bfloat16 else f"the decoder's weights are {dtype}; accepted: torch.bfloat16"
+
+    def changes_channels(self, resnet: Any) -> bool:
+        return any(type(getattr(resnet, name)) is not torch.nn.Identity for name in self.names.identities)
+
+    def frames_of(self, convolution: Any) -> int:
+        return convolution.time_kernel_size
+
+    def draws(self, decoder: Any) -> bool:
+        return decoder.timestep_conditioning or super().draws(decoder)
+
+    def decoded(
+        self,
+        decoder: Any,
+        sample: Tensor,
+        timestep: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        dtype = sample.dtype
+        if _CASTS:
+            sample = sample.to(_weights_dtype(decoder))
+        if decoder.timestep_conditioning:
+            noise = torch.randn(sample.size(), generator=generator, dtype=sample.dtype, device=sample.device)
+            sample = noise * decoder.decode_noise_scale + (1.0 - decoder.decode_noise_scale) * sample
+        sample = decoder.per_channel_statistics.un_normalize(sample)
+        scaled = None
+        if decoder.timestep_conditioning:
+            if timestep is None:
+                batch, value = sample.shape[0], decoder.decode_timestep
+                timestep = torch.full((batch,), value, device=sample.device, dtype=sample.dtype)
+            scaled = timestep * decoder.timestep_scale_multiplier.to(sample)
+        causal = decoder.causal
+        video = self.after_first(decoder, decoder.conv_in(sample, causal=causal), scaled, causal, generator)
+        return video.to(dtype) if _CASTS else video
+
+    def values_of_block(self, block: Any, timestep: Any, x: Tensor) -> Any:
+        """[B, n, 1, 1, 1] by the block's own embedder; None where it has none."""
+        if block is None or not block.timestep_conditioning:
+            return None
+        return _embedded(block.time_embedder, timestep, x)
+
+    def values_of_resnet(self, resnet: Any, of_block: Any, x: Tensor) -> Values:
+        return _values(resnet.scale_shift_table, of_block, x) if resnet.timestep_conditioning else (None,) * 4
+
+    def last_values(self, decoder: Any, timestep: Any, x: Tensor) -> Values:
+        if not decoder.timestep_conditioning:
+            return (None,) * 2
+        return _values(decoder.last_scale_shift_table, _embedded(decoder.last_time_embedder, timestep, x), x)
+
+    def noise_scale(self, resnet: Any, number: int, y: Tensor) -> Tensor | None:
+        if not resnet.inject_noise:
+            return None
+        return getattr(resnet, f"per_channel_scale{number}").to(device=y.device, dtype=y.dtype)
+
+    def patches(self, decoder: Any) -> tuple[int, int]:
+        return 1, decoder.patch_size
+
+
+def _weights_dtype(decoder: Any) -> torch.dtype:
+    return next(decoder.parameters()).dtype
+
+
+def _embedded(embedder: Any, timestep: Any, x: Tensor) -> Tensor:
+    found = embedder(timestep=timestep.flatten(), hidden_dtype=x.dtype)
+    return found.view(x.shape[0], found.shape[-1], 1, 1, 1)
+
+
+def _values(table: Tensor, embedded: Tensor, x: Tensor) -> Values:
+    table = table[None, ..., None, None, None].to(device=x.device, dtype=x.dtype)
+    return (table + embedded.reshape(x.shape[0], table.shape[1], -1, *embedded.shape[-3:])).unbind(dim=1)
+
+
+# -- taking over -------------------------------------------------------------------------------------------------------
+
+
+def accelerate(decoder: Any, shared: Model, host: str) -> None:
+    """Give the decoder the forward above."""
+    ConvVideoDecoder.take_over(decoder, shared, next(_why_decoder_stays(decoder, host), None))
+
+
+def _why_decoder_stays(decoder: Any, host: str) -> Iterator[str]:
+    if "_original_forward" in decoder.__dict__:
+        yield (
+            "enable_memory_efficient_decode has replaced the decoder's forward by one that bitfuse does not restate; "
+            "ltx-pipelines build it otherwise with memory_efficient=False"
+        )
+    sources: dict[str, Any] = {}
+    for home, paths in _HOMES.items():
+        sources |= functions(home, *paths)
+    yield from why_not_stock(decoder, HOST_CLASS, "decoder", host, READ, sources)

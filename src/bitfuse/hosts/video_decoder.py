@@ -1,0 +1,405 @@
+"""The convolutional decoder of LTX-2's video autoencoder: what its convolutions do not do themselves.
+
+The decoder is a row of resnets and upsamplers, each a convolution or two with elementwise ops around it. Between two
+convolutions stands one operator (`ops/pixel_norm.py`), and from the first to the last of them all volumes lie in
+channels_last_3d, as cuDNN's kernels take them (`ops/convolution.py`). Weights stay as and where they are. None of the
+decoder's modules is called but its first convolution and the embedders of a timestep, so the host's own forward runs
+where one of them has a hook, or is not the host's own.
+
+diffusers and ltx-core have this decoder, with other names and other ops around it: `diffusers_vae.py` and
+`ltx_core_vae.py` derive from `VideoDecoder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfuse.core.conditions import runnable
+from bitfuse.hosts.ltx2 import why_gradient
+from bitfuse.hosts.part import Model, Part
+from bitfuse.hosts.site import Site
+from bitfuse.hosts.sources import Entry, calls_of, of_operators
+from bitfuse.ops.convolution import CONVOLUTION
+from bitfuse.ops.pixel_norm import (
+    PIXEL_NORM_SILU_PAD,
+    RESIDUAL_PAD,
+    RESIDUAL_PIXEL_NORM_SILU_PAD,
+    UNPATCHIFY,
+    UPSAMPLE,
+    laid,
+)
+from bitfuse.run.swap import hooked, named
+
+_OPERATORS = (PIXEL_NORM_SILU_PAD, RESIDUAL_PIXEL_NORM_SILU_PAD, RESIDUAL_PAD, UPSAMPLE, UNPATCHIFY)
+
+# The functions of PyTorch and of the operators' references that a decoder's forward leaves out.
+LEFT_OUT: list[Entry] = [
+    (torch.nn.Conv3d, "forward", "torch.nn.Conv3d.forward"),
+    (torch.nn.Conv3d, "_conv_forward", "torch.nn.Conv3d._conv_forward"),
+    *calls_of(torch.nn.SiLU, "torch.nn.SiLU"),
+    *of_operators(_OPERATORS),
+]
+
+
+@dataclass(frozen=True)
+class Names:
+    """A host's classes of the decoder's modules, and what it calls the things in them.
+
+    given           the argument of the decoder's forward that is decoded
+    norm_out        of the decoder: its last norm
+    nonlinearity    of a resnet: its SiLU
+    norm_dim        of a norm: the dimension that it is over
+    identities      of a resnet: modules that do nothing where it keeps the number of channels
+    """
+
+    resnet: Any
+    upsampler: Any
+    convolution: Any
+    norm: Any
+    given: str
+    norm_out: str
+    nonlinearity: str
+    norm_dim: str
+    identities: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the decoder's blocks: resnets and upsamplers that share the values of a timestep.
+
+    module, kind    the block itself and the host's class of it; None where a resnet or upsampler stands by itself
+    steps           (name, resnet or upsampler) of each, in the order in which they are called
+    """
+
+    name: str
+    module: Any
+    kind: Any
+    steps: list[tuple[str, Any]]
+
+
+@dataclass
+class Pending:
+    """A volume whose last summands are not added yet: the operator that reads it next adds them."""
+
+    y: Tensor
+    bias: Tensor | None = None
+    noise: Tensor | None = None
+    noise_scale: Tensor | None = None
+    residual: Tensor | None = None
+
+    def taken(self) -> tuple[Any, ...]:
+        """(y, residual, bias, noise, noise_scale), which are not held here any more: their memory is used again."""
+        found = self.y, self.residual, self.bias, self.noise, self.noise_scale
+        del self.y, self.residual
+        return found
+
+
+Values = tuple[Tensor | None, ...]
+
+
+class VideoDecoder(Part):
+    """Base of what stands in place of the forward of a host's decoder."""
+
+    __slots__ = ("named_sites",)
+    kind = "decoder"
+    names: Names
+
+    def __init__(self, decoder: Any, model: Model, sites: dict[str, Site]):
+        super().__init__(decoder, model, tuple(sites.values()))
+        self.named_sites = sites
+
+    # -- what a host says of its own decoder --
+
+    @classmethod
+    def stages(cls, decoder: Any) -> Iterator[Stage]:
+        """The decoder's blocks between its first convolution and its last norm, in order."""
+        raise NotImplementedError
+
+    def why_not_block(self, stage: Stage) -> str | None:
+        """Why this block is not one that is restated, beyond its class and the modules in it."""
+        return None
+
+    def why_not_given(self, decoder: Any, x: Tensor) -> str | None:
+        """Why the decoder's volumes are no plain tensors of bf16 where this is decoded."""
+        if type(x) is not Tensor or x.dtype != torch.bfloat16:
+            given = self.names.given
+            return f"{given} is a {named(type(x))} of {x.dtype}; accepted: a plain tensor of torch.bfloat16"
+        return None
+
+    def changes_channels(self, resnet: Any) -> bool:
+        """Whether a resnet has a norm and a convolution for its residual."""
+        raise NotImplementedError
+
+    def frames_of(self, convolution: Any) -> int:
+        """How many frames a convolution's own padding takes its kernel to have."""
+        raise NotImplementedError
+
+    def values_of_block(self, block: Any, timestep: Any, x: Tensor) -> Any:
+        """The timestep's values for the resnets of this block; x has the batch and the dtype of the volume."""
+        raise NotImplementedError
+
+    def values_of_resnet(self, resnet: Any, of_block: Any, x: Tensor) -> Values:
+        """(shift, scale, shift, scale) of its two norms, [B or 1, C, 1, 1, 1] or None."""
+        raise NotImplementedError
+
+    def last_values(self, decoder: Any, timestep: Any, x: Tensor) -> Values:
+        """(shift, scale) of the last norm."""
+        raise NotImplementedError
+
+    def noise_scale(self, resnet: Any, number: int, y: Tensor) -> Tensor | None:
+        """By what the noise after the first or second convolution of a resnet is multiplied; None: there is none."""
+        raise NotImplementedError
+
+    def patches(self, decoder: Any) -> tuple[int, int]:
+        """(frames, pixels a side) of the patches of the video that the last convolution gives."""
+        raise NotImplementedError
+
+    def decoded(self, decoder: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """What the host's forward gives for these arguments."""
+        raise NotImplementedError
+
+    def draws(self, decoder: Any) -> bool:
+        """Whether it draws random numbers, which would be others if it were begun again."""
+        resnets = (module for stage in self.stages(decoder) for _, module in stage.steps)
+        return any(getattr(module, "per_channel_scale1", None) is not None for module in resnets)
+
+    # -- its sites --
+
+    @classmethod
+    def sites_of(cls, decoder: Any) -> Iterator[tuple[str, str]]:
+        """(name, operator) of each site: before and after each convolution but the first."""
+        added = False  # whether a residual is still to be added
+        for stage in cls.stages(decoder):
+            for name, module in stage.steps:
+                if isinstance(module, cls.names.resnet):
+                    before = RESIDUAL_PIXEL_NORM_SILU_PAD if added else PIXEL_NORM_SILU_PAD
+                    yield f"{name}.norm1", before.name
+                    yield f"{name}.conv1", CONVOLUTION.name
+                    yield f"{name}.norm2", PIXEL_NORM_SILU_PAD.name
+                    yield f"{name}.conv2", CONVOLUTION.name
+                    added = True
+                elif isinstance(module, cls.names.upsampler):
+                    yield f"{name}.pad", RESIDUAL_PAD.name
+                    yield f"{name}.conv", CONVOLUTION.name
+                    yield f"{name}.upsample", UPSAMPLE.name
+                    added = False
+        yield cls.names.norm_out, (RESIDUAL_PIXEL_NORM_SILU_PAD if added else PIXEL_NORM_SILU_PAD).name
+        yield "conv_out", CONVOLUTION.name
+        yield "unpatchify", UNPATCHIFY.name
+
+    @classmethod
+    def take_over(cls, decoder: Any, shared: Model, reason: str | None) -> None:
+        """Give the decoder this forward, noting its sites in the handle; or none, for this reason."""
+        if reason is not None:
+            shared.handle.sites.append(Site("decoder", PIXEL_NORM_SILU_PAD.name, reason))
+            return
+        sites = {name: Site(f"decoder.{name}", operator) for name, operator in cls.sites_of(decoder)}
+        shared.handle.sites += sites.values()
+        shared.handle.put(decoder, cls(decoder, shared, sites))
+
+    # -- when the host's own forward must run --
+
+    def why_stock(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        # How x lies in memory does not matter (a pipeline's latents are in channels_last_3d): the first convolution
+        # puts a contiguous frame in front of it, and of volumes that lie in two ways `torch.cat` makes a contiguous
+        # one, as all of the host's are from there on.
+        given = self.names.given
+        x = args[0] if args else kwargs.get(given)
+        if not isinstance(x, Tensor) or x.ndim != 5:
+            return f"{given} is no tensor of five dimensions"
+        reason = self.why_not_given(decoder, x) or why_gradient(decoder, args, kwargs)
+        return reason or next(runnable({given: x}), None) or self._why_not_own(decoder)
+
+    def _why_not_own(self, decoder: Any) -> str | None:
+        """Why this decoder is not one whose modules need not be called: the first reason. 100 modules take 0.3 ms."""
+        norm_out, after = self.names.norm_out, None
+        for stage in self.stages(decoder):
+            reason = None if stage.module is None else _why_called(stage.name, stage.module, stage.kind)
+            if (reason := reason or self.why_not_block(stage)) is not None:
+                return reason
+            for name, module in stage.steps:
+                resnet = type(module) is self.names.resnet
+                if not resnet and type(after) is not self.names.resnet:
+                    return f"{name} does not come after a resnet"
+                reason = self._why_not_resnet(name, module) if resnet else self._why_not_upsampler(name, module)
+                if reason is not None:
+                    return reason
+                after = module
+        last = getattr(decoder, norm_out)
+        reasons = (
+            self._why_not_norm(norm_out, last),
+            _why_called("conv_act", decoder.conv_act, torch.nn.SiLU),
+            self._why_not_convolution("conv_out", decoder.conv_out),
+            _why_not_laid("conv_in", getattr(decoder.conv_in, "conv", None)),
+        )
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _why_not_resnet(self, name: str, resnet: Any) -> str | None:
+        if (reason := _why_called(name, resnet, self.names.resnet)) is not None:
+            return reason
+        if self.changes_channels(resnet):
+            return f"{name} changes the number of channels"
+        if resnet.training and resnet.dropout.p:
+            return f"{name} is in training mode, with dropout"
+        kinds = {self.names.nonlinearity: torch.nn.SiLU, "dropout": torch.nn.Dropout}
+        for part, kind in (kinds | dict.fromkeys(self.names.identities, torch.nn.Identity)).items():
+            if (reason := _why_called(f"{name}.{part}", getattr(resnet, part), kind)) is not None:
+                return reason
+        found = (self._why_not_norm(f"{name}.{norm}", getattr(resnet, norm)) for norm in ("norm1", "norm2"))
+        found_too = (self._why_not_convolution(f"{name}.{conv}", getattr(resnet, conv)) for conv in ("conv1", "conv2"))
+        return next((reason for reason in (*found, *found_too) if reason is not None), None)
+
+    def _why_not_upsampler(self, name: str, upsampler: Any) -> str | None:
+        if (reason := _why_called(name, upsampler, self.names.upsampler)) is not None:
+            return reason
+        parts = torch.Size(upsampler.stride).numel()
+        if parts & (parts - 1):
+            return f"{name} makes {parts} pixels of one; accepted: a power of two"
+        return self._why_not_convolution(f"{name}.conv", upsampler.conv)
+
+    def _why_not_norm(self, name: str, norm: Any) -> str | None:
+        if (reason := _why_called(name, norm, self.names.norm)) is not None:
+            return reason
+        dim = getattr(norm, self.names.norm_dim)
+        return None if dim == 1 else f"{name} is over dimension {dim}; accepted: 1"
+
+    def _why_not_convolution(self, name: str, module: Any) -> str | None:
+        if (reason := _why_called(name, module, self.names.convolution)) is not None:
+            return reason
+        conv = module.conv
+        if (reason := _why_called(f"{name}.conv", conv, torch.nn.Conv3d)) is not None:
+            return reason
+        if self.frames_of(module) != 3 or (conv.kernel_size, conv.padding) != ((3, 3, 3), (0, 1, 1)):
+            return (
+                f"the kernel of {name} is {conv.kernel_size}, padded by {conv.padding}; accepted: 3 a side, by 0, 1, 1"
+            )
+        if conv.padding_mode not in ("zeros", "reflect"):
+            return f"{name} pads with {conv.padding_mode!r}; accepted: 'zeros', 'reflect'"
+        if (conv.stride, conv.dilation, conv.groups) != ((1, 1, 1), (1, 1, 1), 1):
+            return f"{name} has stride {conv.stride}, dilation {conv.dilation}, {conv.groups} groups; accepted: 1 each"
+        for label, weight in (("weight", conv.weight), ("bias", conv.bias)):
+            if weight is None:
+                continue
+            if type(weight) is not torch.nn.Parameter or weight.dtype != torch.bfloat16:
+                return (
+                    f"the {label} of {name} is a {named(type(weight))} of {weight.dtype}; accepted: of torch.bfloat16"
+                )
+        return _why_not_laid(name, conv)
+
+    # -- the forward --
+
+    def fused(self, decoder: Any, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return self.decoded(decoder, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            if self.draws(decoder):  # the random numbers of another try would be others
+                raise
+        # a proof holds more at once than the host's own forward does
+        for site in self.sites:
+            site.fall("the device ran out of memory in the fused decoder")
+        return self.stock(*args, **kwargs)
+
+    def after_first(
+        self, decoder: Any, volume: Tensor, timestep: Any, causal: bool, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The video, from what the first convolution gave.
+
+        timestep    handed on to `values_of_block` and `last_values`
+        generator   of the noise that is injected
+        """
+        pending = Pending(laid(volume))
+        del volume  # nobody else holds it
+        for stage in self.stages(decoder):
+            of_block = self.values_of_block(stage.module, timestep, pending.y)
+            for name, module in stage.steps:
+                if type(module) is self.names.resnet:
+                    pending = self._resnet(name, module, pending, of_block, causal, generator)
+                else:
+                    pending = self._upsampler(name, module, pending, causal)
+        norm_out = self.names.norm_out
+        values = self.last_values(decoder, timestep, pending.y)
+        _, padded = self._norm(norm_out, getattr(decoder, norm_out), pending, decoder.conv_out, causal, values)
+        last = self._convolve("conv_out", padded, decoder.conv_out)
+        del padded
+        return self._call("unpatchify", UNPATCHIFY, last.y, last.bias, *self.patches(decoder))
+
+    def _resnet(
+        self, name: str, resnet: Any, pending: Pending, of_block: Any, causal: bool, generator: torch.Generator | None
+    ) -> Pending:
+        values = self.values_of_resnet(resnet, of_block, pending.y)
+        x, padded = self._norm(f"{name}.norm1", resnet.norm1, pending, resnet.conv1, causal, values[:2])
+        pending = self._convolve(f"{name}.conv1", padded, resnet.conv1)
+        del padded
+        _add_noise(pending, self.noise_scale(resnet, 1, pending.y), generator)
+        _, padded = self._norm(f"{name}.norm2", resnet.norm2, pending, resnet.conv2, causal, values[2:])
+        pending = self._convolve(f"{name}.conv2", padded, resnet.conv2)
+        _add_noise(pending, self.noise_scale(resnet, 2, pending.y), generator)
+        pending.residual = x
+        return pending
+
+    def _upsampler(self, name: str, upsampler: Any, pending: Pending, causal: bool) -> Pending:
+        front, back, edge = _padding(upsampler.conv, causal)
+        padded = self._call(f"{name}.pad", RESIDUAL_PAD, *pending.taken(), front, back, edge)
+        residual = None
+        if upsampler.residual:
+            frames, height, width = padded.shape[2:]
+            residual = padded[:, :, front : frames - back, edge : height - edge, edge : width - edge]
+        found = self._convolve(f"{name}.conv", padded, upsampler.conv)
+        del padded
+        return Pending(self._call(f"{name}.upsample", UPSAMPLE, found.y, residual, found.bias, *upsampler.stride))
+
+    def _norm(
+        self, name: str, norm: Any, pending: Pending, conv: Any, causal: bool, values: Values
+    ) -> tuple[Tensor, Tensor]:
+        """(x, what the next convolution reads)."""
+        shift, scale = values
+        y, residual, bias, noise, noise_scale = pending.taken()
+        rest = (bias, noise, noise_scale, scale, shift, *_padding(conv, causal), norm.eps)
+        if residual is not None:
+            x, padded = self._call(name, RESIDUAL_PIXEL_NORM_SILU_PAD, y, residual, *rest)
+            return x, padded
+        return y, self._call(name, PIXEL_NORM_SILU_PAD, y, *rest)
+
+    def _convolve(self, name: str, padded: Tensor, module: Any) -> Pending:
+        conv = module.conv
+        padding = conv.padding if conv.padding_mode == "zeros" else (0, 0, 0)
+        y, *bias = self._call(name, CONVOLUTION, padded, conv.weight, conv.bias, conv.stride, padding)
+        return Pending(y, *bias)
+
+    def _call(self, name: str, operator: Any, *args: Any) -> Any:
+        return self.named_sites[name].call(operator, *args)
+
+
+def _why_called(name: str, module: Any, kind: type) -> str | None:
+    """Why this module must be called: it is not the host's own, or somebody listens."""
+    if type(module) is not kind:
+        return f"{name} is a {named(type(module))}, not {named(kind)}"
+    if hooked(module):
+        return f"a hook is attached to {name}, which is not called when the decoder is fused"
+    return None
+
+
+def _why_not_laid(name: str, conv: Any) -> str | None:
+    for label in ("weight", "bias"):
+        weight = getattr(conv, label, None)
+        if weight is not None and not weight.is_contiguous():
+            return f"the {label} of {name} is not contiguous: with it the host's own volumes lie otherwise in memory"
+    return None
+
+
+def _padding(conv: Any, causal: bool) -> tuple[int, int, int]:
+    """(frames in front, frames behind, pixels at each edge) that a convolution of three a side adds by itself."""
+    front, back = (2, 0) if causal else (1, 1)
+    return front, back, 1 if conv.conv.padding_mode == "reflect" else 0
+
+
+def _add_noise(pending: Pending, noise_scale: Tensor | None, generator: torch.Generator | None) -> None:
+    if noise_scale is not None:
+        y = pending.y
+        pending.noise = torch.randn(y.shape[-2:], generator=generator, device=y.device, dtype=y.dtype)[None]
+        pending.noise_scale = noise_scale
