@@ -41,7 +41,8 @@ def accelerate(
 
     target        a diffusers LTX-2 pipeline: its transformers and text connectors; or an `LTX2VideoTransformer3DModel`
                   or `LTX2TextConnectors` alone (diffusers 0.37 or newer); or an ltx-core `LTXModel`, `X0Model` or
-                  video decoder (`VideoDecoder`, in 1.2.0 `ConvVideoDecoder`); or an SGLang `LTX2VideoTransformer3DModel`
+                  video decoder (`VideoDecoder`, in 1.2.0 `ConvVideoDecoder`); or an SGLang
+                  `LTX2VideoTransformer3DModel`
     strict        raise `NotFused` where something would fall back to the PyTorch chain
     cuda_graph    replay the transformer's whole forward as one CUDA graph, from the third call of a shape on
     keep_text     LTX-2.0: keep the text's projections, keys and values from step to step (1.2 GB for a prompt of

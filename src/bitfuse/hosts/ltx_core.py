@@ -591,7 +591,7 @@ _FILLED: dict[str, tuple[type[Seam], Any]] = {
 
 
 def transformers(target: Any) -> list[Any]:
-    """The LTX-2 transformer or video decoder given, or the one inside (an `X0Model`, a wrapper); empty: there is none."""
+    """The LTX-2 transformer or video decoder given, or inside (an `X0Model`, a wrapper); empty when there is none."""
     found = ltx2.models_in([target], model.LTXModel)
     if "ltx_core.model.video_vae.video_vae" in sys.modules:  # not imported: then nothing can be of it
         found += ltx2.models_in([target], _vae().HOST_CLASS)

@@ -293,11 +293,11 @@ class VideoDecoder(Part):
 
     # -- the forward --
 
-    def fused(self, decoder: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def fused(self, module: Any, *args: Any, **kwargs: Any) -> Tensor:
         try:
-            return self.decoded(decoder, *args, **kwargs)
+            return self.decoded(module, *args, **kwargs)
         except torch.OutOfMemoryError:
-            if self.draws(decoder):  # the random numbers of another try would be others
+            if self.draws(module):  # the random numbers of another try would be others
                 raise
         # a proof holds more at once than the host's own forward does
         for site in self.sites:
