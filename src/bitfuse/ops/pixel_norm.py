@@ -269,7 +269,8 @@ def _pixel_kernel(
         for i in tl.static_range(C // CHANNELS):
             store_x(
                 kept[i].to(tl.float32), scaled_by, scale_ptr, shift_ptr, sum_ptr, out_ptr,
-                scale_at, shift_at, x_at, out_at, scale_channel, shift_channel, i * CHANNELS + lane, here, own[:, None], NORM, dtype,
+                scale_at, shift_at, x_at, out_at, scale_channel, shift_channel, i * CHANNELS + lane, here,
+                own[:, None], NORM, dtype,
             )  # fmt: skip
     else:
         for first in tl.range(0, C, CHANNELS, loop_unroll_factor=4):
