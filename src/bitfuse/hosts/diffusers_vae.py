@@ -38,6 +38,7 @@ class LTX2VideoDecoder3d(VideoDecoder):
     """In place of the forward of upstream's decoder."""
 
     __slots__ = ()
+    whose = "diffusers'"
     names = Names(
         resnet=upstream.LTX2VideoResnetBlock3d,
         upsampler=getattr(upstream, "LTX2VideoUpsampler3d", None),  # of another name in 0.37
@@ -70,10 +71,15 @@ class LTX2VideoDecoder3d(VideoDecoder):
     def frames_of(self, convolution: Any) -> int:
         return convolution.kernel_size[0]
 
+    def causal(
+        self, decoder: Any, hidden_states: Tensor, temb: Tensor | None = None, causal: bool | None = None
+    ) -> bool:
+        return causal or decoder.is_causal
+
     def decoded(
         self, decoder: Any, hidden_states: Tensor, temb: Tensor | None = None, causal: bool | None = None
     ) -> Tensor:
-        causal = causal or decoder.is_causal
+        causal = self.causal(decoder, hidden_states, temb, causal)
         if decoder.timestep_scale_multiplier is not None:
             temb = temb * decoder.timestep_scale_multiplier
         return self.after_first(decoder, decoder.conv_in(hidden_states, causal=causal), temb, causal)
@@ -93,10 +99,13 @@ class LTX2VideoDecoder3d(VideoDecoder):
         return (of_block.unflatten(1, (4, -1)) + resnet.scale_shift_table[None, ..., None, None, None]).unbind(dim=1)
 
     def last_values(self, decoder: Any, timestep: Any, x: Tensor) -> Values:
-        if decoder.time_embedder is None:
+        if not self.conditioned(decoder):
             return (None,) * 2
         embedded = self.values_of_block(decoder, timestep, x).unflatten(1, (2, -1))
         return (embedded + decoder.scale_shift_table[None, ..., None, None, None]).unbind(dim=1)
+
+    def conditioned(self, decoder: Any) -> bool:
+        return decoder.time_embedder is not None
 
     def noise_scale(self, resnet: Any, number: int, y: Tensor) -> Tensor | None:
         return getattr(resnet, f"per_channel_scale{number}")

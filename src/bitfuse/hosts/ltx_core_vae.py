@@ -71,6 +71,7 @@ class ConvVideoDecoder(VideoDecoder):
     """In place of the forward of upstream's decoder."""
 
     __slots__ = ()
+    whose = "ltx-core's"
     names = Names(
         resnet=resnet.ResnetBlock3D,
         upsampler=sampling.DepthToSpaceUpsample,
@@ -115,8 +116,14 @@ class ConvVideoDecoder(VideoDecoder):
     def frames_of(self, convolution: Any) -> int:
         return convolution.time_kernel_size
 
+    def conditioned(self, decoder: Any) -> bool:
+        return decoder.timestep_conditioning
+
     def draws(self, decoder: Any) -> bool:
-        return decoder.timestep_conditioning or super().draws(decoder)
+        return decoder.timestep_conditioning or super().draws(decoder)  # noise on the latents
+
+    def causal(self, decoder: Any, *args: Any, **kwargs: Any) -> bool:
+        return decoder.causal
 
     def decoded(
         self,

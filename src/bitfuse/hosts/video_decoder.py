@@ -12,6 +12,7 @@ diffusers and ltx-core have this decoder, with other names and other ops around 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from bitfuse.core.conditions import runnable
 from bitfuse.hosts.ltx2 import why_gradient
 from bitfuse.hosts.part import Model, Part
+from bitfuse.hosts.rehearsal import Rehearsal
 from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import Entry, calls_of, of_operators
 from bitfuse.ops.convolution import CONVOLUTION
@@ -35,6 +37,9 @@ from bitfuse.ops.pixel_norm import (
 )
 from bitfuse.run.swap import hooked, named
 
+# Height and width of the volume on which kernels are compiled: 512 positions, which ATen adds up as those of larger
+# ones
+_SMALL = (16, 32)
 _OPERATORS = (PIXEL_NORM_SILU_PAD, RESIDUAL_PIXEL_NORM_SILU_PAD, RESIDUAL_PAD, UPSAMPLE, UNPATCHIFY)
 
 # The functions of PyTorch and of the operators' references that a decoder's forward leaves out.
@@ -103,15 +108,22 @@ Values = tuple[Tensor | None, ...]
 
 
 class VideoDecoder(Part):
-    """Base of what stands in place of the forward of a host's decoder."""
+    """Base of what stands in place of the forward of a host's decoder.
 
-    __slots__ = ("named_sites",)
+    named_sites    its sites by their names in it
+    refused        by shape of the latents: why the host's own forward runs for them, since an operator was not fused.
+                   Beside the fused ones its PyTorch chain costs more than the host's own, for the changes of layout
+    """
+
+    __slots__ = ("_rehearsed", "named_sites", "refused")
     kind = "decoder"
     names: Names
+    whose: str  # "diffusers'"
 
     def __init__(self, decoder: Any, model: Model, sites: dict[str, Site]):
         super().__init__(decoder, model, tuple(sites.values()))
-        self.named_sites = sites
+        self.named_sites, self._rehearsed = sites, False
+        self.refused: dict[torch.Size, str] = {}
 
     # -- what a host says of its own decoder --
 
@@ -159,8 +171,16 @@ class VideoDecoder(Part):
         """(frames, pixels a side) of the patches of the video that the last convolution gives."""
         raise NotImplementedError
 
+    def causal(self, decoder: Any, *args: Any, **kwargs: Any) -> bool:
+        """Whether its convolutions see no later frame, for these arguments of the host's forward."""
+        raise NotImplementedError
+
     def decoded(self, decoder: Any, *args: Any, **kwargs: Any) -> Tensor:
         """What the host's forward gives for these arguments."""
+        raise NotImplementedError
+
+    def conditioned(self, decoder: Any) -> bool:
+        """Whether it asks for a timestep."""
         raise NotImplementedError
 
     def draws(self, decoder: Any) -> bool:
@@ -208,12 +228,12 @@ class VideoDecoder(Part):
         # How x lies in memory does not matter (a pipeline's latents are in channels_last_3d): the first convolution
         # puts a contiguous frame in front of it, and of volumes that lie in two ways `torch.cat` makes a contiguous
         # one, as all of the host's are from there on.
-        given = self.names.given
-        x = args[0] if args else kwargs.get(given)
+        given, x = self.names.given, self._given(args, kwargs)
         if not isinstance(x, Tensor) or x.ndim != 5:
             return f"{given} is no tensor of five dimensions"
         reason = self.why_not_given(decoder, x) or why_gradient(decoder, args, kwargs)
-        return reason or next(runnable({given: x}), None) or self._why_not_own(decoder)
+        reason = reason or next(runnable({given: x}), None) or self._why_not_own(decoder)
+        return reason or self.refused.get(x.shape)
 
     def _why_not_own(self, decoder: Any) -> str | None:
         """Why this decoder is not one whose modules need not be called: the first reason. 100 modules take 0.3 ms."""
@@ -294,8 +314,16 @@ class VideoDecoder(Part):
     # -- the forward --
 
     def fused(self, module: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not self._rehearsed:
+            self._rehearsed = True
+            self._rehearse(module, *args, **kwargs)
+        before = self._fallen()
         try:
-            return self.decoded(module, *args, **kwargs)
+            found = self.decoded(module, *args, **kwargs)
+            if (fallen := self._fallen() - before).total():
+                reason = f"partly fused, the decoder is slower than {self.whose} own; not fused: {next(iter(fallen))}"
+                self.refused[self._given(args, kwargs).shape] = reason
+            return found
         except torch.OutOfMemoryError:
             if self.draws(module):  # the random numbers of another try would be others
                 raise
@@ -303,6 +331,29 @@ class VideoDecoder(Part):
         for site in self.sites:
             site.fall("the device ran out of memory in the fused decoder")
         return self.stock(*args, **kwargs)
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0] if args else kwargs.get(self.names.given)
+
+    def _fallen(self) -> Counter[str]:
+        """Calls of operators that ran PyTorch's chain so far, by the reason. A convolution that does costs little."""
+        sites = [site for site in self.sites if site.operator != CONVOLUTION.name]
+        found: Counter[str] = Counter()
+        for site in sites:
+            found.update(site.fallen)
+        return found
+
+    def _rehearse(self, decoder: Any, *args: Any, **kwargs: Any) -> None:
+        """Compile the kernels side by side, as they are found in a decode of one small frame of zeros.
+
+        One after the other 15 kernels took 8 s (H200, 2026-11-29). None of the decoder's modules is called.
+        """
+        given, strict = self._given(args, kwargs), any(site.strict for site in self.sites)
+        if not given.is_cuda or strict or self.conditioned(decoder) or self.draws(decoder):
+            return
+        shape = 1, decoder.conv_in.conv.out_channels, 1, *_SMALL
+        small, causal = given.new_zeros(shape, dtype=torch.bfloat16), self.causal(decoder, *args, **kwargs)
+        Rehearsal(decoder, self.sites)(lambda: self.after_first(decoder, small, None, causal))
 
     def after_first(
         self, decoder: Any, volume: Tensor, timestep: Any, causal: bool, generator: torch.Generator | None = None
@@ -313,7 +364,7 @@ class VideoDecoder(Part):
         generator   of the noise that is injected
         """
         pending = Pending(laid(volume))
-        del volume  # nobody else holds it
+        del volume
         for stage in self.stages(decoder):
             of_block = self.values_of_block(stage.module, timestep, pending.y)
             for name, module in stage.steps:
