@@ -255,7 +255,7 @@ def test_options_that_it_has_not_and_other_targets():
     model = make(layers=1)
     with pytest.raises(ValueError, match="keep_text is True; accepted for an ltx-core model: False"):
         bitfuse.accelerate(model, keep_text=True)
-    with pytest.raises(TypeError, match="or an ltx-core LTXModel or X0Model"):
+    with pytest.raises(TypeError, match="or an ltx-core LTXModel or X0Model or video decoder"):
         bitfuse.accelerate(torch.nn.Linear(1, 1))
 
 
