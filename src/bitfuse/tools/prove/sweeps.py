@@ -35,10 +35,12 @@ from bitfuse.core.launch import named
 from bitfuse.core.numerics import divide, exponential, reciprocal_root, round_to
 from bitfuse.core.operator import OPERATORS, Operator
 from bitfuse.ops.adaln_evidence import AdalnCase
+from bitfuse.ops.grid_rotary_evidence import GridCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
 from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
+from bitfuse.ops.swiglu_evidence import SwigluCase
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -319,6 +321,7 @@ STEPS = (
     Step("y * mask", "gated_residual", _masked, _RESIDUAL),
     Step("x + y", "gated_residual", _added, _RESIDUAL),
     Step("out * 2 sigmoid(logit)", "head_gate", _gated_head),
+    Step("silu(gate) * up", "swiglu", lambda a, b: (_by_token(a, b), _by_column(a, b))),
     Step("weight * row of one value, normed", "qk_rms_norm", _weighted, _QK[1:]),
     *_rotary_steps(),
 )
@@ -364,6 +367,12 @@ def _broad(case: Any, tokens: int, batch: int = 1) -> Any:
         return replace(case, tokens=tokens, batch=batch, heads=2, head_dim=128, **plain)
     if isinstance(case, (HeadGateCase, PerturbedCase)):
         return replace(case, tokens=tokens, batch=batch, heads=2, head_dim=128)
+    if isinstance(case, SwigluCase):
+        return replace(case, tokens=tokens, batch=batch, width=256)
+    if isinstance(case, GridCase):
+        lines, columns = (2 ** min(most, max(0, tokens.bit_length() - at)) for at, most in ((4, 3), (1, 3)))
+        sides: dict[str, Any] = {"frames": max(1, tokens // (lines * columns)), "lines": lines, "columns": columns}
+        return replace(case, **sides, batch=batch, heads=2, head_dim=128, pairs=None, dtype=_BF16, misaligned=False)
     there = dict.fromkeys(("per_token", "with_tables", "with_gate", "with_mask", "with_modulation"), True)
     return replace(case, tokens=tokens, batch=batch, width=256, ada_rows=9, misaligned=False, dtype=_BF16, **there)
 
@@ -543,6 +552,10 @@ class Form:
         if isinstance(case, QKCase):
             keys = None if case.key_tokens is None else tokens[1]
             case = replace(case, queries=replace(case.queries, tokens=tokens[0], batch=batch), key_tokens=keys)
+        elif isinstance(case, GridCase):
+            frames, lines = dice.randint(1, 3), dice.randint(1, 3)
+            columns = -(-tokens[0] // (frames * lines))
+            case = replace(case, frames=frames, lines=lines, columns=columns, batch=batch)
         else:
             case = replace(case, tokens=tokens[0], batch=batch)
         args = list(case.arguments(device, seed=dice.randrange(1 << 31)))
@@ -564,7 +577,7 @@ def forms(operator: Operator, extent: Extent) -> Iterator[Form]:
 
 
 def _width(case: Any) -> int:
-    if isinstance(case, AdalnCase):
+    if isinstance(case, (AdalnCase, SwigluCase)):
         return case.width
     of = case.queries if isinstance(case, QKCase) else case
     return of.heads * of.head_dim
@@ -586,6 +599,8 @@ def _varied(case: Any, dice: random.Random) -> Any:
         chosen: dict[str, Any] = {name: dice.random() < 0.6 for name in optional}
         rows = dice.randint(2, 9)
         return replace(case, dtype=dtype(case.dtype), ada_rows=rows, misaligned=dice.random() < 0.2, **chosen)
+    if isinstance(case, GridCase):
+        return replace(case, dtype=dtype(case.dtype), misaligned=dice.random() < 0.2)
     if isinstance(case, RotaryCase) and case.table_batch is None:
         dtypes: dict[str, Any] = {"x_dtype": dtype(case.x_dtype), "table_dtype": dtype(case.table_dtype)}
         x_form = dice.choice(("tokens", "tokens", "columns of a wider tensor", "tokens last", "misaligned"))
