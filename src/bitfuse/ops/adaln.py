@@ -64,11 +64,7 @@ def residual_sum(x: Tensor, y: Tensor, gate: Tensor | None, gate_table: Tensor |
     return x + y  # r4
 
 
-def native(x: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=eps)  # r5
-
-
-def weighted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def native(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight=weight, eps=eps)  # r5
 
 
@@ -226,21 +222,15 @@ def residual_rms_norm_modulate_twice_composed(
 
 
 def residual_rms_norm_modulate_weighted(
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    scale_table: Tensor | None = None,
-    shift_table: Tensor | None = None,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
+    scale_table: Tensor | None = None, shift_table: Tensor | None = None, eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x', n or its modulation): residual add, then `torch.nn.RMSNorm` with its weight: LTX-2.5's diffusion decoder.
 
     weight    [D]; further arguments as in `residual_rms_norm_modulate_native`
     """
     x = residual_sum(x, y, None, None, None)
-    return x, modulated(weighted(x, weight, eps), scale, shift, scale_table, shift_table)
+    return x, modulated(native(x, eps, weight), scale, shift, scale_table, shift_table)
 
 
 def rms_norm_modulate_native(
@@ -398,9 +388,8 @@ def _plan(
     given = named(reference, args)
     x = given["x"]
     batch, tokens, width = x.shape
-    per_program, lanes = rows_per_program(width), layer_norm_lanes(width)
-    if order == MEAN:
-        lanes = mean_lanes(batch * tokens, width)
+    per_program = rows_per_program(width)
+    lanes = mean_lanes(batch * tokens, width) if order == MEAN else layer_norm_lanes(width)
     gate, scale, shift, scale2, shift2 = (_row_strides(given.get(name), x) for name in VALUES)
     mask, _ = _row_strides(given.get("mask"), x)
     tensors = (x_slot if name == "x" else f"{name}_ptr" for name in given if name != "eps")
@@ -433,10 +422,9 @@ def _norm_plan(*args: Any, reference: Callable[..., Any], order: str, rstd: Rstd
     batch, tokens, width = given["x"].shape
     if order == MEAN and mean_lanes(batch * tokens, width) is None:
         return f"ATen splits rows of {width} between warps, in an order that is not reproduced here"
-    if order == LAYER_NORM and "y" not in given and not in_vectors(given["x"]):  # a sum of two is new
-        return "x does not start at a multiple of 4 elements, and ATen adds up such rows in another order"
-    if order == LAYER_NORM and "weight" in given and not in_vectors(given["weight"]):
-        return "weight does not start at a multiple of 4 elements, and ATen then adds up rows in another order"
+    for name in ("weight",) if "y" in given else ("x",):  # a sum of two is new
+        if order == LAYER_NORM and name in given and not in_vectors(given[name]):
+            return f"{name} does not start at a multiple of 4 elements, and ATen adds up such rows in another order"
     plan = partial(_plan, *args, reference=reference, order=order, added=("rstd_ptr",))
     if order == GIVEN:
         return plan(before=partial(statistic, reference=reference, rstd=rstd), extras=(torch.float32,))

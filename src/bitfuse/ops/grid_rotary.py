@@ -5,7 +5,7 @@ of a head fall into three groups, one for each axis, and each pair is turned by 
 axis:
 
     n    = weight * x / rms(x)       over one head
-    n    = n * scale                 queries only
+    n    = n * q_scale               queries only
     out  = even * cos - odd * sin, even * sin + odd * cos
 
 Versus whom: diffusers 0.42.1, the diffusion decoder of LTX-2.5: `LTX2VideoVaeNeighborhoodAttention.project_qkv` after
@@ -14,7 +14,7 @@ given, a table for each axis: a function of the grid and of nothing else.
 
 Roundings, in order:
     r1  weight * (rstd * x), to x's dtype; rstd = rsqrt.approx(mean square + eps) in fp32
-    r2  n * scale, to x's dtype, with scale in fp32. Exact where scale is a power of two and nothing is subnormal, as
+    r2  n * q_scale, to x's dtype, with q_scale in fp32. Exact where that is a power of two and nothing is subnormal, as
         with heads of 64
     r3  the four products with cos and sin, in fp32: PyTorch ops of their own, so no fused multiply-add in any torch
     r4  their difference and their sum, in fp32
@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.core.conditions import HALVES, fitting, plain, runnable
+from bitfuse.core.conditions import FLOATS, HALVES, fitting, plain, runnable
 from bitfuse.core.kernel import interpreting, kernel, power_of_2
 from bitfuse.core.launch import Out, Plan, in_vectors, named, strides
 from bitfuse.core.numerics import reciprocal_root, round_to
@@ -54,23 +54,23 @@ TABLES = ("frame_cos", "frame_sin", "line_cos", "line_sin", "column_cos", "colum
 def qk_rms_norm_grid_rotary(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor,
     frame_cos: Tensor, frame_sin: Tensor, line_cos: Tensor, line_sin: Tensor, column_cos: Tensor, column_sin: Tensor,
-    scale: float, eps: float = 1e-6,
+    q_scale: float, eps: float = 1e-6,
 ) -> _Pair:  # fmt: skip
     """(q, k), normed head by head, q scaled, both turned: the attention of diffusers' LTX-2.5 diffusion decoder.
 
     q, k                      [B, F*H*W, heads*D], contiguous, bf16 or fp16; columns run fastest, then lines
     q_weight, k_weight        [D]
-    frame_cos, frame_sin      [F, pairs of the frames' axis], fp32, contiguous
+    frame_cos, frame_sin      [F, pairs of the frames' axis], contiguous, fp32; bf16 and fp16 are taken, too
     line_cos, line_sin        [H, pairs of the lines' axis], likewise
     column_cos, column_sin    [W, pairs of the columns' axis], likewise; all pairs together are D/2
-    scale                     of the queries, after their norm
+    q_scale                   of the queries, after their norm
     """
     grid = frame_cos.shape[0], line_cos.shape[0], column_cos.shape[0]
     tables = frame_cos, frame_sin, line_cos, line_sin, column_cos, column_sin
     q_heads, k_heads = (x.reshape(x.shape[0], *grid, -1, w.shape[0]) for x, w in ((q, q_weight), (k, k_weight)))
     q_heads = F.rms_norm(q_heads, q_heads.shape[-1:], weight=q_weight, eps=eps)  # r1
     k_heads = F.rms_norm(k_heads, k_heads.shape[-1:], weight=k_weight, eps=eps)  # r1
-    q_heads = q_heads * scale  # r2
+    q_heads = q_heads * q_scale  # r2
     return turned_on_grid(q_heads, *tables).reshape(q.shape), turned_on_grid(k_heads, *tables).reshape(k.shape)
 
 
@@ -99,7 +99,7 @@ def _qk_rms_norm_grid_rotary_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr,
     frame_cos_ptr, frame_sin_ptr, line_cos_ptr, line_sin_ptr, column_cos_ptr, column_sin_ptr,
     q_rstd_ptr, k_rstd_ptr, q_out_ptr, k_out_ptr,
-    rows, heads, frames, lines, columns, scale, eps,
+    rows, heads, frames, lines, columns, q_scale, eps,
     N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr,
     FRAME_PAIRS: tl.constexpr, LINE_PAIRS: tl.constexpr,
 ):  # fmt: skip
@@ -122,12 +122,12 @@ def _qk_rms_norm_grid_rotary_kernel(
     entry = tl.where(by_frame, frame[:, None] * FRAME_PAIRS + pair, entry)
     cos_at = tl.where(by_line, line_cos_ptr + entry, column_cos_ptr + entry)
     sin_at = tl.where(by_line, line_sin_ptr + entry, column_sin_ptr + entry)
-    c = tl.load(tl.where(by_frame, frame_cos_ptr + entry, cos_at), mask=turned, other=0.0)
-    s = tl.load(tl.where(by_frame, frame_sin_ptr + entry, sin_at), mask=turned, other=0.0)
+    c = tl.load(tl.where(by_frame, frame_cos_ptr + entry, cos_at), mask=turned, other=0.0).to(tl.float32)
+    s = tl.load(tl.where(by_frame, frame_sin_ptr + entry, sin_at), mask=turned, other=0.0).to(tl.float32)
 
     x = tl.load(q_ptr + at, mask=here, other=0.0).to(tl.float32)
     n = norm_head(x, q_weight_ptr, q_rstd_ptr, row, rows, lane, eps, N, WIDTH, ROWS, ORDER, dtype)  # r1
-    n = round_to(n * scale, dtype)  # r2
+    n = round_to(n * q_scale, dtype)  # r2
     tl.store(q_out_ptr + at, turn_pairs(n, c, s, ROWS, WIDTH).to(dtype), mask=here)  # r5
 
     x = tl.load(k_ptr + at, mask=here, other=0.0).to(tl.float32)
@@ -173,7 +173,7 @@ def _plan(*args: Any, order: str) -> Plan | str:
     for name in ("q", "k", "q_weight", "k_weight"):
         if order == LAYER_NORM and not in_vectors(given[name]):
             return f"{name} does not start at a multiple of 4 elements, and ATen adds up such rows in another order"
-    batch, tokens, heads = *q.shape[:2], q.shape[2] // head_dim
+    batch, tokens, heads = q.shape[0], q.shape[1], q.shape[2] // head_dim
     rows, width = batch * tokens * heads, power_of_2(head_dim)
     per_program = max(1, (_INTERPRETED_ELEMENTS if interpreting() else _ELEMENTS) // width)
     frames, lines, columns = (given[f"{axis}_cos"].shape for axis in ("frame", "line", "column"))
@@ -181,7 +181,7 @@ def _plan(*args: Any, order: str) -> Plan | str:
     return Plan(
         _qk_rms_norm_grid_rotary_kernel,
         (-(-rows // per_program), 1, 1),
-        (rows, heads, frames[0], lines[0], columns[0], float(given["scale"]), given["eps"]),
+        (rows, heads, frames[0], lines[0], columns[0], float(given["q_scale"]), given["eps"]),
         {
             "N": head_dim,
             "WIDTH": width,
@@ -227,8 +227,9 @@ def _why_not(*args: Any) -> Iterator[str]:
         if given[name].dtype != q.dtype:
             reasons.append(f"{name} is {given[name].dtype} and q {q.dtype}; they must have one dtype")
     for name in TABLES:
-        if given[name].dtype != torch.float32:
-            reasons.append(f"{name} is {given[name].dtype}; accepted: torch.float32")
+        if given[name].dtype not in FLOATS or given[name].dtype != given["frame_cos"].dtype:
+            accepted = "one of torch.float32, torch.bfloat16, torch.float16 for all"
+            reasons.append(f"{name} is {given[name].dtype}; accepted: {accepted}")
         if given[name].numel() >= 2**31:
             reasons.append(f"{name} is {list(given[name].shape)}; accepted: fewer than 2^31 elements")
     for name, t in tensors.items():

@@ -44,7 +44,7 @@ def _battery(*args: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
                 found.append(t)
                 continue
             if name in TABLES:
-                drawn = _table(name, [sides[_AXES.index(name[:-4])], t.shape[1]], family, draw, generator)
+                drawn = _table(name, [sides[_AXES.index(name[:-4])], t.shape[1]], t.dtype, family, generator)
             elif name in ("q", "k"):  # a head is a row of its own
                 head_dim = given["q_weight"].shape[0]
                 heads = draw("x", [2, tokens * t.shape[2] // head_dim, head_dim], t.dtype, generator)
@@ -59,9 +59,9 @@ def _battery(*args: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
 _AXES = ("frame", "line", "column")
 
 
-def _table(name: str, shape: list[int], family: str, draw: Any, generator: torch.Generator) -> Tensor:
+def _table(name: str, shape: list[int], dtype: torch.dtype, family: str, generator: torch.Generator) -> Tensor:
     if family not in ("live", "absorption", "special rows"):
-        return draw("value", shape, torch.float32, generator)
+        return ROW_FAMILIES[family]("value", shape, dtype, generator)
     angle = 1e3 * torch.randn(shape, generator=generator, device=generator.device)
     return angle.cos() if name.endswith("cos") else angle.sin()
 
@@ -85,7 +85,7 @@ def _emulated(*args: Any) -> _Pair:
         x, weight = given[side], given[f"{side}_weight"]
         heads = x.unflatten(2, (-1, weight.shape[0]))
         n = (weight.float() * (rstd * heads.float())).to(x.dtype)
-        n = n * given["scale"] if side == "q" else n
+        n = n * given["q_scale"] if side == "q" else n
         outs.append(turned_on_grid(n.unflatten(1, grid), *(given[name] for name in TABLES)).reshape(x.shape))
     return outs[0], outs[1]
 
@@ -109,6 +109,7 @@ class GridCase:
     batch: int = 1
     pairs: tuple[int, int, int] | None = None
     dtype: torch.dtype = torch.bfloat16
+    table_dtype: torch.dtype = torch.float32
     misaligned: bool = False
     real: bool = False
 
@@ -136,7 +137,7 @@ class GridCase:
             q, k = (normal(*shape) for _ in "qk")
         weights = (1 + 0.1 * normal(self.head_dim) for _ in "qk")
         tables = (
-            table
+            table.to(self.table_dtype)
             for places, pairs in zip((self.frames, self.lines, self.columns), self.shares(), strict=True)
             for table in _cos_sin(places, pairs, device)
         )
@@ -175,12 +176,13 @@ _CASES = (
     GridCase("no pairs for the frames", 2, 3, 4, 2, head_dim=16, pairs=(0, 5, 3)),
     GridCase("misaligned", 2, 3, 4, 2, misaligned=True),
     GridCase("fp16", 2, 3, 5, 2, dtype=torch.float16),
+    GridCase("tables in bf16", 2, 3, 5, 2, table_dtype=torch.bfloat16),
 )
 
 # -- wrong kernels, counts, other tiles ------------------------------------------------------------------------------
 
 _NORMED = "round_to(weight * (rstd[:, None] * x), DTYPE)"
-_SCALED = "n = round_to(n * scale, dtype)"
+_SCALED = "n = round_to(n * q_scale, dtype)"
 _SUM = "((square0 + square1) + square2) + square3"
 _MUTANTS = (
     Mutant("a vector's squares added in pairs", ((_SUM, "(square0 + square1) + (square2 + square3)"),)),
@@ -209,7 +211,7 @@ _MUTANTS = (
         harmless_for=(torch.float16,),
     ),
     Mutant("the queries not scaled", ((_SCALED, "n = n"),)),
-    Mutant("the scaled queries not rounded", ((_SCALED, "n = n * scale"),), case="head size 40"),
+    Mutant("the scaled queries not rounded", ((_SCALED, "n = n * q_scale"),), case="head size 40"),
     Mutant("the keys normed with the queries' weight", (("x, k_weight_ptr", "x, q_weight_ptr"),)),
     Mutant("a product and the difference fused", (("even * c - odd * s", "tl.fma(even, c, 0.0 - odd * s)"),)),
     Mutant("a product and the sum fused", (("even * s + odd * c", "tl.fma(odd, c, even * s)"),)),

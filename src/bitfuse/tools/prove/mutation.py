@@ -94,7 +94,7 @@ def layouts(operator: Operator) -> tuple[Any, ...]:
         grid: dict[str, Any] = {"frames": 2, "lines": 3, "columns": 5, "batch": 2, "heads": 3, "head_dim": 40}
         return (replace(case, name="mutants", real=False, **grid),)
     if isinstance(case, SwigluCase):
-        return (replace(case, name="mutants", tokens=21, batch=2, width=33, real=False),)
+        return (replace(case, name="mutants", tokens=21, batch=2, width=35, real=False),)
     if isinstance(case, RotaryCase):
         small = replace(case, name="mutants", tokens=37, batch=2, heads=3, head_dim=40, real=False)
         return (small, replace(small, name="mutants, tokens last", x_form="tokens last"))
@@ -435,7 +435,7 @@ def _widths(f: _Function) -> Iterator[Edit]:
         if _called(node, "to") and f.text(node.args[0]) == "tl.int64":
             yield f.edit(WIDTH, node, f"({f.text(node.func.value)})", exact=f.wide(node))
         added = _is(node, ast.Add) and isinstance(node.left, ast.Name) and node.left.id.endswith("_ptr")
-        # the numbers of a row, a head and a table's entry are below 2^31, by `why_not`, a place in a row below its width
+        # the number of a row, of a head and of an entry is below 2^31, by `why_not`, a place in a row below its width
         if added and f.text(node.right) not in ("row", "head", "entry") and not f.in_row(node.right):
             yield f.edit(WIDTH, node.right, f"({f.text(node.right)}).to(tl.int32)")
 

@@ -372,7 +372,17 @@ def _broad(case: Any, tokens: int, batch: int = 1) -> Any:
     if isinstance(case, GridCase):
         lines, columns = (2 ** min(most, max(0, tokens.bit_length() - at)) for at, most in ((4, 3), (1, 3)))
         sides: dict[str, Any] = {"frames": max(1, tokens // (lines * columns)), "lines": lines, "columns": columns}
-        return replace(case, **sides, batch=batch, heads=2, head_dim=128, pairs=None, dtype=_BF16, misaligned=False)
+        return replace(
+            case,
+            **sides,
+            batch=batch,
+            heads=2,
+            head_dim=128,
+            pairs=None,
+            dtype=_BF16,
+            table_dtype=_BF16,
+            misaligned=False,
+        )
     there = dict.fromkeys(("per_token", "with_tables", "with_gate", "with_mask", "with_modulation"), True)
     return replace(case, tokens=tokens, batch=batch, width=256, ada_rows=9, misaligned=False, dtype=_BF16, **there)
 
@@ -383,11 +393,14 @@ def _value_job(operator: Operator, device: torch.device, extent: Extent) -> Job:
     parameters = list(named(operator.reference, ()))
     shapes: dict[str, tuple[int, int]] = {}  # tokens and batch of the call for each argument
     calls = 0
-    for name, t in zip(parameters, _broad(operator.cases[0], 1).arguments("cpu"), strict=False):
+    for place, (name, t) in enumerate(zip(parameters, _broad(operator.cases[0], 1).arguments("cpu"), strict=False)):
         if isinstance(t, Tensor):
             one_each = normed and name in _ROWS
             tokens, batch = (in_rows, 1) if one_each else (1, masks) if name == "mask" else (filled, 1)
-            taken = tokens if one_each else t.numel() * (1 if t.ndim == 1 else tokens * batch)
+            if t.ndim == 2:  # a table for one side of a grid
+                taken = _broad(operator.cases[0], tokens, batch).arguments("cpu")[place].numel()
+            else:
+                taken = tokens if one_each else t.numel() * (1 if t.ndim == 1 else tokens * batch)
             shapes[name] = tokens, batch
             calls += -(-extent.values // taken)
 
@@ -600,9 +613,10 @@ def _varied(case: Any, dice: random.Random) -> Any:
         rows = dice.randint(2, 9)
         return replace(case, dtype=dtype(case.dtype), ada_rows=rows, misaligned=dice.random() < 0.2, **chosen)
     if isinstance(case, GridCase):
-        return replace(case, dtype=dtype(case.dtype), misaligned=dice.random() < 0.2)
+        dtypes: dict[str, Any] = {"dtype": dtype(case.dtype), "table_dtype": dtype(case.table_dtype)}
+        return replace(case, misaligned=dice.random() < 0.2, **dtypes)
     if isinstance(case, RotaryCase) and case.table_batch is None:
-        dtypes: dict[str, Any] = {"x_dtype": dtype(case.x_dtype), "table_dtype": dtype(case.table_dtype)}
+        dtypes = {"x_dtype": dtype(case.x_dtype), "table_dtype": dtype(case.table_dtype)}
         x_form = dice.choice(("tokens", "tokens", "columns of a wider tensor", "tokens last", "misaligned"))
         if case.x_form.startswith("heads"):
             x_form = dice.choice(("heads", "heads, contiguous"))
