@@ -4,7 +4,8 @@ Each module that is taken over keeps its class and its place, and gets a `forwar
 restates upstream's: the same modules called in the same order, and between them operators, each of which equals its
 chain bit for bit or runs it. Ours stand in only for upstream code whose hash is listed here; any other is left in
 place, and the report says why. An attention's forward restates its processor's too; the processor stays where it is,
-and is asked for its attention backend. `diffusers_connectors.py` takes over the text connectors of a pipeline.
+and is asked for its attention backend. `diffusers_connectors.py` takes over the text connectors of a pipeline, and
+`diffusers_diffusion_decoder.py` the diffusion decoder of LTX-2.5.
 """
 
 from __future__ import annotations
@@ -470,11 +471,24 @@ def _activate_in_place(model: Any, shared: Model) -> None:
 
 
 def transformers(target: Any) -> list[Any]:
-    """The LTX-2 transformers in a pipeline, then its text connectors; or in the one given; empty when there is none."""
+    """The LTX-2 transformers in a pipeline, its text connectors, and LTX-2.5's diffusion decoder; or in the one given.
+
+    Empty when there is none.
+    """
     parts = [target, *_components(target).values()]
     found = ltx2.models_in(parts, upstream.LTX2VideoTransformer3DModel)
-    module = sys.modules.get("diffusers.pipelines.ltx2.connectors")  # not imported: then nothing can be of it
-    return found + (ltx2.models_in(parts, module.LTX2TextConnectors) if module is not None else [])
+    for name, kind in _FURTHER.items():
+        if (module := sys.modules.get(name)) is not None:  # not imported: then nothing can be of it
+            found += ltx2.models_in(parts, getattr(module, kind))
+    return found
+
+
+_DECODER = "diffusers.models.autoencoders.ltx2_diffusion_decoder"  # from 0.42
+_FURTHER = {
+    "diffusers.pipelines.ltx2.connectors": "LTX2TextConnectors",
+    _DECODER: "LTX2VideoDiffusionDecoderModel",
+}
+"""Models besides the transformer, by the modules that they are in."""
 
 
 def unrecognised(target: Any) -> dict[str, str]:
@@ -493,7 +507,15 @@ def _components(target: Any) -> dict[str, Any]:
 
 
 def accelerate(model: Any, handle: Handle) -> None:
-    """Take over every site of one transformer, or of text connectors, noting each in the handle."""
+    """Take over every site of one transformer, text connectors or diffusion decoder, noting each in the handle."""
+    decoder = sys.modules.get(_DECODER)
+    if decoder is not None and isinstance(model, decoder.LTX2VideoDiffusionDecoderModel):
+        from bitfuse.hosts import diffusers_diffusion_decoder  # only here: an older diffusers has none
+
+        shared = Model(handle, diffusers_diffusion_decoder.LEFT_OUT)
+        diffusers_diffusion_decoder.accelerate(model, shared, NAME)
+        ModelForward.install(model, shared)
+        return
     if not isinstance(model, upstream.LTX2VideoTransformer3DModel):
         from bitfuse.hosts import diffusers_connectors  # only here: it imports diffusers' pipelines
 
