@@ -160,11 +160,12 @@ class ProjectQKV(Part):
         return query.view(shape), key.view(shape), value
 
 
-def _why_rope_called(rope: Any) -> str | None:
+def _why_rope_called(rope: Any, *, hooks: bool = True) -> str | None:
+    """Why the rotary embedding must be called, if so. When it is taken over a hook is no reason: it may go again."""
     kind = type(rope)
     if kind is not _Rope and not (issubclass(kind, _Rope) and ways(kind) == ways(_Rope)):
         return f"rope is a {named(kind)}, not diffusers' own"
-    if hooked(rope):
+    if hooks and hooked(rope):
         return "a hook is attached to rope, which is not called when it is fused"
     if not all(own_method(rope, name, _Rope) for name in _ROPE_METHODS[1:]):
         return "rope has a method of its own"
@@ -174,7 +175,7 @@ def _why_rope_called(rope: Any) -> str | None:
 def _difference(attn: Any) -> str | None:
     """Why the operator can't stand in for the host's rotary embedding: tried in this process."""
     rope = attn.rope
-    if (reason := _why_rope_called(rope)) is not None:
+    if (reason := _why_rope_called(rope, hooks=False)) is not None:
         return reason
     found = _rope_difference(tuple(rope.rope_dim_split), rope.base, attn.head_dim, *weights_of(attn))
     return None if found is None else f"the rotary embedding of diffusers and bitfuse's reference part here: {found}"

@@ -76,12 +76,13 @@ def qk_rms_norm_grid_rotary(
 
 def turned_on_grid(x: Tensor, *tables: Tensor) -> Tensor:
     """[B, F, H, W, heads, D], turned: `LTX2VideoVaeRotaryPosEmbed3D.forward`. The tables are as above."""
-    parts = x.split([2 * cos.shape[1] for cos in tables[::2]], dim=-1)
-    turned = []
-    for axis, (part, cos, sin) in enumerate(zip(parts, tables[::2], tables[1::2], strict=True), start=1):
-        along = [1] * 5
+    turned, start = [], 0
+    for axis, (cos, sin) in enumerate(zip(tables[::2], tables[1::2], strict=True), start=1):
+        end, along = start + 2 * cos.shape[1], [1] * 5
         along[axis] = cos.shape[0]
+        part = x[..., start:end]
         turned.append(_turned(part, cos.reshape(*along, cos.shape[1]), sin.reshape(*along, sin.shape[1])))
+        start = end
     return torch.cat(turned, dim=-1)
 
 
