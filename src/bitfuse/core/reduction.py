@@ -129,6 +129,11 @@ def mean_square_of_head(x, N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.conste
 
 
 @kernel
+def rstd_of_head(square, eps):
+    return reciprocal_root(square + eps)
+
+
+@kernel
 def row_rstd(
     row_ptr, rstd_ptr, row, rows, eps, N: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr, LANES: tl.constexpr
 ):

@@ -38,9 +38,9 @@ from torch import Tensor
 from bitfuse.core.conditions import FLOATS, HALVES, fitting, plain, runnable
 from bitfuse.core.kernel import interpreting, kernel, power_of_2
 from bitfuse.core.launch import Out, Plan, in_vectors, named, strides
-from bitfuse.core.numerics import reciprocal_root, round_to
+from bitfuse.core.numerics import negate, round_to
 from bitfuse.core.operator import Operator, Tier
-from bitfuse.core.reduction import GIVEN, LAYER_NORM, mean_square_of_head
+from bitfuse.core.reduction import GIVEN, LAYER_NORM, mean_square_of_head, rstd_of_head
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -146,8 +146,7 @@ def norm_head(
     if ORDER == "given":
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
     else:
-        square = mean_square_of_head(x, N, WIDTH, ROWS)
-        rstd = reciprocal_root(square + eps)
+        rstd = rstd_of_head(mean_square_of_head(x, N, WIDTH, ROWS), eps)
         tl.store(rstd_ptr + row, rstd, mask=row < rows)
     return round_to(weight * (rstd[:, None] * x), DTYPE)  # r1
 
@@ -156,9 +155,14 @@ def norm_head(
 def turn_pairs(x, c, s, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """[ROWS, WIDTH] with neighbours turned by [ROWS, WIDTH/2] cosines and sines, in fp32, to be rounded (r5)."""
     even, odd = tl.split(tl.reshape(x, (ROWS, WIDTH // 2, 2)))
-    out_even = even * c - odd * s  # r3, r3, r4
-    out_odd = even * s + odd * c  # r3, r3, r4
+    out_even = sum_of_products(even, c, negate(odd), s)  # a - b is a + (-b), in every bit
+    out_odd = sum_of_products(even, s, odd, c)
     return tl.reshape(tl.join(out_even, out_odd), (ROWS, WIDTH))
+
+
+@kernel
+def sum_of_products(a, b, c, d):
+    return a * b + c * d  # r3, r3, r4
 
 
 # -- the plan --------------------------------------------------------------------------------------------------------

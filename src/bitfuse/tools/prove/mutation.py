@@ -62,7 +62,7 @@ _RAN: set[tuple[str, int]] = set()
 _GIVING = frozenset((
     "round_to", "load_ada", "divide", "reciprocal_root", "exponential", "negate", "multiply_add", "fold", "sum_of_two",
     "mean_square", "mean_square_of_head", "row_rstd", "modulate_row", "add_residual", "turn_neighbours", "turn_pairs",
-    "lerp", "norm_head", "silu", "weighted_sum",
+    "lerp", "norm_head", "rstd_of_head", "silu", "sum_of_products", "weighted_sum",
 ))  # fmt: skip
 
 
@@ -634,8 +634,8 @@ def _prepared(operator: Operator, number: int, case: Any, device: str) -> _Prepa
 
 def _harmless(operator: Operator, site: Site, case: Any) -> str:
     """Why the edit alters no bit in this layout, by a rule; empty where no rule says so."""
-    tier, edit = operator.tiers[site.mutant.tier], site.edit
-    plan = tier.plan(*case.arguments("cpu"))
+    tier, edit, args = operator.tiers[site.mutant.tier], site.edit, case.arguments("cpu")
+    plan = tier.plan(*args)
     assert isinstance(plan, Plan)
     if edit.swapped is not None:
         before, after = edit.swapped
@@ -644,6 +644,10 @@ def _harmless(operator: Operator, site: Site, case: Any) -> str:
         one, other = values[before], int(after) if after.isdigit() else values[after]
         if one == other and one in (0, 1):
             return f"the stride is {one}, which the signature fixes, and so is what stands for it"
+        pointer = f"{before.rpartition('_')[0]}_ptr"
+        there = (n for n, t in zip(plan.slots or names, plan.pointers(args), strict=False) if t is not None)
+        if plan.slots and pointer in plan.kernel.parameters and pointer not in there:
+            return f"it is a stride of {pointer}, which is None in every call of this operator"
     if edit.exact == _FP32 and "fp32" not in str(plan.constants.get("PRODUCT")):
         return ""
     return "" if set(edit.unless) & _ran(operator, tier, case) else edit.exact
