@@ -67,7 +67,8 @@ def qk_rms_norm_grid_rotary(
     """
     grid = frame_cos.shape[0], line_cos.shape[0], column_cos.shape[0]
     tables = frame_cos, frame_sin, line_cos, line_sin, column_cos, column_sin
-    q_heads, k_heads = (x.reshape(x.shape[0], *grid, -1, w.shape[0]) for x, w in ((q, q_weight), (k, k_weight)))
+    q_heads = q.reshape(q.shape[0], *grid, q.shape[2] // q_weight.shape[0], q_weight.shape[0])
+    k_heads = k.reshape(k.shape[0], *grid, k.shape[2] // k_weight.shape[0], k_weight.shape[0])
     q_heads = F.rms_norm(q_heads, q_heads.shape[-1:], weight=q_weight, eps=eps)  # r1
     k_heads = F.rms_norm(k_heads, k_heads.shape[-1:], weight=k_weight, eps=eps)  # r1
     q_heads = q_heads * q_scale  # r2

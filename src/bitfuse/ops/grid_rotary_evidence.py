@@ -117,7 +117,7 @@ class GridCase:
         """With about so many tokens, no side longer than it is."""
         frames = min(self.frames, 2 if tokens >= 8 else 1)
         lines = min(self.lines, 3 if tokens >= 12 else 2 if tokens >= 4 else 1)
-        columns = min(self.columns, max(1, tokens // (frames * lines)))
+        columns = min(self.columns, max(1, tokens // (frames * lines))) if tokens else 0
         return replace(self, frames=frames, lines=lines, columns=columns, batch=batch or self.batch)
 
     def arguments(self, device: torch.device | str, tokens: int | None = None, seed: int = 0) -> tuple[Any, ...]:
