@@ -483,7 +483,7 @@ def transformers(target: Any) -> list[Any]:
     return found
 
 
-_DECODER = "diffusers.models.autoencoders.ltx2_diffusion_decoder"  # from 0.42
+_DECODER = "diffusers.models.autoencoders.ltx2_diffusion_decoder"
 _FURTHER = {
     "diffusers.pipelines.ltx2.connectors": "LTX2TextConnectors",
     _DECODER: "LTX2VideoDiffusionDecoderModel",
@@ -510,7 +510,7 @@ def accelerate(model: Any, handle: Handle) -> None:
     """Take over every site of one transformer, text connectors or diffusion decoder, noting each in the handle."""
     decoder = sys.modules.get(_DECODER)
     if decoder is not None and isinstance(model, decoder.LTX2VideoDiffusionDecoderModel):
-        from bitfuse.hosts import diffusers_diffusion_decoder  # only here: an older diffusers has none
+        from bitfuse.hosts import diffusers_diffusion_decoder  # only here: other versions of diffusers have none
 
         shared = Model(handle, diffusers_diffusion_decoder.LEFT_OUT)
         diffusers_diffusion_decoder.accelerate(model, shared, NAME)
