@@ -32,7 +32,7 @@ from bitfuse.core.bits import compare
 from bitfuse.core.inputs import poisoned
 from bitfuse.core.kernel import kernel
 from bitfuse.core.launch import named
-from bitfuse.core.numerics import divide, exponential, reciprocal_root, round_to
+from bitfuse.core.numerics import divide, exponential, reciprocal_root, round_pairs_to, round_to
 from bitfuse.core.operator import OPERATORS, Operator
 from bitfuse.ops.adaln_evidence import AdalnCase
 from bitfuse.ops.grid_rotary_evidence import GridCase
@@ -447,6 +447,8 @@ def _primitive_kernel(x_ptr, out_ptr, n, PRIMITIVE: tl.constexpr, DIVISOR: tl.co
     x = tl.load(x_ptr + at, mask=at < n, other=0.0)
     if PRIMITIVE == "round":
         y = round_to(x, tl.bfloat16)
+    elif PRIMITIVE == "round pairs":
+        y = round_pairs_to(x, tl.bfloat16)
     elif PRIMITIVE == "root":
         y = reciprocal_root(x)
     elif PRIMITIVE == "exponential":
@@ -485,6 +487,7 @@ def _quotient(divisor: int) -> Primitive:
 
 PRIMITIVES = (
     Primitive("x rounded to bf16", "round", lambda x: x.to(_BF16).float(), ""),
+    Primitive("x rounded to bf16, in pairs", "round pairs", lambda x: x.to(_BF16).float(), ""),
     Primitive("rsqrt(x)", "root", torch.rsqrt, "rsqrt"),
     Primitive(
         "1 + e^x",  # alone, e^x is flushed where it is subnormal; beside 1 that is lost, and no kernel uses it alone
