@@ -34,8 +34,8 @@ def _round_pairs_to_twin(value, dtype):
 def round_pairs_to(value, dtype: tl.constexpr):
     """`round_to`, two elements of a thread in one instruction: `cvt.rn.bf16x2.f32`, of which each has the same bits.
 
-    For values that are used one by one afterwards: LLVM (Triton 3.7.1) then rounds them one by one, too, and ptxas makes
-    that `F2F`, which has a quarter of the rate.
+    For values that are used one by one afterwards: LLVM (Triton 3.7.1) then rounds them one by one, too, and ptxas
+    makes that `F2F`, which has a quarter of the rate.
     """
     if dtype == tl.bfloat16:
         rounded = tl.inline_asm_elementwise(
