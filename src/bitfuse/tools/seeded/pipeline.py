@@ -112,10 +112,10 @@ def film_for(device: torch.device, layers: int | None = None) -> Film:
     need()
     geometry, _ = seeded.geometry_for(device, layers, VERSION)
     if device.type == "cpu":
-        geometry = replace(geometry, layers=layers or 1)
+        geometry = replace(geometry, layers=layers or 1, text_tokens=8, caption_channels=128)  # of 48 nothing is fused
         tiles = dict.fromkeys(("tile_sample_min_height", "tile_sample_min_width"), 96)
         tiles |= dict.fromkeys(("tile_sample_stride_height", "tile_sample_stride_width"), 64)
-        return Film(9, 64, 64, replace(geometry, text_tokens=8), 3, _tiny(geometry), tiles)
+        return Film(9, 64, 64, geometry, 3, _tiny(geometry), tiles)
     return Film(121, 512, 768, geometry, 49, _REAL)
 
 
