@@ -163,7 +163,8 @@ def whole_runs(document: dict[str, Any] | None, least: float = 0.02, up: str = "
         beyond, peak = first["beyond_stock_s"], first["processes"]
         sentences.append(
             f"The first decode of a process takes {beyond['empty caches']:.1f} s longer than stock's "
-            f"{peak['stock']['seconds']:.1f} s with an empty Triton cache, {beyond['warm caches']:.1f} s with a warm one."
+            f"{peak['stock']['seconds']:.1f} s with an empty Triton cache, "
+            f"{beyond['warm caches']:.1f} s with a warm one."
         )
     return "\n".join([*lines, "", " ".join([*sentences, _sources([document], up)])])
 

@@ -85,7 +85,7 @@ def test_a_whole_run_by_stages(ran):
     assert all(stage["ms"][way]["median"] > 0 for stage in row["stages"] for way in run.WAYS)
     for way in run.WAYS:
         stages = sum(stage["ms"][way]["median"] for stage in row["stages"])
-        assert row["total"]["ms"][way]["median"] == pytest.approx(stages, rel=0.01), "of two runs the median is the mean"
+        assert row["total"]["ms"][way]["median"] == pytest.approx(stages, rel=0.01), "the mean of two"
     assert row["runs"] == {"stock": 2, "bitfuse": 2}
     assert row["geometry"] == "1 layers, 9 frames: 8 steps at 64x64 (8 tokens), 3 at 128x128 (32 tokens)"
     assert 0 < row["sites_fused"] <= row["sites_seen"]
@@ -128,9 +128,8 @@ def test_a_run_leaves_the_pipelines_as_they_were_and_its_stages_are_all_of_its_t
     owners = (main, main.vae, main.audio_vae, main.video_processor)
     before = [set(owner.__dict__) for owner in owners]
     clock = run.once(models["stock"], film, run.Bits(), CPU).clock
-    assert [set(owner.__dict__) - {"_current_timestep"} - had for owner, had in zip(owners, before, strict=True)][1:] == [
-        set()
-    ] * 3
+    new = [set(owner.__dict__) - {"_current_timestep"} - had for owner, had in zip(owners, before, strict=True)]
+    assert new[1:] == [set()] * 3
     assert not {"encode_prompt", "prepare_latents", "progress_bar", "maybe_free_model_hooks"} & set(main.__dict__)
     assert set(clock.seconds) == set(run.STAGES)
     assert clock.peaks == {}, "no memory is counted on a CPU"
