@@ -37,8 +37,7 @@ from bitfuse.ops.pixel_norm import (
 )
 from bitfuse.run.swap import hooked, named
 
-# Height and width of the volume on which kernels are compiled: 512 positions, which ATen adds up as those of larger
-# ones
+# Height and width of the volume on which kernels are compiled: 512 positions, added up by ATen as in larger volumes
 _SMALL = (16, 32)
 _OPERATORS = (PIXEL_NORM_SILU_PAD, RESIDUAL_PIXEL_NORM_SILU_PAD, RESIDUAL_PAD, UPSAMPLE, UNPATCHIFY)
 
@@ -328,8 +327,7 @@ class VideoDecoder(Part):
             if self.draws(module):  # the random numbers of another try would be others
                 raise
         # a proof holds more at once than the host's own forward does
-        for site in self.sites:
-            site.fall("the device ran out of memory in the fused decoder")
+        self.fall("the device ran out of memory in the fused decoder")
         return self.stock(*args, **kwargs)
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
