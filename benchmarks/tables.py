@@ -160,10 +160,10 @@ def whole_runs(document: dict[str, Any] | None, least: float = 0.02, up: str = "
     if least:
         sentences.append(f"Stages of at least {least:.0%} of the run.")
     for first in document.get("first_decode", ()):
-        beyond, peak = first["beyond_stock_s"], first["processes"]
+        beyond, stock = first["beyond_stock_s"], first["processes"]["stock"]["seconds"]
         sentences.append(
-            f"The first decode of a process takes {beyond['empty caches']:.1f} s longer than stock's "
-            f"{peak['stock']['seconds']:.1f} s with an empty Triton cache, {beyond['warm caches']:.1f} s with a warm one."
+            f"The first decode of a process takes {beyond['empty caches']:.1f} s longer than stock's {stock:.1f} s "
+            f"with an empty Triton cache, {beyond['warm caches']:.1f} s with a warm one."
         )
     return "\n".join([*lines, "", " ".join([*sentences, _sources([document], up)])])
 

@@ -53,6 +53,7 @@ from bitfuse.tools.bench.measure import (
     with_peak,
 )
 from bitfuse.tools.machine import machine
+from bitfuse.tools.seeded import pipeline
 from bitfuse.tools.text import cell, say
 
 PARTS = ("operators", "overhead", "model", "audit", "first-step", "run")
@@ -98,6 +99,9 @@ def run(
             add(part, [audit(console, (tokens or [6144])[0], layers, rounds or _ROUNDS, version)])
             _forget()
         elif part == "run":
+            if version != pipeline.VERSION:
+                say(console, f"no whole run: it is one of LTX-{pipeline.VERSION}, not of LTX-{version}")
+                continue
             for kind, row in whole_run.rows(console, _device(), layers, rounds):
                 add(kind, [row])
             _forget()

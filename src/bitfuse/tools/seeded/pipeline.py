@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bitfuse.tools import packages, seeded
-from bitfuse.tools.seeded import FPS, SMALL, Geometry
+from bitfuse.tools.seeded import FPS, Geometry
 from bitfuse.tools.seeded.diffusers import _INSTALL
 
 VERSION = "2.0"
