@@ -26,6 +26,26 @@ def round_to(value, dtype: tl.constexpr):
     return value.to(dtype).to(tl.float32)
 
 
+def _round_pairs_to_twin(value, dtype):
+    return value.to(dtype).to(tl.float32)
+
+
+@kernel(twin=_round_pairs_to_twin)
+def round_pairs_to(value, dtype: tl.constexpr):
+    """`round_to`, two elements of a thread in one instruction: `cvt.rn.bf16x2.f32`, of which each has the same bits.
+
+    For values that are used one by one afterwards: LLVM (Triton 3.7.1) then rounds them one by one, too, and ptxas
+    makes that `F2F`, which has a quarter of the rate.
+    """
+    if dtype == tl.bfloat16:
+        rounded = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [value], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        rounded = value.to(dtype)
+    return rounded.to(tl.float32)
+
+
 @kernel
 def negate(value):
     """-value with the sign of zero kept: Triton's unary minus is 0 - value, which gives +0 for +0 (3.6.0)."""

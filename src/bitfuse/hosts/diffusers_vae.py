@@ -53,7 +53,7 @@ READ = {
     "LTX2VideoCausalConv3d.forward": {"a36ffb016bcb1d81"},
     "PerChannelRMSNorm.forward": {"8af7076a14ff8423"},
 }
-# Height and width of the volume on which kernels are compiled: 512 positions, which ATen adds up as those of larger ones
+# Height and width of the volume on which kernels are compiled: 512 positions, added up by ATen as in larger volumes
 _SMALL = (16, 32)
 _OPERATORS = (PIXEL_NORM_SILU_PAD, RESIDUAL_PIXEL_NORM_SILU_PAD, RESIDUAL_PAD, UPSAMPLE, UNPATCHIFY)
 
@@ -252,8 +252,7 @@ class LTX2VideoDecoder3d(Part):
             if _is_noisy(decoder):  # the random numbers of another try would be others
                 raise
         # a proof holds more at once than the host's own forward does
-        for site in self.sites:
-            site.fall("the device ran out of memory in the fused decoder")
+        self.fall("the device ran out of memory in the fused decoder")
         return self.stock(hidden_states, temb, causal)
 
     def _fallen(self) -> Counter[str]:

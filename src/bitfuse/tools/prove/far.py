@@ -28,10 +28,12 @@ from bitfuse.core.lines import error_line
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.proof import Verdict
 from bitfuse.ops.adaln_evidence import AdalnCase
+from bitfuse.ops.grid_rotary_evidence import GridCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
 from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
+from bitfuse.ops.swiglu_evidence import SwigluCase
 
 WHAT = "offsets beyond 2^31 elements"
 _BATCH, _WIDTH = 2, 256
@@ -48,6 +50,11 @@ def cases(operator: Operator) -> tuple[Any, ...]:
         return (replace(case, name=WHAT, tokens=1 << 23, width=_WIDTH, batch=_BATCH, ada_rows=9, **there),)
     if isinstance(case, (HeadGateCase, PerturbedCase)):
         return (replace(case, name=WHAT, tokens=1 << 23, batch=_BATCH, heads=4, head_dim=64),)
+    if isinstance(case, SwigluCase):
+        return (replace(case, name=WHAT, tokens=1 << 23, batch=_BATCH, width=_WIDTH),)
+    if isinstance(case, GridCase):
+        line: dict[str, Any] = {"frames": 1, "lines": 1, "columns": 1 << 24, "heads": 4, "head_dim": 64}
+        return (replace(case, name=WHAT, batch=_BATCH, **line),)
     if isinstance(case, QKCase):
         queries = replace(case.queries, name=WHAT, tokens=1 << 25, batch=_BATCH, heads=4, head_dim=64)
         return (replace(case, name=WHAT, queries=queries, key_tokens=1 << 25),)
@@ -61,10 +68,14 @@ def cases(operator: Operator) -> tuple[Any, ...]:
 def _of(case: Any, tokens: int, batch: int) -> Any:
     if isinstance(case, QKCase):
         return replace(case, queries=_of(case.queries, tokens, batch), key_tokens=tokens)
+    if isinstance(case, GridCase):
+        return replace(case, columns=tokens, batch=batch)
     return replace(case, tokens=tokens, batch=batch)
 
 
 def _tokens(case: Any) -> int:
+    if isinstance(case, GridCase):
+        return case.columns
     return case.queries.tokens if isinstance(case, QKCase) else case.tokens
 
 
