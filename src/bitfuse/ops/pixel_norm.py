@@ -85,7 +85,8 @@ def padded(x: Tensor, front: int, back: int, edge: int) -> Tensor:
 
 
 def laid(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=CHANNELS_LAST)
+    """x, dense in channels_last_3d. Not by that name: inside of vmap PyTorch knows no layout but the contiguous one."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 # -- references --------------------------------------------------------------------------------------------------------
@@ -269,7 +270,8 @@ def _pixel_kernel(
         for i in tl.static_range(C // CHANNELS):
             store_x(
                 kept[i].to(tl.float32), scaled_by, scale_ptr, shift_ptr, sum_ptr, out_ptr,
-                scale_at, shift_at, x_at, out_at, scale_channel, shift_channel, i * CHANNELS + lane, here, own[:, None], NORM, dtype,
+                scale_at, shift_at, x_at, out_at, scale_channel, shift_channel, i * CHANNELS + lane, here,
+                own[:, None], NORM, dtype,
             )  # fmt: skip
     else:
         for first in tl.range(0, C, CHANNELS, loop_unroll_factor=4):
@@ -547,9 +549,10 @@ def _why_not(*args: Any, reference: Callable[..., Any]) -> Iterator[str]:
     given = named(reference, args)
     tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
     y = given["y"]
-    reasons = list(plain(tensors))
-    if not reasons:
-        reasons += fitting(reference, given, next(_misfits(given), None))
+    if reasons := list(plain(tensors)):  # of which nothing further can be asked: inside of vmap, no layout
+        yield from (*reasons, *runnable(tensors))
+        return
+    reasons += fitting(reference, given, next(_misfits(given), None))
     reasons += runnable(tensors)
     for name, t in tensors.items():
         if t.dtype != torch.bfloat16:

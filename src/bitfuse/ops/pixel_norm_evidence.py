@@ -22,6 +22,7 @@ BF16 = torch.bfloat16
 # -- what a wrong kernel trips over ------------------------------------------------------------------------------------
 
 _SMALL = ((3, 8, 12), (3, 7, 6), (3, 5, 7))  # sides: ATen reads 4, 2 and 1 positions at a time
+_LEAST = 1 << 14  # elements of a battery's volume
 _MANY = 1 << 28  # elements of a volume of which only few families are tried
 
 
@@ -31,12 +32,15 @@ def _battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, t
     y = given["y"]
     batch, channels, *own = y.shape
     order = order_of(tuple(y.shape), y.element_size(), y.device)
-    sides = own
-    for some in _SMALL if min(own) > 1 else ():  # a side of 1 has no stride of its own, and looks like no other
-        if "eps" not in given or order_of((min(batch, 2), channels, *some), y.element_size(), y.device) == order:
-            sides = list(some)
+    few, sides = min(batch, 2), own
+    for some in _SMALL if "eps" in given else _SMALL[-1:]:
+        frames = some[0] * -(-_LEAST // (few * channels * torch.Size(some).numel()))
+        alike = min(own) > 1  # a side of 1 has no stride of its own, and looks like no other
+        if "eps" in given:
+            alike = alike and order_of((few, channels, frames, *some[1:]), y.element_size(), y.device) == order
+        if alike:
+            batch, sides = few, [frames, *some[1:]]
             break
-    batch = min(batch, 2) if sides is not own else batch
     generator = torch.Generator(y.device).manual_seed(23)
     for family, draw in _FAMILIES.items():
         if batch * channels * torch.Size(sides).numel() > _MANY and family not in ("live", "absorption"):
@@ -141,6 +145,7 @@ class PixelCase:
         generator = torch.Generator(device).manual_seed(seed)
         # for the interpreter: as many pixels as give the order of a large volume
         most = (3, 16, 24) if tokens is not None else self.sides
+        batch = 0 if tokens == 0 else self.batch
         sides = tuple(min(few, side) for few, side in zip(most, self.sides, strict=True))
         given = named(self.reference, ())
 
@@ -149,7 +154,7 @@ class PixelCase:
 
         def volume(channels: int, inside: bool = False) -> Tensor:
             more = [side + 2 * inside for side in sides]
-            found = normal(self.batch, *more, channels).movedim(-1, 1)
+            found = normal(batch, *more, channels).movedim(-1, 1)
             return found[:, :, 1:-1, 1:-1, 1:-1] if inside else found
 
         parts = torch.Size(self.up).numel() if "height" in given else 1
@@ -162,7 +167,7 @@ class PixelCase:
         if self.noisy and "noise" in given:
             given |= {"noise": normal(1, *sides[1:]), "noise_scale": normal(self.channels, 1, 1)}
         if self.modulated and "scale" in given:
-            values = normal(self.batch, 4, self.channels, scale=0.5)[..., None, None, None]
+            values = normal(batch, 4, self.channels, scale=0.5)[..., None, None, None]
             given |= {"shift": values[:, 0], "scale": values[:, 1]}
         sizes = {"front": self.front, "back": self.back, "edge": self.edge, "eps": 1e-8, "patch": self.patch}
         ups = dict(zip(("frames", "height", "width"), self.up if "height" in given else (1, 1, 1), strict=True))
@@ -242,7 +247,8 @@ _NORM = (
     Mutant("four accumulators added in pairs", (("((sum0 + sum1) + sum2) + sum3", "(sum0 + sum1) + (sum2 + sum3)"),),
            case="small"),
     Mutant("accumulators by neighbours", (
-        ("tl.trans(tl.reshape(sums, (PIXELS, 4, SLOTS)), (0, 2, 1))", "tl.reshape(sums, (PIXELS, SLOTS, 4))"),)),
+        ("tl.trans(tl.reshape(sums, (PIXELS, 4, SLOTS)), (0, 2, 1))", "tl.reshape(sums, (PIXELS, SLOTS, 4))"),),
+           case="odd sides"),
     Mutant("subnormals flushed", (
         ("x = round_to(x * scaled_by, DTYPE)", f"x = round_to({flushed('x')} * scaled_by, DTYPE)"),)),
 )  # fmt: skip
