@@ -454,7 +454,8 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
     if norm and given_mean:
         more, added = {"before": partial(mean_of, reference=reference), "extras": (y.dtype,)}, ("given_ptr",)
     elif norm:
-        more, added = {"witnesses": (channels_last((batch, 1, frames, height, width), torch.float32),)}, ("mean_ptr",)
+        witness = channels_last((batch, 1, frames, height, width), torch.float32)
+        more, added = {"witnesses": (witness,), "by_shape": True}, ("mean_ptr",)
     return Plan(
         _pixel_kernel,
         (-(-pixels // per_program), 1, 1),
