@@ -222,7 +222,8 @@ def _pixel_kernel(
     w = width - 1 - tl.abs(width - 1 - tl.abs(column))
     own = inside & (d == frame) & (h == row) & (w == column)
     number = ((batch * frames + d) * height + h) * width + w
-    residual_at = (batch * residual_batch + d * residual_frame + h * residual_row + w * residual_pixel)[:, None]
+    residual_at = (batch * residual_batch + d.to(tl.int64) * residual_frame)[:, None]
+    residual_at += (h.to(tl.int64) * residual_row + w.to(tl.int64) * residual_pixel)[:, None]
     x_at, noise_at, out_at = number[:, None] * C, (h * width + w)[:, None], pixel.to(tl.int64)[:, None] * C
     scale_at, shift_at = batch[:, None] * scale_batch, batch[:, None] * shift_batch
     lane, here = tl.arange(0, CHANNELS)[None, :], inside[:, None]
@@ -346,7 +347,8 @@ def _upsample_kernel(
     if bias_ptr is not None:
         x = round_to(x + tl.load(bias_ptr + lane, mask=here, other=0.0).to(tl.float32), dtype)  # r1
     if residual_ptr is not None:
-        residual_at = (batch * residual_batch + d * residual_frame + h * residual_row + w * residual_pixel)[:, None]
+        residual_at = (batch * residual_batch + d.to(tl.int64) * residual_frame)[:, None]
+        residual_at += (h.to(tl.int64) * residual_row + w.to(tl.int64) * residual_pixel)[:, None]
         if RESIDUAL % CHANNELS == 0:
             first = tl.program_id(1) * (CHANNELS * PARTS) % (RESIDUAL * PARTS)
             again = tl.multiple_of(first, CHANNELS * PARTS) + tl.arange(0, CHANNELS * PARTS)[None, :]
@@ -410,7 +412,7 @@ _UPSAMPLED_CHANNELS = 64
 # on a multiprocessor (128, 256 and 512 channels, H200, 2026-11-29).
 _ELEMENTS = 512
 # The interpreter is fastest with few, large programs.
-_INTERPRETED_ELEMENTS = 1 << 16
+_INTERPRETED_ELEMENTS = 1 << 14
 
 
 def _elements() -> int:

@@ -122,6 +122,7 @@ class PixelCase:
     repeats     how often an upsampler's residual is added over the channels of its result; 0: there is none
     inside      the residual is the inside of a padded volume
     modulated, noisy, with_bias    whether what is optional is there
+    whole       values are small whole numbers, of which every sum is exact, in whatever order it is formed
     """
 
     name: str
@@ -139,6 +140,7 @@ class PixelCase:
     noisy: bool = False
     with_bias: bool = True
     patch: int = 4
+    whole: bool = False
     real: bool = False
 
     def arguments(self, device: torch.device | str, tokens: int | None = None, seed: int = 0) -> tuple[Any, ...]:
@@ -150,7 +152,8 @@ class PixelCase:
         given = named(self.reference, ())
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(shape, generator=generator, device=device) * scale).to(BF16)
+            drawn = torch.randn(shape, generator=generator, device=device)
+            return ((drawn * 2).round().clamp(-4, 4) if self.whole else drawn * scale).to(BF16)
 
         def volume(channels: int, inside: bool = False) -> Tensor:
             more = [side + 2 * inside for side in sides]
@@ -293,7 +296,12 @@ def _retiled(plan: Plan) -> Iterable[Plan]:
         yield replace(plan, grid=grid, constants={**plan.constants, "PIXELS": per_program})
 
 
-def _evidence(reference: Callable[..., Any], mutants: tuple[Mutant, ...], audits: tuple[Audit, ...] = ()) -> Evidence:
+def _evidence(
+    reference: Callable[..., Any],
+    mutants: tuple[Mutant, ...],
+    steps: tuple[str, ...],
+    audits: tuple[Audit, ...] = (),
+) -> Evidence:
     more: dict[str, Any] = {}
     if "eps" in named(reference, ()):
         more = {
@@ -302,15 +310,20 @@ def _evidence(reference: Callable[..., Any], mutants: tuple[Mutant, ...], audits
             "emulated_witness": partial(_mean, reference=reference, emulated=True),
         }
     battery = partial(_battery, reference=reference)
-    return Evidence(battery, _cases(reference), mutants, audits, retiled=_retiled, **more)
+    return Evidence(battery, _cases(reference), mutants, audits, retiled=_retiled, steps=steps, **more)
 
+
+_SUMMED = ("bias", "summands")
+_NORMED = (*_SUMMED, "norm", "root", "silu")
 
 EVIDENCE = {
-    "pixel_norm_silu_pad": _evidence(pixel_norm.pixel_norm_silu_pad, (*_PADDED, *_NORM, *_MODULATION, *_NOISE)),
-    "residual_pixel_norm_silu_pad": _evidence(
-        pixel_norm.residual_pixel_norm_silu_pad, (*_PADDED, *_ADDED, *_NORM, *_RESIDUAL_NORM)
+    "pixel_norm_silu_pad": _evidence(
+        pixel_norm.pixel_norm_silu_pad, (*_PADDED, *_NORM, *_MODULATION, *_NOISE), _NORMED
     ),
-    "residual_pad": _evidence(pixel_norm.residual_pad, (*_PADDED, *_ADDED)),
-    "upsample": _evidence(pixel_norm.upsample, _UPSAMPLED),
-    "unpatchify": _evidence(pixel_norm.unpatchify, _UNPATCHED),
+    "residual_pixel_norm_silu_pad": _evidence(
+        pixel_norm.residual_pixel_norm_silu_pad, (*_PADDED, *_ADDED, *_NORM, *_RESIDUAL_NORM), _NORMED
+    ),
+    "residual_pad": _evidence(pixel_norm.residual_pad, (*_PADDED, *_ADDED), _SUMMED),
+    "upsample": _evidence(pixel_norm.upsample, _UPSAMPLED, ("bias",)),
+    "unpatchify": _evidence(pixel_norm.unpatchify, _UNPATCHED, ("bias",)),
 }
