@@ -1,4 +1,4 @@
-"""Fill the tables of README, docs/hosts.md and docs/stacking.md from the JSON in benchmarks: nobody types a number.
+"""Fill the tables of README and of the pages in docs from the JSON in benchmarks: nobody types a number.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`, NAME being one of `TABLES`. Run `make readme`;
 `tests/test_readme.py` fails while a page and the JSON part.
@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMPATIBILITY = ROOT / "benchmarks" / "compatibility.json"
 STACKING = ROOT / "benchmarks" / "stacking.json"
 COMPILED = ROOT / "benchmarks" / "compiled.json"
-PAGES = ("README.md", "docs/hosts.md", "docs/stacking.md")
+PAGES = ("README.md", "docs/bench.md", "docs/hosts.md", "docs/stacking.md")
 SHOWN = ([1, 6144, 4096], [1, 24576, 4096], [1, 6144, 2048], [1, 126, 2048])  # the others are in the JSON
 
 
@@ -130,6 +130,56 @@ def model(documents: list[dict[str, Any]], version: str = "2.0") -> str:
         )
     lines += ["", _under_the_model(rows, documents, version)]
     return "\n".join(lines)
+
+
+def whole_runs(document: dict[str, Any] | None, least: float = 0.02, up: str = "") -> str:
+    """A whole two-stage run, its stages, and the decode alone; nothing where none was measured yet.
+
+    least    share of stock's run that a stage has at least which gets a row
+    """
+    if document is None:
+        return ""
+    (row,) = document["run"]
+    lines = [
+        "| | stock | bitfuse | | peak memory, stock and bitfuse | output |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    whole = {"stage": "**a whole run**", "bits": row["mismatch"] or "equal", **row["total"]}
+    total = row["total"]["ms"]["stock"]["median"]
+    longest = [stage for stage in row["stages"] if stage["ms"]["stock"]["median"] >= least * total]
+    lines += [_run_line(stage["stage"], stage, stage["bits"]) for stage in (whole, *longest)]
+    for decode in document.get("decode", ()):
+        tiled = "tiled decode" if decode["tiled"] else "decode"
+        what = f"{tiled} alone, {decode['width']}x{decode['height']}"
+        lines.append(_run_line(what, decode, decode["mismatch"] or "equal"))
+    sentences = [
+        f"LTX-{row['version']}, {row['geometry']}, decoded with its sound; medians of {min(row['runs'].values())} runs "
+        "of each way by turns in one process, the text encoder left out. Memory beyond the weights; `-`: compared by "
+        "what the next stages make of it."
+    ]
+    if least:
+        sentences.append(f"Stages of at least {least:.0%} of the run.")
+    for first in document.get("first_decode", ()):
+        beyond, peak = first["beyond_stock_s"], first["processes"]
+        sentences.append(
+            f"The first decode of a process takes {beyond['empty caches']:.1f} s longer than stock's "
+            f"{peak['stock']['seconds']:.1f} s with an empty Triton cache, "
+            f"{beyond['warm caches']:.1f} s with a warm one."
+        )
+    return "\n".join([*lines, "", " ".join([*sentences, _sources([document], up)])])
+
+
+def _run_line(what: str, row: dict[str, Any], bits: str | None) -> str:
+    ms, peak = row["ms"], row["peak_gb"]
+    times = " | ".join(_seconds(ms[way]["median"]) for way in ("stock", "bitfuse"))
+    peaks = ", ".join(f"{peak[way]:.1f} GB" for way in ("stock", "bitfuse") if way in peak)
+    output = {"equal": "identical in every bit", None: "-"}.get(bits, bits)
+    speed_up = "-" if row["speed_up"] is None else f"{row['speed_up']:.2f}x"
+    return f"| {what} | {times} | {speed_up} | {peaks or '-'} | {output} |"
+
+
+def _seconds(ms: float) -> str:
+    return f"{ms / 1e3:.2f} s" if ms >= 1e3 else f"{ms:.0f} ms"
 
 
 def _way_cell(row: dict[str, Any], way: str) -> str:
@@ -423,6 +473,8 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "run table": lambda: whole_runs(newest_or_none("run")),
+    "run stages table": lambda: whole_runs(newest_or_none("run"), least=0.0, up="../"),
     "rotary table": lambda: rotary(newest("rotary")),
     "operators table": lambda: operators(newest_of_each("operators")),
     **{

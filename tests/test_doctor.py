@@ -528,6 +528,23 @@ def test_a_connectors_source_that_is_not_known(monkeypatch):
     assert found["text connectors"].found.startswith("2 of 4 sites of a block each; LTX2TransformerBlock1d.forward of")
 
 
+@needs_diffusers
+def test_the_diffusion_decoder_and_where_the_host_itself_cannot_run(monkeypatch):
+    pytest.importorskip("diffusers.models.autoencoders.ltx2_diffusion_decoder")
+    from bitfuse.hosts import diffusers_diffusion_decoder as adapter
+
+    found = hosts_found("diffusers")["diffusion decoder"]
+    assert (found.state, found.found) == (OK, "16 of 16 sites of a block of each stage")
+    (attention,) = (f for f in check("hosts") if f.name == "diffusers' diffusion decoder: attention")
+    assert attention.state == NOTE
+    assert "an 80 GB card" in attention.meaning
+    assert "LTX2VideoVaeNeighborhoodNattenProcessor" in attention.advice
+    monkeypatch.setitem(adapter.READ, "LTX2VideoVaeSwiGLU.forward", set())
+    found = hosts_found("diffusers")["diffusion decoder"]
+    assert found.state == WARNING
+    assert found.found.startswith("11 of 16 sites of a block of each stage; LTX2VideoVaeSwiGLU.forward of diffusers")
+
+
 def test_ltx_core_and_a_source_of_it_that_is_not_known(monkeypatch):
     pytest.importorskip("ltx_core")
     from bitfuse.hosts import ltx_core as adapter

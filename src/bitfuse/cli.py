@@ -326,7 +326,7 @@ def bench(
             "--only",
             "a part",
             "tools.bench.bench.PARTS",
-            "operators, overhead, model, audit or first-step; default: all.",
+            "operators, overhead, model, audit, first-step or run; default: all.",
         ),
     ] = None,
     op: Operators = None,
@@ -340,7 +340,7 @@ def bench(
     host: Host = "diffusers",
     json_file: JsonFile = None,
 ) -> None:
-    """Time operators and a whole step against PyTorch, on this GPU, only after their bits were compared.
+    """Time operators, a whole step and a whole run against PyTorch, on this GPU, only after their bits were compared.
 
     FILE of --json gets each row when it is measured. Where there is a FILE already it stays until the end, and the rows
     go to FILE.part until then.
@@ -353,6 +353,8 @@ def bench(
 
     if host != "diffusers" and only != ["model"]:
         _refuse(f"--host {host} goes with --only model; other parts time diffusers, or no host")
+    if only == ["run"] and ltx != "2.0":
+        _refuse(f"--ltx {ltx} does not go with --only run; accepted: 2.0")
     if wrong := [n for n in tokens or [] if n not in benchmark.LATENTS]:
         _refuse(f"--tokens {wrong[0]} is not accepted; accepted: {', '.join(map(str, benchmark.LATENTS))}")
     if not torch.cuda.is_available():

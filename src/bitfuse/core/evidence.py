@@ -118,11 +118,10 @@ def fold_mutants(order: str, case: str = "1920 wide") -> tuple[Mutant, ...]:
             ),
             Mutant(
                 "a product with 1/N for the division by N",
-                (("divide(fold(tl.reshape(warp_sum, (ROWS, 4)), ROWS, 4), N * 1.0)",
-                  "fold(tl.reshape(warp_sum, (ROWS, 4)), ROWS, 4) * (1.0 / N)"),),
+                (("divide(total, N * 1.0)", "total * (1.0 / N)"),),
                 case=case,
             ),
-        )  # fmt: skip
+        )
     else:
         orders = (
             Mutant(

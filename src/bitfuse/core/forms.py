@@ -19,7 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 _FORMS_KEPT = 4096  # forms of arguments whose outputs are remembered; a render uses some dozens
 
-_ELEMENTWISE = (Tensor.add, Tensor.mul, Tensor.neg, Tensor.pow, Tensor.__rsub__, torch.lerp, torch.rsqrt, torch.sigmoid)
+_ELEMENTWISE = (
+    *(Tensor.add, Tensor.sub, Tensor.mul, Tensor.neg, Tensor.pow, Tensor.__rsub__),
+    *(torch.lerp, torch.rsqrt, torch.sigmoid),
+)
 _NORMS = (F.layer_norm, F.rms_norm)
 
 
@@ -61,7 +64,7 @@ def _answer(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in operands))
     if func is torch.lerp and any(t.dtype != dtype for t in operands):
         return None  # raises, where other elementwise operators promote
-    if func in _ELEMENTWISE and not named:
+    if (func in _ELEMENTWISE and not named) or (func is F.silu and named == {"inplace": False}):
         shape = functools.reduce(torch._C._infer_size, (t.shape for t in operands))  # raises as PyTorch does
         strides = elementwise_strides(shape, operands)
         return None if strides is None else torch.empty_strided(shape, strides, dtype=dtype, device="meta")

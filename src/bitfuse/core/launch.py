@@ -229,11 +229,14 @@ def strides(t: Tensor) -> tuple[int, ...]:
 # is read a second time, from the cache, in ATen's order. On an H100 (2026-11-23, 6144 and 24576 rows of 4096, bits
 # equal) that ran at 94 to 97 % of a plain copy of the same bytes; tiles of two and four rows, the statistic first,
 # at 87 to 94 %; rows kept in registers 128 elements at a time took 17 s to compile.
-_ROWS, ROW_WARPS = 1, 4
+# Rows of up to 1024 elements come several to a program, so that a thread has no fewer than 8.
+_ROW_ELEMENTS, ROW_WARPS = 2048, 4
 # The interpreter is fastest with few, large programs.
 _INTERPRETED_ROWS = 64
 
 
-def rows_per_program() -> int:
-    """How many rows a program of a kernel on rows takes, on ROW_WARPS warps."""
-    return _INTERPRETED_ROWS if interpreting() else _ROWS
+def rows_per_program(width: int) -> int:
+    """How many rows of this width a program of a kernel on rows takes, on ROW_WARPS warps: a power of two."""
+    if interpreting():
+        return _INTERPRETED_ROWS
+    return 1 << (max(1, _ROW_ELEMENTS // width).bit_length() - 1)

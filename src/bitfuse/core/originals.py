@@ -137,7 +137,7 @@ def called_by(reference: Callable[..., Any]) -> tuple[Entry, ...]:
     package = (reference.__module__ or "").partition(".")[0]
 
     def note(owner: Any, name: str) -> None:
-        value = _there(owner, name)
+        value = _attribute(owner, name)
         if owner is builtins or not callable(value) or isinstance(value, type):
             return
         if getattr(value, "__module__", None) in ("torch.overrides", "typing", "torch._jit_internal"):
@@ -152,7 +152,7 @@ def called_by(reference: Callable[..., Any]) -> tuple[Entry, ...]:
                 continue
             seen.add(code)
             for owner, name in _uses(code, function):
-                value = _there(owner, name)
+                value = _attribute(owner, name)
                 if not isinstance(value, types.FunctionType) or not value.__module__.startswith(f"{package}."):
                     note(owner, name)
                 if own and isinstance(value, types.FunctionType):
@@ -164,9 +164,9 @@ def called_by(reference: Callable[..., Any]) -> tuple[Entry, ...]:
     return tuple(found.values())
 
 
-def _there(owner: Any, name: str) -> Any:
-    """An attribute, None where there is none. Of a module one that is in it: `torch._dynamo`, which `F.pad` names,
-    would else be imported here, in 0.8 s."""
+def _attribute(owner: Any, name: str) -> Any:
+    """What an owner has under this name; not what a module would import only now (torch._dynamo, of which `F.pad`
+    asks whether it is compiling)."""
     return vars(owner).get(name) if isinstance(owner, types.ModuleType) else getattr(owner, name, None)
 
 
@@ -196,7 +196,7 @@ def _uses(code: types.CodeType, function: types.FunctionType) -> Iterator[tuple[
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             if isinstance(value, (types.ModuleType, type)):
                 yield value, name
-                value = _there(value, name)
+                value = _attribute(value, name)
                 continue
             if callable(getattr(Tensor, name, None)):
                 yield Tensor, name

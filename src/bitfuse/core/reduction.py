@@ -42,6 +42,11 @@ def mean_lanes(rows: int, width: int) -> int | None:
     return min(vectors, 512 // block_rows)
 
 
+def layer_norm_lanes(width: int) -> int:
+    """Of the 128 lanes of `F.rms_norm` those that a kernel needs for a row: warps that only add zeros are left out."""
+    return next((lanes for lanes in (32, 64) if width <= 4 * lanes), 128)
+
+
 def _power_of_2_up_to(n: int) -> int:
     return 1 << (n.bit_length() - 1)
 
@@ -101,14 +106,31 @@ def mean_square(row_ptr, inside, rows, N: tl.constexpr, ROWS: tl.constexpr, ORDE
         else:
             place_sum = x * x if step == 0 else place_sum + x * x
     if ORDER == "layer norm":
-        warp_sum = fold(tl.reshape(lane_sum, (ROWS * 4, 32)), ROWS * 4, 32)
-        mean = divide(fold(tl.reshape(warp_sum, (ROWS, 4)), ROWS, 4), N * 1.0)
+        WARPS: tl.constexpr = LANES // 32
+        total = fold(tl.reshape(lane_sum, (ROWS * WARPS, 32)), ROWS * WARPS, 32)
+        if WARPS > 1:
+            total = fold(tl.reshape(total, (ROWS, WARPS)), ROWS, WARPS)
+        mean = divide(total, N * 1.0)
     else:
         sum0, sum1, sum2, sum3 = vector_places(place_sum, ROWS, LANES)
         total = fold(((sum0 + sum1) + sum2) + sum3, ROWS, LANES)
         # as MeanOps has it: (number of rows as fp32) / (number of elements as fp32), not always fl(1/N)
         mean = total * divide(rows.to(tl.float32), (rows.to(tl.int64) * N).to(tl.float32))
     return mean
+
+
+@kernel
+def mean_square_of_head(x, N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Mean of the squares of each row of an fp32 tile [ROWS, WIDTH], zeros beyond N: fp32 [ROWS], in the LAYER_NORM
+    order of rows of up to 128 elements. These are no more than the vectors of one warp: the other warps add zeros."""
+    square0, square1, square2, square3 = vector_places(x * x, ROWS, WIDTH // 4)
+    lane_sum = ((square0 + square1) + square2) + square3
+    return divide(fold(lane_sum, ROWS, WIDTH // 4), N * 1.0)
+
+
+@kernel
+def rstd_of_head(square, eps):
+    return reciprocal_root(square + eps)
 
 
 @kernel

@@ -39,9 +39,10 @@ def accelerate(
 ) -> Handle:
     """Run the elementwise chains of an LTX-2 model through fused kernels, in place, with the same bits.
 
-    target        a diffusers LTX-2 pipeline: its transformers and text connectors; or an `LTX2VideoTransformer3DModel`
-                  or `LTX2TextConnectors` alone (diffusers 0.37 or newer); or an ltx-core `LTXModel` or `X0Model`; or
-                  an SGLang `LTX2VideoTransformer3DModel`
+    target        a diffusers LTX-2 pipeline: its transformers, text connectors and diffusion decoder; or an
+                  `LTX2VideoTransformer3DModel`, `LTX2TextConnectors` (diffusers 0.37 or newer) or
+                  `LTX2VideoDiffusionDecoderModel` (0.42.1) alone; or an ltx-core `LTXModel` or `X0Model`; or an SGLang
+                  `LTX2VideoTransformer3DModel`
     strict        raise `NotFused` where something would fall back to the PyTorch chain
     cuda_graph    replay the transformer's whole forward as one CUDA graph, from the third call of a shape on
     keep_text     LTX-2.0: keep the text's projections, keys and values from step to step (1.2 GB for a prompt of

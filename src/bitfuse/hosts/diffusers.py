@@ -4,7 +4,8 @@ Each module that is taken over keeps its class and its place, and gets a `forwar
 restates upstream's: the same modules called in the same order, and between them operators, each of which equals its
 chain bit for bit or runs it. Ours stand in only for upstream code whose hash is listed here; any other is left in
 place, and the report says why. An attention's forward restates its processor's too; the processor stays where it is,
-and is asked for its attention backend. `diffusers_connectors.py` takes over the text connectors of a pipeline.
+and is asked for its attention backend. `diffusers_connectors.py` takes over the text connectors of a pipeline, and
+`diffusers_diffusion_decoder.py` the diffusion decoder of LTX-2.5.
 """
 
 from __future__ import annotations
@@ -504,19 +505,26 @@ def _activate_in_place(model: Any, shared: Model) -> None:
 
 
 def transformers(target: Any) -> list[Any]:
-    """The LTX-2 transformers in a pipeline, then its text connectors; or in the one given; empty when there is none."""
+    """The LTX-2 transformers in a pipeline, its text connectors and its decoders; or in the one given.
+
+    Empty when there is none.
+    """
     parts = [target, *_components(target).values()]
     found = ltx2.models_in(parts, upstream.LTX2VideoTransformer3DModel)
-    for home, kind in _FURTHER:
-        module = sys.modules.get(home)  # not imported: then nothing can be of it
+    for name, kind in _FURTHER.items():
+        module = sys.modules.get(name)  # not imported: then nothing can be of it
         found += ltx2.models_in(parts, getattr(module, kind)) if hasattr(module, kind) else []
     return found
 
 
-_FURTHER = (
-    ("diffusers.pipelines.ltx2.connectors", "LTX2TextConnectors"),
-    ("diffusers.models.autoencoders.autoencoder_kl_ltx2", "AutoencoderKLLTX2Video"),
-)
+_DECODER = "diffusers.models.autoencoders.ltx2_diffusion_decoder"
+_VAE = "diffusers.models.autoencoders.autoencoder_kl_ltx2"
+_FURTHER = {
+    "diffusers.pipelines.ltx2.connectors": "LTX2TextConnectors",
+    _VAE: "AutoencoderKLLTX2Video",
+    _DECODER: "LTX2VideoDiffusionDecoderModel",
+}
+"""Models besides the transformer, by the modules that they are in."""
 
 
 def unrecognised(target: Any) -> dict[str, str]:
@@ -535,8 +543,16 @@ def _components(target: Any) -> dict[str, Any]:
 
 
 def accelerate(model: Any, handle: Handle) -> None:
-    """Take over every site of one transformer, or of text connectors, noting each in the handle."""
-    if hasattr(model, "decoder"):
+    """Take over every site of one transformer, text connectors, video autoencoder or diffusion decoder, noting each."""
+    decoder, vae = sys.modules.get(_DECODER), sys.modules.get(_VAE)
+    if decoder is not None and isinstance(model, decoder.LTX2VideoDiffusionDecoderModel):
+        from bitfuse.hosts import diffusers_diffusion_decoder  # only here: other versions of diffusers have none
+
+        shared = Model(handle, diffusers_diffusion_decoder.LEFT_OUT)
+        diffusers_diffusion_decoder.accelerate(model, shared, NAME)
+        ModelForward.install(model, shared)
+        return
+    if vae is not None and isinstance(model, vae.AutoencoderKLLTX2Video):
         from bitfuse.hosts import diffusers_vae
 
         shared = Model(handle, {"decoder": diffusers_vae.LEFT_OUT})

@@ -12,6 +12,7 @@ decoder for each.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from bitfuse.core.conditions import runnable
 from bitfuse.hosts.ltx2 import why_gradient
 from bitfuse.hosts.part import Model, Part, compiled_sentence
+from bitfuse.hosts.rehearsal import Rehearsal
 from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import calls_of, entries, functions, of_operators, why_not_stock
 from bitfuse.ops.convolution import CONVOLUTION
@@ -52,6 +54,8 @@ READ = {
     "LTX2VideoCausalConv3d.forward": {"a36ffb016bcb1d81"},
     "PerChannelRMSNorm.forward": {"8af7076a14ff8423"},
 }
+# Height and width of the volume on which kernels are compiled: 512 positions, added up by ATen as in larger volumes
+_SMALL = (16, 32)
 _OPERATORS = (PIXEL_NORM_SILU_PAD, RESIDUAL_PIXEL_NORM_SILU_PAD, RESIDUAL_PAD, UPSAMPLE, UNPATCHIFY)
 
 # The functions that the forward below leaves out, or calls with other arguments than the host does, besides those that
@@ -213,14 +217,20 @@ class _Pending:
 
 
 class LTX2VideoDecoder3d(Part):
-    """In place of the forward of upstream's decoder."""
+    """In place of the forward of upstream's decoder.
 
-    __slots__ = ("named_sites",)
+    named_sites    its sites by their names in it
+    refused        by shape of the latents: why the host's own forward runs for them, since an operator was not fused.
+                   Beside the fused ones its PyTorch chain costs more than the host's own, for the changes of layout
+    """
+
+    __slots__ = ("_rehearsed", "named_sites", "refused")
     kind = "decoder"
 
     def __init__(self, decoder: Any, model: Model, sites: dict[str, Site]):
         super().__init__(decoder, model, tuple(sites.values()))
-        self.named_sites = sites
+        self.named_sites, self._rehearsed = sites, False
+        self.refused: dict[torch.Size, str] = {}
 
     def why_stock(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         x = args[0] if args else kwargs.get("hidden_states")
@@ -229,7 +239,7 @@ class LTX2VideoDecoder3d(Part):
         if type(x) is not Tensor or x.dtype != torch.bfloat16:
             return f"hidden_states is a {named(type(x))} of {x.dtype}; accepted: a plain tensor of torch.bfloat16"
         reason = why_gradient(decoder, args, kwargs) or next(runnable({"hidden_states": x}), None)
-        return reason or _why_not_own(decoder) or self._why_not_as_it_was(decoder)
+        return reason or _why_not_own(decoder) or self._why_not_as_it_was(decoder) or self.refused.get(x.shape)
 
     def _why_not_as_it_was(self, decoder: Any) -> str | None:
         """The decoder may have more resnets by now than it had when it was taken over."""
@@ -239,14 +249,24 @@ class LTX2VideoDecoder3d(Part):
     def fused(
         self, decoder: Any, hidden_states: Tensor, temb: Tensor | None = None, causal: bool | None = None
     ) -> Tensor:
-        x = decoder.conv_in(hidden_states, causal=causal or decoder.is_causal)
+        causal = causal or decoder.is_causal
+        if not self._rehearsed:
+            self._rehearsed = True
+            self._rehearse(decoder, hidden_states, causal)
+        x = decoder.conv_in(hidden_states, causal=causal)
         reason = _why_laid_otherwise(x)
         if reason is None:
+            before = self._fallen()
             try:
-                return self._decoded(decoder, x, temb, causal or decoder.is_causal)
+                found = self._from(decoder, laid(x), temb, causal)
+                if (fallen := self._fallen() - before).total():
+                    because = (
+                        f"partly fused, the decoder is slower than diffusers' own; not fused: {next(iter(fallen))}"
+                    )
+                    self.refused[hidden_states.shape] = because
+                return found
             except torch.OutOfMemoryError:
-                noisy = any(getattr(module, "per_channel_scale1", None) is not None for _, module in _resnets(decoder))
-                if noisy:  # the random numbers of another try would be others
+                if _is_noisy(decoder):  # the random numbers of another try would be others
                     raise
             # a proof holds more at once than the host's own forward does
             reason = "the device ran out of memory in the fused decoder"
@@ -254,8 +274,29 @@ class LTX2VideoDecoder3d(Part):
         self.fall(reason)
         return self.stock(hidden_states, temb, causal)
 
-    def _decoded(self, decoder: Any, x: Tensor, temb: Tensor | None, causal: bool) -> Tensor:
-        pending = _Pending(laid(x))
+    def _fallen(self) -> Counter[str]:
+        """Calls of operators that ran PyTorch's chain so far, by the reason. A convolution that does costs little."""
+        sites = [site for site in self.sites if site.operator != CONVOLUTION.name]
+        found: Counter[str] = Counter()
+        for site in sites:
+            found.update(site.fallen)
+        return found
+
+    def _rehearse(self, decoder: Any, hidden_states: Tensor, causal: bool) -> None:
+        """Compile the kernels side by side, as they are found in a decode of one small frame of zeros.
+
+        One after the other 15 kernels took 8 s (H200, 2026-11-29). None of the decoder's modules is called.
+        """
+        strict = any(site.strict for site in self.sites)
+        if not hidden_states.is_cuda or strict or decoder.time_embedder is not None or _is_noisy(decoder):
+            return
+        channels = decoder.conv_in.conv.out_channels
+        small = hidden_states.new_zeros(1, channels, 1, *_SMALL)
+        Rehearsal(decoder, self.sites)(lambda: self._from(decoder, laid(small), None, causal))
+
+    def _from(self, decoder: Any, x: Tensor, temb: Tensor | None, causal: bool) -> Tensor:
+        """The decode from the first convolution's result on."""
+        pending = _Pending(x)
         del x
         if decoder.timestep_scale_multiplier is not None:
             temb = temb * decoder.timestep_scale_multiplier
@@ -346,6 +387,10 @@ def _why_laid_otherwise(x: Any) -> str | None:
     if x.stride() != torch.empty(x.shape, device="meta").stride():
         return f"conv_in gave a volume with strides {x.stride()}, not contiguous, and so are the host's own after it"
     return None
+
+
+def _is_noisy(decoder: Any) -> bool:
+    return any(getattr(module, "per_channel_scale1", None) is not None for _, module in _resnets(decoder))
 
 
 def _padding(conv: Any, causal: bool) -> tuple[int, int, int]:

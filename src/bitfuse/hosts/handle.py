@@ -80,6 +80,11 @@ class Handle:
 
         `innermost` has a place for it. What somebody else puts in its place meanwhile stays.
         """
+        if ours.method != "forward":  # hooks stand in the way of forwards alone
+            self._put[ours] = self.fill(module, ours.method, ours)
+            for method in COPIED_BY:
+                self.fill(module, method, CopiedPlain(module, method))
+            return
         reference, placed = weakref.ref(module), weakref.ref(ours)
         held, name = innermost(module) or places(module)[0]
         was_there = name in held
@@ -106,8 +111,8 @@ class Handle:
         """Put back what stood there before this forward of ours, ahead of the rest."""
         self._put[ours]()
 
-    def fill(self, owner: Any, attribute: str, ours: Any) -> None:
-        """Put something of ours into an attribute of the owner's own, until the handle is restored."""
+    def fill(self, owner: Any, attribute: str, ours: Any) -> Callable[[], object]:
+        """Put something of ours into an attribute of the owner's own, until the handle is restored; what undoes it."""
         had = owner.__dict__.get(attribute, _ABSENT)
         reference, placed = weakref.ref(owner), weakref.ref(ours)
 
@@ -122,6 +127,7 @@ class Handle:
 
         self.on_restore(undo)
         owner.__dict__[attribute] = ours
+        return undo
 
     def add_graph(self, graph: Any) -> None:
         """Note a model's `bitfuse.run.graphs.GraphedForward`, which dies with its model; its counts stay."""

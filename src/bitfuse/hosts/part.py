@@ -178,13 +178,14 @@ def leave_to_compiler(root: Any, handle: Handle) -> None:
     """
     kinds: dict[int, str] = {}  # of what is compiled, read before it is taken back
     for module, by in compiled_in(root):
-        ours = ours_in(module)
+        methods = [value for name, value in vars(module).items() if isinstance(value, Part) and name == value.method]
+        ours = dict.fromkeys(found for found in (ours_in(module), *methods) if found is not None)
         seams = [value.site for value in vars(module).values() if isinstance(value, Seam)]
         whom = kinds.setdefault(id(by), getattr(ours_in(by), "kind", "model"))
-        for site in (*getattr(ours, "sites", ()), *seams):
+        for site in (*(site for one in ours for site in getattr(one, "sites", ())), *seams):
             site.declined = site.declined or compiled_sentence(whom)
-        if ours is not None:
-            handle.take_back(ours)
+        for one in ours:
+            handle.take_back(one)
 
 
 def _keyed(entry: Entry) -> tuple[tuple[int, str], Entry]:
@@ -285,7 +286,7 @@ class Part(_OfModel):
             return self.fused(module, *args, **kwargs)
         if reason is not ENDED:
             self.fall(reason)
-        return bound(module)(*args, **kwargs)
+        return bound(module, self.method)(*args, **kwargs)
 
     def fall(self, reason: str) -> None:
         """Note a call that runs the host's own forward."""
@@ -293,9 +294,9 @@ class Part(_OfModel):
             site.fall(reason)
 
     def _another(self, module: Any) -> str | None:
-        if type(module).forward is self.own:
+        if getattr(type(module), self.method) is self.own:
             return None
-        return f"the forward of {named(type(module))} was replaced meanwhile"
+        return f"the {self.method} of {named(type(module))} was replaced meanwhile"
 
 
 class Block(Part):

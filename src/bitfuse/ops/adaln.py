@@ -1,7 +1,7 @@
 """Adaptive layer norm (AdaLN) between the matmuls of a block: residual add, RMSNorm and modulation, in one row kernel.
 
     x'  = x + y * gate * mask             residual, each factor optional; x' is stored
-    n   = x' / rms(x')                    RMSNorm without weight, or none
+    n   = x' / rms(x')                    RMSNorm, or none; without weight, but in LTX-2.5's decoder
     out = n * (1 + scale) + shift         modulation: none, one, or two of the same n
 
 AdaLN values (gate, scale, shift) are [B or 1, T or 1, D], one row for a sample or one for each token, often strided
@@ -14,13 +14,15 @@ timestep's value, which is how the hosts form it. Each operator is exact versus 
     rms_norm_modulate_*                   the norms of a block's input
     residual_rms_norm_modulate_*          the residual add and the norm that follows it, with at most one modulation
     residual_rms_norm_modulate_twice_*    the same with two, for the attentions between video and audio
+    residual_rms_norm_modulate_weighted   diffusers 0.42.1: the blocks of LTX-2.5's diffusion decoder
 
-`native` is one call of `F.rms_norm` (ltx-core, SGLang); `composed` is diffusers' own norm of seven ops.
+`native` is one call of `F.rms_norm` (ltx-core, SGLang); `composed` is diffusers' own norm of seven ops; `weighted` is
+one call of `F.rms_norm` with a weight (`torch.nn.RMSNorm`).
 
 Roundings, in order, all to x's dtype:
     r1  table + gate          r2  y * gate       r3  y * mask        r4  x + y
-    r5  x' * rstd, where rstd = rsqrt.approx(mean square + eps) in fp32, mean square in ATen's order: LAYER_NORM for
-        `native`, MEAN for `composed` (`bitfuse.core.reduction`)
+    r5  x' * rstd, or weight * (x' * rstd), where rstd = rsqrt.approx(mean square + eps) in fp32, mean square in ATen's
+        order: LAYER_NORM for `native` and `weighted`, MEAN for `composed` (`bitfuse.core.reduction`)
     r6  table + scale, table + shift      r7  1 + scale      r8  n * (1 + scale)      r9  ... + shift
 
 NaN and infinities spread over their row where it is normed, as in the chain; signed zeros and subnormals are kept.
@@ -41,7 +43,7 @@ from bitfuse.core.kernel import kernel, power_of_2
 from bitfuse.core.launch import ROW_WARPS, Out, Plan, in_vectors, named, outputs_like, rows_per_program, strides
 from bitfuse.core.numerics import round_to
 from bitfuse.core.operator import Operator, Tier
-from bitfuse.core.reduction import GIVEN, LAYER_NORM, MEAN, mean_lanes, row_rstd
+from bitfuse.core.reduction import GIVEN, LAYER_NORM, MEAN, layer_norm_lanes, mean_lanes, row_rstd
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 VALUES = ("gate", "scale", "shift", "scale2", "shift2")
 """The AdaLN values, by the names that every reference has for them; the table of each is called NAME_table."""
 MAX_WIDTH = 8192
-Rstd = Callable[[Tensor, float], Tensor]  # (rows, eps) -> 1 / rms of each, in fp32
+Rstd = Callable[[Tensor, float, Tensor | None], Tensor]  # (rows, eps, weight) -> 1 / rms of each, in fp32
 
 # -- the references' steps ---------------------------------------------------------------------------------------------
 
@@ -62,8 +64,8 @@ def residual_sum(x: Tensor, y: Tensor, gate: Tensor | None, gate_table: Tensor |
     return x + y  # r4
 
 
-def native(x: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=eps)  # r5
+def native(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight=weight, eps=eps)  # r5
 
 
 def composed(x: Tensor, eps: float) -> Tensor:
@@ -219,6 +221,18 @@ def residual_rms_norm_modulate_twice_composed(
     return x, first, modulated(n, scale2, shift2, scale2_table, shift2_table)
 
 
+def residual_rms_norm_modulate_weighted(
+    x: Tensor, y: Tensor, weight: Tensor, scale: Tensor | None = None, shift: Tensor | None = None,
+    scale_table: Tensor | None = None, shift_table: Tensor | None = None, eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(x', n or its modulation): residual add, then `torch.nn.RMSNorm` with its weight: LTX-2.5's diffusion decoder.
+
+    weight    [D]; further arguments as in `residual_rms_norm_modulate_native`
+    """
+    x = residual_sum(x, y, None, None, None)
+    return x, modulated(native(x, eps, weight), scale, shift, scale_table, shift_table)
+
+
 def rms_norm_modulate_native(
     x: Tensor,
     scale: Tensor,
@@ -254,7 +268,8 @@ def rms_norm_modulate_composed(
 
 @kernel(do_not_specialize=("rows", "tokens"))
 def _adaln_kernel(
-    x_ptr, y_ptr, gate_ptr, gate_table_ptr, mask_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr,
+    x_ptr, y_ptr, gate_ptr, gate_table_ptr, mask_ptr, weight_ptr,
+    scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr,
     scale2_ptr, shift2_ptr, scale2_table_ptr, shift2_table_ptr,
     rstd_ptr, sum_ptr, out_ptr, out2_ptr,
     rows, tokens, eps,
@@ -281,7 +296,11 @@ def _adaln_kernel(
                 rstd = row_rstd(sum_ptr + start, rstd_ptr, row, rows, eps, N, ROWS, ORDER, LANES)
             else:
                 rstd = row_rstd(x_ptr + start, rstd_ptr, row, rows, eps, N, ROWS, ORDER, LANES)
-            n = round_to(x * rstd, dtype)  # r5
+            if weight_ptr is not None:
+                weight = tl.load(weight_ptr + lane, mask=here, other=0.0).to(tl.float32)
+                n = round_to(weight * (x * rstd), dtype)  # r5
+            else:
+                n = round_to(x * rstd, dtype)  # r5
         if scale_ptr is not None:
             store_modulated(
                 n, out_ptr, scale_ptr, shift_ptr, scale_table_ptr, shift_table_ptr, start,
@@ -369,7 +388,8 @@ def _plan(
     given = named(reference, args)
     x = given["x"]
     batch, tokens, width = x.shape
-    per_program, lanes = rows_per_program(), mean_lanes(batch * tokens, width) if order == MEAN else 128
+    per_program = rows_per_program(width)
+    lanes = mean_lanes(batch * tokens, width) if order == MEAN else layer_norm_lanes(width)
     gate, scale, shift, scale2, shift2 = (_row_strides(given.get(name), x) for name in VALUES)
     mask, _ = _row_strides(given.get("mask"), x)
     tensors = (x_slot if name == "x" else f"{name}_ptr" for name in given if name != "eps")
@@ -402,8 +422,9 @@ def _norm_plan(*args: Any, reference: Callable[..., Any], order: str, rstd: Rstd
     batch, tokens, width = given["x"].shape
     if order == MEAN and mean_lanes(batch * tokens, width) is None:
         return f"ATen splits rows of {width} between warps, in an order that is not reproduced here"
-    if order == LAYER_NORM and "y" not in given and not in_vectors(given["x"]):  # a sum of two is new
-        return "x does not start at a multiple of 4 elements, and ATen adds up such rows in another order"
+    for name in ("weight",) if "y" in given else ("x",):  # a sum of two is new
+        if order == LAYER_NORM and name in given and not in_vectors(given[name]):
+            return f"{name} does not start at a multiple of 4 elements, and ATen adds up such rows in another order"
     plan = partial(_plan, *args, reference=reference, order=order, added=("rstd_ptr",))
     if order == GIVEN:
         return plan(before=partial(statistic, reference=reference, rstd=rstd), extras=(torch.float32,))
@@ -423,15 +444,15 @@ def statistic(*args: Any, reference: Callable[..., Any], rstd: Rstd) -> tuple[Te
     given = named(reference, args)
     x = given["x"]
     if "y" in given:
-        x = residual_sum(x, given["y"], given["gate"], given["gate_table"], given["mask"])
-    return (rstd(x, given["eps"]),)
+        x = residual_sum(x, given["y"], *(given.get(name) for name in ("gate", "gate_table", "mask")))
+    return (rstd(x, given["eps"], given.get("weight")),)
 
 
-def rstd_native(x: Tensor, eps: float) -> Tensor:
-    return torch.ops.aten._fused_rms_norm(x, x.shape[-1:], None, eps)[1]
+def rstd_native(x: Tensor, eps: float, weight: Tensor | None) -> Tensor:
+    return torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight, eps)[1]
 
 
-def rstd_composed(x: Tensor, eps: float) -> Tensor:
+def rstd_composed(x: Tensor, eps: float, weight: Tensor | None) -> Tensor:
     return torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
 
 
@@ -483,6 +504,8 @@ def _misfits(given: dict[str, Any]) -> Iterator[str]:
     for name in (f"{name}_table" for name in VALUES):
         if given.get(name) is not None and list(given[name].shape) != [width]:
             yield f"{name} is {list(given[name].shape)}; accepted: [{width}]"
+    if "weight" in given and list(given["weight"].shape) != [width]:
+        yield f"weight is {list(given['weight'].shape)}; accepted: [{width}]"
     mask = given.get("mask")
     if mask is not None and list(mask.shape) not in ([batch, 1, 1], [1, 1, 1]):
         yield f"mask is {list(mask.shape)}; accepted: [{batch}, 1, 1]"
@@ -519,5 +542,8 @@ RESIDUAL_RMS_NORM_MODULATE_NATIVE = _native(residual_rms_norm_modulate_native)
 RESIDUAL_RMS_NORM_MODULATE_COMPOSED = _composed(residual_rms_norm_modulate_composed)
 RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE = _native(residual_rms_norm_modulate_twice_native)
 RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED = _composed(residual_rms_norm_modulate_twice_composed)
+RESIDUAL_RMS_NORM_MODULATE_WEIGHTED = _native(
+    residual_rms_norm_modulate_weighted, source="diffusers 0.42.1: the blocks of LTX-2.5's diffusion decoder"
+)
 RMS_NORM_MODULATE_NATIVE = _native(rms_norm_modulate_native)
 RMS_NORM_MODULATE_COMPOSED = _composed(rms_norm_modulate_composed)

@@ -60,6 +60,8 @@ class AdalnCase:
     with_tables, with_gate, with_mask, with_modulation    whether what is optional is there
     mask_step          a mask is every so many elements of a tensor
     misaligned         x and y start one element after a multiple of 16 bytes
+
+    The weight of a norm that has one is near 1.
     """
 
     name: str
@@ -104,6 +106,8 @@ class AdalnCase:
         if self.with_mask and "mask" in given:
             flags = (torch.arange(self.batch, device=device) % 2).to(self.dtype)
             given["mask"] = flags.repeat_interleave(self.mask_step)[:: self.mask_step, None, None]
+        if "weight" in given:
+            given["weight"] = 1 + normal(self.width, scale=0.1)
         return tuple(given.values())
 
 
@@ -136,6 +140,18 @@ def cases(reference: Callable[..., Any], dtypes: tuple[torch.dtype, ...]) -> tup
         case("fp16", 37, 384, dtype=torch.float16),
         case("fp32", 37, 384, dtype=torch.float32),
     ]
+    if "weight" in named(reference, ()):  # LTX-2.5's diffusion decoder in place of the transformers: 768x512x121
+        found = [c for c in found if not c.real]
+        found = [
+            case("stage 5, a block's first norm", 2973696, 256, ada_rows=7, real=True),
+            case("stage 5, batch 2", 743424, 256, batch=2, ada_rows=7, real=True),
+            case("stage 4", 423936, 512, with_modulation=False, real=True),
+            case("stage 3", 53760, 512, with_modulation=False, real=True),
+            case("stage 2", 27648, 1024, with_modulation=False, real=True),
+            case("stage 1", 6912, 2048, with_modulation=False, real=True),
+            *found,
+            case("128 wide", 21, 128, batch=2),
+        ]
     return tuple(c for c in found if c.dtype in dtypes)
 
 
@@ -167,6 +183,13 @@ _RESIDUAL = (
 )
 _RESIDUAL_BARE = (_flushed("y = tl.load(y_ptr + start + lane, mask=here, other=0.0).to(tl.float32)", "y"),)
 _RESIDUAL_NORMED = (Mutant("the sum not rounded before the norm", ((_ADDED, "x = x + y"),)),)
+_WEIGHTED = "n = round_to(weight * (x * rstd), dtype)"
+_NORM_WEIGHTED = (
+    Mutant("the norm not rounded", ((_WEIGHTED, "n = weight * (x * rstd)"),)),
+    Mutant("the weight before the statistic", ((_WEIGHTED, _WEIGHTED.replace("(x * rstd)", "x * rstd")),)),
+    Mutant("rounded before the weight", ((_WEIGHTED, _WEIGHTED.replace("(x * rstd)", "round_to(x * rstd, dtype)")),)),
+    Mutant("subnormals flushed", ((_WEIGHTED, _WEIGHTED.replace("x *", f"{flushed('x')} *")),), harmless_for=_FP16),
+)
 _NORM = (
     Mutant("the norm not rounded", ((_NORMED, "n = x * rstd"),)),
     Mutant("subnormals flushed", ((_NORMED, _NORMED.replace("x", flushed("x"))),), harmless_for=_FP16),
@@ -199,14 +222,26 @@ def _audit(residual: bool, order: str | None, modulations: int) -> Audit:
     return Audit("video, 768x512x121", counts, per_thread=once, results=32, loads=loads, stores=stores)
 
 
+# 16 elements in a thread, of two rows of 256. For each: the sum and r4, square, rstd * x, weight *, r5, and the
+# modulation; three additions for four squares. For each row: 10 additions of folds, + eps, and so on.
+_AUDIT_WEIGHTED = Audit(
+    "stage 5, a block's first norm",
+    {"add.rn.f32": 5 * 16 + 12, "mul.rn.f32": 4 * 16, "cvt.rn.bf16.f32": 7 * 16},
+    per=16,
+    per_thread={"add.rn.f32": 2 * (10 + 1), "div.rn.f32": 2, "rsqrt.approx.f32": 2},
+    results=16,
+    loads={16: 2 * (3 + 1 + 4)},  # x, y, the sum again; weight; scale and shift, each with its table
+    stores={16: 4, 4: 1},
+)
+
 # -- the norms in CUDA's order, for a CPU, whose ATen adds in another --------------------------------------------------
 
 
-def _emulated_native(x: Tensor, eps: float) -> Tensor:
+def _emulated_native(x: Tensor, eps: float, weight: Tensor | None) -> Tensor:
     return torch.rsqrt(layer_norm_mean_square(x) + eps)
 
 
-def _emulated_composed(x: Tensor, eps: float) -> Tensor:
+def _emulated_composed(x: Tensor, eps: float, weight: Tensor | None) -> Tensor:
     return torch.rsqrt(mean_mean_square(x) + eps)
 
 
@@ -216,9 +251,10 @@ def _emulated(*args: Any, reference: Callable[..., Any], rstd: Rstd) -> Any:
     x = given["x"]
     sums: tuple[Tensor, ...] = ()
     if "y" in given:
-        x = residual_sum(x, given["y"], given["gate"], given["gate_table"], given["mask"])
+        x = residual_sum(x, given["y"], *(given.get(name) for name in ("gate", "gate_table", "mask")))
         sums = (x,)
-    n = (x.float() * rstd(x, given["eps"])).to(x.dtype)
+    n, weight = x.float() * rstd(x, given["eps"], given.get("weight")), given.get("weight")
+    n = (n if weight is None else weight.float() * n).to(x.dtype)
     results = [modulated(n, *(given[k] for k in ("scale", "shift", "scale_table", "shift_table")))]
     if "scale2" in given:
         results.append(modulated(n, *(given[k] for k in ("scale2", "shift2", "scale2_table", "shift2_table"))))
@@ -241,6 +277,7 @@ def _evidence(
     mutants: tuple[Mutant, ...],
     order: str | None = None,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
+    audit: Audit | None = None,
     **more: Any,
 ) -> Evidence:
     names = tuple(named(reference, ()))
@@ -248,7 +285,7 @@ def _evidence(
         battery=partial(battery, names=names, few=order == MEAN),
         cases=cases(reference, dtypes),
         mutants=(*mutants, *_EVERY),
-        audits=(_audit("y" in names, order, ("scale" in names) + ("scale2" in names)),),
+        audits=(audit or _audit("y" in names, order, ("scale" in names) + ("scale2" in names)),),
         retiled=retiled,
         steps=steps,
         **more,
@@ -256,14 +293,22 @@ def _evidence(
 
 
 def _normed(reference: Callable[..., Any], order: str, rstd: Rstd, emulated: Rstd) -> Evidence:
-    residual = "y" in named(reference, ())
+    names = named(reference, ())
+    residual, gated, weighted = ("y" in names), ("gate" in names), ("weight" in names)
     divided: tuple[str, ...] = ("quotient",) if order == LAYER_NORM else ()
     return _evidence(
         reference,
         ("norm", "rsqrt", *divided, "modulation", *(("residual",) if residual else ())),
-        (*fold_mutants(order), *_NORM, *_MODULATED, *((*_RESIDUAL, *_RESIDUAL_NORMED) if residual else ())),
+        (
+            *fold_mutants(order),
+            *(_NORM_WEIGHTED if weighted else _NORM),
+            *_MODULATED,
+            *(_RESIDUAL if gated else ()),
+            *(_RESIDUAL_NORMED if residual else ()),
+        ),
         order,
         HALVES,
+        _AUDIT_WEIGHTED if weighted else None,
         emulated=partial(_emulated, reference=reference, rstd=emulated),
         witness=partial(statistic, reference=reference, rstd=rstd),
         emulated_witness=partial(statistic, reference=reference, rstd=emulated),
@@ -284,6 +329,7 @@ EVIDENCE: dict[str, Evidence] = {
             (_composed, adaln.residual_rms_norm_modulate_composed),
             (_native, adaln.residual_rms_norm_modulate_twice_native),
             (_composed, adaln.residual_rms_norm_modulate_twice_composed),
+            (_native, adaln.residual_rms_norm_modulate_weighted),
             (_native, adaln.rms_norm_modulate_native),
             (_composed, adaln.rms_norm_modulate_composed),
         )

@@ -76,6 +76,9 @@ class Convolution:
             return Route(_stock, reason)
         return Route(_channels_last, tier="channels last", signature=signature)
 
+    def rehearse(self, take: Any, args: tuple[Any, ...]) -> None:
+        """Nothing is compiled for a convolution."""
+
     def condemn(self, route: Route, mismatch: Mismatch) -> bool:
         """Use a convolution no more that an audit saw to differ. False where that had been done before."""
         assert route.signature is not None, "only a fused route has something to condemn"

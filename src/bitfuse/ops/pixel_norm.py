@@ -229,7 +229,7 @@ def _pixel_kernel(
     lane, here = tl.arange(0, CHANNELS)[None, :], inside[:, None]
 
     scaled_by = 1.0
-    kept: Any = ()
+    kept = ()
     if NORM:
         if given_ptr is not None:
             mean = tl.load(given_ptr + number, mask=inside, other=0.0).to(tl.float32)
@@ -248,7 +248,7 @@ def _pixel_kernel(
                             y_ptr, residual_ptr, bias_ptr, noise_ptr, noise_scale_ptr, x_at, residual_at, noise_at,
                             half * (C // HALVES) + first + lane, here, dtype,
                         )  # fmt: skip
-                        kept = (*kept, x.to(dtype))
+                        kept = kept + (x.to(dtype),)  # type: ignore[assignment]  # noqa: RUF005
                         sums += round_to(x * x, dtype)  # r5
                 else:
                     for first in tl.range(0, C // HALVES, 4 * THREADS, loop_unroll_factor=4):

@@ -191,7 +191,8 @@ def _plan(*args: Any, reference: Callable[..., _Pair], chain: Chain | None, orde
     for name in ("q", "k", "q_weight", "k_weight"):
         if order == LAYER_NORM and not in_vectors(given[name]):
             return f"{name} does not start at a multiple of 4 elements, and ATen adds up such rows in another order"
-    width, per_program = q.shape[-1], rows_per_program()
+    width = q.shape[-1]
+    per_program = rows_per_program(width)
     rows = [t.numel() // width for t in (q, k)]
     turn, half, strides_of, product, fused = "none", width, [0] * 12, q.dtype, False
     if chain is not None:

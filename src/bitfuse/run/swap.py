@@ -5,6 +5,8 @@ stays what it is. So whatever finds modules by their class finds them; a class t
 (FSDP's, parametrize's) derives from the host's; a hook of accelerate's or diffusers', which replaces the attribute in
 its turn, calls ours as it would have called the host's, and where one stands there already ours goes inside it; and in
 a copy or a pickle of the module the host's own forward stands in the place of ours.
+
+Another method that a host calls by its name is replaced in the same way (`Forward.method`); hooks know forwards alone.
 """
 
 from __future__ import annotations
@@ -24,26 +26,28 @@ def named(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def bound(module: Any) -> Callable[..., Any]:
+def bound(module: Any, method: str = "forward") -> Callable[..., Any]:
     """What stock would call as this module's forward, were there none of its own: its class's, as Python binds it."""
-    forward = type(module).forward
+    forward = getattr(type(module), method)
     return forward.__get__(module) if hasattr(forward, "__get__") else forward
 
 
 class Forward:
     """Base of what stands in the attribute `forward` of a module in place of its class's.
 
+    method   the name of that attribute, where it is another method that is replaced
     own      the class's function, which ours restates. The module's class may have another by now: `stock` is the one
              that stock would run, always
     ended    whether it does what stock does, for good: somebody may have kept it and put it back
     """
 
     __slots__ = ("__signature__", "__weakref__", "_module", "own")
+    method = "forward"
 
     def __init__(self, module: torch.nn.Module):
         self._module = weakref.ref(module)  # held strongly, the module would only be freed by Python's collector
-        self.own = type(module).forward
-        self.__signature__ = inspect.signature(bound(module))
+        self.own = getattr(type(module), self.method)
+        self.__signature__ = inspect.signature(bound(module, self.method))
 
     @property
     def module(self) -> Any:
@@ -59,10 +63,10 @@ class Forward:
         in the module again by its name, find this forward there, and never end (torch 2.13).
         """
         module = self.module
-        forward = type(module).forward
+        forward = getattr(type(module), self.method)
         if isinstance(forward, types.FunctionType):
             return forward(module, *args, **kwargs)
-        return bound(module)(*args, **kwargs)
+        return bound(module, self.method)(*args, **kwargs)
 
     @property
     def __self__(self) -> Any:
@@ -87,7 +91,7 @@ class Forward:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """In a copy or a pickle of the module: that module's own, which its class gives it."""
-        return getattr, (self.module, "forward")
+        return getattr, (self.module, self.method)
 
 
 COPIED_BY = ("__getstate__", "_replicate_for_data_parallel")
@@ -121,7 +125,7 @@ def _without_ours(attributes: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in attributes.items()
-        if not isinstance(value, CopiedPlain) and not (name == "forward" and isinstance(value, Forward))
+        if not isinstance(value, CopiedPlain) and not (isinstance(value, Forward) and name == value.method)
     }
 
 

@@ -504,6 +504,7 @@ def _hosts(device: torch.device) -> Iterator[Finding]:
         yield from _models(host) if HOSTS[host].standalone else _sources(HOSTS[host])
         if host == "diffusers":
             yield from _connectors()
+            yield from _diffusion_decoder(device)
     if not installed:
         found = f"none of {', '.join(HOSTS)} is installed"
         meaning = "no model can be accelerated; operators can be called by themselves"
@@ -541,6 +542,29 @@ def _connectors() -> Iterator[Finding]:
     with torch.device("meta"):
         connectors = LTX2TextConnectors(3840, 49, **of_each, **rope, causal_temporal_positioning=False)
     yield _taken_over("diffusers", connectors, "text connectors", "sites of a block each")
+
+
+def _diffusion_decoder(device: torch.device) -> Iterator[Finding]:
+    try:
+        from diffusers import LTX2VideoDiffusionDecoderModel
+    except ImportError:  # a diffusers without LTX-2.5's decoder
+        return
+    with torch.device("meta"):
+        decoder = LTX2VideoDiffusionDecoderModel(decoder_stage_depths=(1, 1, 1, 1, 1))
+    yield _taken_over("diffusers", decoder, "diffusion decoder", "sites of a block of each stage")
+    if device.type == "cuda":
+        gigabytes = torch.cuda.get_device_properties(device).total_memory / 1e9
+        where = f"this GPU has {gigabytes:.0f} GB, and"
+    else:
+        where = "it needs a GPU at real sizes, and"
+    meaning = (
+        f"{where} an uncompiled FlexAttention forms every score of a volume at once: for 25 frames of 384x256 it asks "
+        "for 31 GiB in one piece, which an 80 GB card has not free. A volume smaller than its window of 11x11x11 is "
+        "refused. That is diffusers' own; whichever processor a decoder has is left alone"
+    )
+    advice = "pip install kernels and set LTX2VideoVaeNeighborhoodNattenProcessor, or compile flex_attention"
+    found = "FlexAttention, uncompiled, unless another processor is set"
+    yield Finding("diffusers' diffusion decoder: attention", NOTE, found, meaning, advice)
 
 
 def _taken_over(host: str, model: Any, of: str, what: str) -> Finding:

@@ -37,6 +37,7 @@ from bitfuse.core.operator import OPERATORS, Operator
 from bitfuse.ops.pixel_norm_evidence import PixelCase
 from bitfuse.ops.rope import SPLIT_PER_OP
 from bitfuse.ops.rope_evidence import RotaryCase
+from bitfuse.tools.bench import run as whole_run
 from bitfuse.tools.bench.measure import (
     captured,
     copy_gb_per_s,
@@ -55,7 +56,7 @@ from bitfuse.tools.bench.measure import (
 from bitfuse.tools.machine import machine
 from bitfuse.tools.text import cell, say
 
-PARTS = ("operators", "overhead", "model", "audit", "first-step")
+PARTS = ("operators", "overhead", "model", "audit", "first-step", "run")
 
 
 def run(
@@ -96,6 +97,10 @@ def run(
                 _forget()  # or the next model's share of the memory looks smaller than it is
         elif part == "audit":
             add(part, [audit(console, (tokens or [6144])[0], layers, rounds or _ROUNDS, version)])
+            _forget()
+        elif part == "run":
+            for kind, row in whole_run.rows(console, _device(), layers, rounds):
+                add(kind, [row])
             _forget()
         else:
             add(part, [first_step(console, version, (tokens or [6144])[0], layers or 8)])

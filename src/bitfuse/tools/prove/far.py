@@ -28,11 +28,13 @@ from bitfuse.core.lines import error_line
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.proof import Verdict
 from bitfuse.ops.adaln_evidence import AdalnCase
+from bitfuse.ops.grid_rotary_evidence import GridCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
 from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
 from bitfuse.ops.pixel_norm_evidence import PixelCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
+from bitfuse.ops.swiglu_evidence import SwigluCase
 
 WHAT = "offsets beyond 2^31 elements"
 _BATCH, _WIDTH = 2, 256
@@ -55,6 +57,11 @@ def cases(operator: Operator) -> tuple[Any, ...]:
         sizes: dict[str, Any] = {"front": 0, "edge": 0, "batch": 1, "up": (1, 2, 2), "patch": 2, "repeats": 2}
         channels = 64 if "patch" in names or "height" in names else _WIDTH
         return (replace(case, name=WHAT, channels=channels, sides=(1, 1, 1 << 24), **sizes, **there),)
+    if isinstance(case, SwigluCase):
+        return (replace(case, name=WHAT, tokens=1 << 23, batch=_BATCH, width=_WIDTH),)
+    if isinstance(case, GridCase):
+        line: dict[str, Any] = {"frames": 1, "lines": 1, "columns": 1 << 24, "heads": 4, "head_dim": 64}
+        return (replace(case, name=WHAT, batch=_BATCH, **line),)
     if isinstance(case, QKCase):
         queries = replace(case.queries, name=WHAT, tokens=1 << 25, batch=_BATCH, heads=4, head_dim=64)
         return (replace(case, name=WHAT, queries=queries, key_tokens=1 << 25),)
@@ -70,12 +77,16 @@ def _of(case: Any, tokens: int, batch: int) -> Any:
         return replace(case, sides=(1, 1, tokens))
     if isinstance(case, QKCase):
         return replace(case, queries=_of(case.queries, tokens, batch), key_tokens=tokens)
+    if isinstance(case, GridCase):
+        return replace(case, columns=tokens, batch=batch)
     return replace(case, tokens=tokens, batch=batch)
 
 
 def _tokens(case: Any) -> int:
     if isinstance(case, PixelCase):
         return case.sides[2]
+    if isinstance(case, GridCase):
+        return case.columns
     return case.queries.tokens if isinstance(case, QKCase) else case.tokens
 
 

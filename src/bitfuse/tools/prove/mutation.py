@@ -29,10 +29,12 @@ from bitfuse.core.kernel import Kernel, interpreter
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.ops.adaln_evidence import AdalnCase
+from bitfuse.ops.grid_rotary_evidence import GridCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
 from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
+from bitfuse.ops.swiglu_evidence import SwigluCase
 from bitfuse.tools.prove import far
 
 ROUNDING, CONTRACTION, FOLD, STATISTIC, EPS, DIVISOR = (
@@ -59,8 +61,8 @@ _RAN: set[tuple[str, int]] = set()
 # Calls that give fp32 tiles.
 _GIVING = frozenset((
     "round_to", "load_ada", "divide", "reciprocal_root", "exponential", "negate", "multiply_add", "fold", "sum_of_two",
-    "mean_square", "row_rstd", "modulate_row", "add_residual", "turn_neighbours", "lerp",
-    "weighted_sum",
+    "mean_square", "mean_square_of_head", "row_rstd", "modulate_row", "add_residual", "turn_neighbours", "turn_pairs",
+    "lerp", "norm_head", "rstd_of_head", "silu", "sum_of_products", "weighted_sum",
 ))  # fmt: skip
 
 
@@ -88,6 +90,11 @@ def layouts(operator: Operator) -> tuple[Any, ...]:
     if isinstance(case, QKCase):
         queries = replace(case.queries, name="mutants", tokens=21, batch=2, heads=5, head_dim=128, real=False)
         return (replace(case, name="mutants", queries=queries, key_tokens=37, real=False),)
+    if isinstance(case, GridCase):
+        grid: dict[str, Any] = {"frames": 2, "lines": 3, "columns": 5, "batch": 2, "heads": 3, "head_dim": 40}
+        return (replace(case, name="mutants", real=False, **grid),)
+    if isinstance(case, SwigluCase):
+        return (replace(case, name="mutants", tokens=21, batch=2, width=35, real=False),)
     if isinstance(case, RotaryCase):
         small = replace(case, name="mutants", tokens=37, batch=2, heads=3, head_dim=40, real=False)
         return (small, replace(small, name="mutants, tokens last", x_form="tokens last"))
@@ -428,8 +435,8 @@ def _widths(f: _Function) -> Iterator[Edit]:
         if _called(node, "to") and f.text(node.args[0]) == "tl.int64":
             yield f.edit(WIDTH, node, f"({f.text(node.func.value)})", exact=f.wide(node))
         added = _is(node, ast.Add) and isinstance(node.left, ast.Name) and node.left.id.endswith("_ptr")
-        # a row's number and a head's are below 2^31, by `why_not`, and a place in a row is below its width
-        if added and f.text(node.right) not in ("row", "head") and not f.in_row(node.right):
+        # the number of a row, of a head and of an entry is below 2^31, by `why_not`, a place in a row below its width
+        if added and f.text(node.right) not in ("row", "head", "entry") and not f.in_row(node.right):
             yield f.edit(WIDTH, node.right, f"({f.text(node.right)}).to(tl.int32)")
 
 
@@ -627,8 +634,8 @@ def _prepared(operator: Operator, number: int, case: Any, device: str) -> _Prepa
 
 def _harmless(operator: Operator, site: Site, case: Any) -> str:
     """Why the edit alters no bit in this layout, by a rule; empty where no rule says so."""
-    tier, edit = operator.tiers[site.mutant.tier], site.edit
-    plan = tier.plan(*case.arguments("cpu"))
+    tier, edit, args = operator.tiers[site.mutant.tier], site.edit, case.arguments("cpu")
+    plan = tier.plan(*args)
     assert isinstance(plan, Plan)
     if edit.swapped is not None:
         before, after = edit.swapped
@@ -637,6 +644,10 @@ def _harmless(operator: Operator, site: Site, case: Any) -> str:
         one, other = values[before], int(after) if after.isdigit() else values[after]
         if one == other and one in (0, 1):
             return f"the stride is {one}, which the signature fixes, and so is what stands for it"
+        pointer = f"{before.rpartition('_')[0]}_ptr"
+        there = (n for n, t in zip(plan.slots or names, plan.pointers(args), strict=False) if t is not None)
+        if plan.slots and pointer in plan.kernel.parameters and pointer not in there:
+            return f"it is a stride of {pointer}, which is None in every call of this operator"
     if edit.exact == _FP32 and "fp32" not in str(plan.constants.get("PRODUCT")):
         return ""
     return "" if set(edit.unless) & _ran(operator, tier, case) else edit.exact

@@ -34,14 +34,16 @@ from bitfuse.core.bits import compare
 from bitfuse.core.inputs import poisoned
 from bitfuse.core.kernel import kernel
 from bitfuse.core.launch import named
-from bitfuse.core.numerics import divide, exponential, reciprocal_root, round_to, silu, square_root
+from bitfuse.core.numerics import divide, exponential, reciprocal_root, round_pairs_to, round_to, silu, square_root
 from bitfuse.core.operator import OPERATORS, Operator
 from bitfuse.ops.adaln_evidence import AdalnCase
+from bitfuse.ops.grid_rotary_evidence import GridCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
 from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
 from bitfuse.ops.pixel_norm_evidence import PixelCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
+from bitfuse.ops.swiglu_evidence import SwigluCase
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -376,6 +378,7 @@ STEPS = (
     Step("y * mask", "gated_residual", _masked, _RESIDUAL),
     Step("x + y", "gated_residual", _added, _RESIDUAL),
     Step("out * 2 sigmoid(logit)", "head_gate", _gated_head),
+    Step("silu(gate) * up", "swiglu", lambda a, b: (_by_token(a, b), _by_column(a, b))),
     Step("weight * row of one value, normed", "qk_rms_norm", _weighted, _QK[1:]),
     *_rotary_steps(),
     Step("y + bias", "residual_pad", _biased, _with("summands", but="residual_pad")),
@@ -433,6 +436,22 @@ def _broad(case: Any, tokens: int, batch: int = 1) -> Any:
         sizes: dict[str, Any] = {"channels": 16 if "patch" in named(case.reference, ()) else 256, "front": 0, "edge": 0}
         sizes |= {"sides": (1, 1, tokens), "batch": batch, "up": (1, 1, 1), "repeats": 2, "inside": False}
         return replace(case, modulated="scale" in named(case.reference, ()), noisy=True, **sizes)
+    if isinstance(case, SwigluCase):
+        return replace(case, tokens=tokens, batch=batch, width=256)
+    if isinstance(case, GridCase):
+        lines, columns = (2 ** min(most, max(0, tokens.bit_length() - at)) for at, most in ((4, 3), (1, 3)))
+        sides: dict[str, Any] = {"frames": max(1, tokens // (lines * columns)), "lines": lines, "columns": columns}
+        return replace(
+            case,
+            **sides,
+            batch=batch,
+            heads=2,
+            head_dim=128,
+            pairs=None,
+            dtype=_BF16,
+            table_dtype=_BF16,
+            misaligned=False,
+        )
     there = dict.fromkeys(("per_token", "with_tables", "with_gate", "with_mask", "with_modulation"), True)
     return replace(case, tokens=tokens, batch=batch, width=256, ada_rows=9, misaligned=False, dtype=_BF16, **there)
 
@@ -503,6 +522,8 @@ def _primitive_kernel(x_ptr, out_ptr, n, PRIMITIVE: tl.constexpr, DIVISOR: tl.co
     x = tl.load(x_ptr + at, mask=at < n, other=0.0)
     if PRIMITIVE == "round":
         y = round_to(x, tl.bfloat16)
+    elif PRIMITIVE == "round pairs":
+        y = round_pairs_to(x, tl.bfloat16)
     elif PRIMITIVE == "root":
         y = reciprocal_root(x)
     elif PRIMITIVE == "exponential":
@@ -545,6 +566,7 @@ def _quotient(divisor: int) -> Primitive:
 
 PRIMITIVES = (
     Primitive("x rounded to bf16", "round", lambda x: x.to(_BF16).float(), ""),
+    Primitive("x rounded to bf16, in pairs", "round pairs", lambda x: x.to(_BF16).float(), ""),
     Primitive("rsqrt(x)", "root", torch.rsqrt, "rsqrt"),
     Primitive(
         "1 + e^x",  # alone, e^x is flushed where it is subnormal; beside 1 that is lost, and no kernel uses it alone
@@ -637,6 +659,10 @@ class Form:
         elif isinstance(case, QKCase):
             keys = None if case.key_tokens is None else tokens[1]
             case = replace(case, queries=replace(case.queries, tokens=tokens[0], batch=batch), key_tokens=keys)
+        elif isinstance(case, GridCase):
+            frames, lines = dice.randint(1, 3), dice.randint(1, 3)
+            columns = -(-tokens[0] // (frames * lines))
+            case = replace(case, frames=frames, lines=lines, columns=columns, batch=batch)
         else:
             case = replace(case, tokens=tokens[0], batch=batch)
         args = list(case.arguments(device, seed=dice.randrange(1 << 31)))
@@ -658,7 +684,7 @@ def forms(operator: Operator, extent: Extent) -> Iterator[Form]:
 
 
 def _width(case: Any) -> int:
-    if isinstance(case, AdalnCase):
+    if isinstance(case, (AdalnCase, SwigluCase)):
         return case.width
     if isinstance(case, PixelCase):
         return case.arguments("cpu", tokens=1)[0].shape[1]
@@ -687,8 +713,11 @@ def _varied(case: Any, dice: random.Random) -> Any:
         chosen: dict[str, Any] = {name: dice.random() < 0.6 for name in optional}
         rows = dice.randint(2, 9)
         return replace(case, dtype=dtype(case.dtype), ada_rows=rows, misaligned=dice.random() < 0.2, **chosen)
+    if isinstance(case, GridCase):
+        dtypes: dict[str, Any] = {"dtype": dtype(case.dtype), "table_dtype": dtype(case.table_dtype)}
+        return replace(case, misaligned=dice.random() < 0.2, **dtypes)
     if isinstance(case, RotaryCase) and case.table_batch is None:
-        dtypes: dict[str, Any] = {"x_dtype": dtype(case.x_dtype), "table_dtype": dtype(case.table_dtype)}
+        dtypes = {"x_dtype": dtype(case.x_dtype), "table_dtype": dtype(case.table_dtype)}
         x_form = dice.choice(("tokens", "tokens", "columns of a wider tensor", "tokens last", "misaligned"))
         if case.x_form.startswith("heads"):
             x_form = dice.choice(("heads", "heads, contiguous"))
