@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders import autoencoder_kl_ltx2 as upstream
 from torch import Tensor
 
 from bitfuse.core.conditions import runnable
 from bitfuse.hosts.ltx2 import why_gradient
-from bitfuse.hosts.part import Model, Part
+from bitfuse.hosts.part import Model, Part, compiled_sentence
 from bitfuse.hosts.rehearsal import Rehearsal
 from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import calls_of, entries, functions, of_operators, why_not_stock
@@ -36,7 +37,7 @@ from bitfuse.ops.pixel_norm import (
     UPSAMPLE,
     laid,
 )
-from bitfuse.run.swap import hooked, named
+from bitfuse.run.swap import compiled, hooked, named
 
 _Decoder: Any = upstream.LTX2VideoDecoder3d
 _Resnet: Any = upstream.LTX2VideoResnetBlock3d
@@ -57,12 +58,18 @@ READ = {
 _SMALL = (16, 32)
 _OPERATORS = (PIXEL_NORM_SILU_PAD, RESIDUAL_PIXEL_NORM_SILU_PAD, RESIDUAL_PAD, UPSAMPLE, UNPATCHIFY)
 
-# The functions that the forward below leaves out.
+# The functions that the forward below leaves out, or calls with other arguments than the host does, besides those that
+# the operators' references call.
 LEFT_OUT = [
     *entries(upstream, *READ),
-    (torch.nn.Conv3d, "forward", "torch.nn.Conv3d.forward"),
-    (torch.nn.Conv3d, "_conv_forward", "torch.nn.Conv3d._conv_forward"),
+    *calls_of(torch.nn.Conv3d, "torch.nn.Conv3d"),
     *calls_of(torch.nn.SiLU, "torch.nn.SiLU"),
+    *calls_of(torch.nn.Dropout, "torch.nn.Dropout"),
+    (torch.nn.Conv3d, "_conv_forward", "torch.nn.Conv3d._conv_forward"),
+    (F, "conv3d", "torch.nn.functional.conv3d"),
+    (F, "dropout", "torch.nn.functional.dropout"),
+    (torch, "concatenate", "torch.concatenate"),
+    (Tensor, "reshape", "torch.Tensor.reshape"),
     *of_operators(_OPERATORS),
 ]
 
@@ -113,6 +120,8 @@ def _why_not_own(decoder: Any) -> str | None:
             return f"{name} changes the number of channels in a resnet"
         if not len(block.resnets):
             return f"{name} has no resnets"
+        if len(getattr(block, "upsamplers", None) or ()) > 1:
+            return f"{name} has {len(block.upsamplers)} upsamplers, one after the other; accepted: one"
     for name, module in _resnets(decoder):
         reason = _why_not_resnet(name, module) if type(module) is _Resnet else _why_not_upsampler(name, module)
         if reason is not None:
@@ -229,10 +238,13 @@ class LTX2VideoDecoder3d(Part):
             return "hidden_states is no tensor of five dimensions"
         if type(x) is not Tensor or x.dtype != torch.bfloat16:
             return f"hidden_states is a {named(type(x))} of {x.dtype}; accepted: a plain tensor of torch.bfloat16"
-        if x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous():
-            return "hidden_states is in channels_last_3d, and so are the host's own volumes then"
         reason = why_gradient(decoder, args, kwargs) or next(runnable({"hidden_states": x}), None)
-        return reason or _why_not_own(decoder) or self.refused.get(x.shape)
+        return reason or _why_not_own(decoder) or self._why_not_as_it_was(decoder) or self.refused.get(x.shape)
+
+    def _why_not_as_it_was(self, decoder: Any) -> str | None:
+        """The decoder may have more resnets by now than it had when it was taken over."""
+        new = next((name for name, _ in _sites(decoder) if name not in self.named_sites), None)
+        return None if new is None else f"{new} came into the decoder after that was accelerated"
 
     def fused(
         self, decoder: Any, hidden_states: Tensor, temb: Tensor | None = None, causal: bool | None = None
@@ -241,18 +253,25 @@ class LTX2VideoDecoder3d(Part):
         if not self._rehearsed:
             self._rehearsed = True
             self._rehearse(decoder, hidden_states, causal)
-        before = self._fallen()
-        try:
-            found = self._from(decoder, laid(decoder.conv_in(hidden_states, causal=causal)), temb, causal)
-            if (fallen := self._fallen() - before).total():
-                reason = f"partly fused, the decoder is slower than diffusers' own; not fused: {next(iter(fallen))}"
-                self.refused[hidden_states.shape] = reason
-            return found
-        except torch.OutOfMemoryError:
-            if _is_noisy(decoder):  # the random numbers of another try would be others
-                raise
-        # a proof holds more at once than the host's own forward does
-        self.fall("the device ran out of memory in the fused decoder")
+        x = decoder.conv_in(hidden_states, causal=causal)
+        reason = _why_laid_otherwise(x)
+        if reason is None:
+            before = self._fallen()
+            try:
+                found = self._from(decoder, laid(x), temb, causal)
+                if (fallen := self._fallen() - before).total():
+                    because = (
+                        f"partly fused, the decoder is slower than diffusers' own; not fused: {next(iter(fallen))}"
+                    )
+                    self.refused[hidden_states.shape] = because
+                return found
+            except torch.OutOfMemoryError:
+                if _is_noisy(decoder):  # the random numbers of another try would be others
+                    raise
+            # a proof holds more at once than the host's own forward does
+            reason = "the device ran out of memory in the fused decoder"
+        del x
+        self.fall(reason)
         return self.stock(hidden_states, temb, causal)
 
     def _fallen(self) -> Counter[str]:
@@ -355,6 +374,21 @@ class LTX2VideoDecoder3d(Part):
         return self.named_sites[name].call(operator, *args)
 
 
+def _why_laid_otherwise(x: Any) -> str | None:
+    """Why the host's own volumes are not contiguous ones, seen by what its first convolution gave.
+
+    PyTorch hands a layout on from op to op, and in another ATen adds up the channels in another order. It comes from
+    the latents, be they dense or a tile, or from that convolution's weight. Strides tell, of sides of 1 as well.
+    """
+    if not isinstance(x, Tensor) or x.ndim != 5:
+        return "conv_in gave no tensor of five dimensions"
+    if type(x) is not Tensor or x.dtype != torch.bfloat16:
+        return f"conv_in gave a {named(type(x))} of {x.dtype}; accepted: a plain tensor of torch.bfloat16"
+    if x.stride() != torch.empty(x.shape, device="meta").stride():
+        return f"conv_in gave a volume with strides {x.stride()}, not contiguous, and so are the host's own after it"
+    return None
+
+
 def _is_noisy(decoder: Any) -> bool:
     return any(getattr(module, "per_channel_scale1", None) is not None for _, module in _resnets(decoder))
 
@@ -390,6 +424,8 @@ def accelerate(vae: Any, shared: Model, host: str) -> None:
     decoder = vae.decoder
     sources = functions(upstream, *READ)
     reason = next(why_not_stock(decoder, _Decoder, "decoder", host, READ, sources), None)
+    if not isinstance(decoder, _Decoder) and compiled(decoder):  # a module around it
+        reason = compiled_sentence("decoder")
     if reason is not None:
         shared.handle.sites.append(Site("decoder", PIXEL_NORM_SILU_PAD.name, reason))
         return

@@ -85,7 +85,8 @@ def padded(x: Tensor, front: int, back: int, edge: int) -> Tensor:
 
 
 def laid(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=CHANNELS_LAST)
+    """x, dense in channels_last_3d. Not by that name: inside of vmap PyTorch knows no layout but the contiguous one."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 # -- references --------------------------------------------------------------------------------------------------------
@@ -221,7 +222,8 @@ def _pixel_kernel(
     w = width - 1 - tl.abs(width - 1 - tl.abs(column))
     own = inside & (d == frame) & (h == row) & (w == column)
     number = ((batch * frames + d) * height + h) * width + w
-    residual_at = (batch * residual_batch + d * residual_frame + h * residual_row + w * residual_pixel)[:, None]
+    residual_at = (batch * residual_batch + d.to(tl.int64) * residual_frame)[:, None]
+    residual_at += (h.to(tl.int64) * residual_row + w.to(tl.int64) * residual_pixel)[:, None]
     x_at, noise_at, out_at = number[:, None] * C, (h * width + w)[:, None], pixel.to(tl.int64)[:, None] * C
     scale_at, shift_at = batch[:, None] * scale_batch, batch[:, None] * shift_batch
     lane, here = tl.arange(0, CHANNELS)[None, :], inside[:, None]
@@ -345,7 +347,8 @@ def _upsample_kernel(
     if bias_ptr is not None:
         x = round_to(x + tl.load(bias_ptr + lane, mask=here, other=0.0).to(tl.float32), dtype)  # r1
     if residual_ptr is not None:
-        residual_at = (batch * residual_batch + d * residual_frame + h * residual_row + w * residual_pixel)[:, None]
+        residual_at = (batch * residual_batch + d.to(tl.int64) * residual_frame)[:, None]
+        residual_at += (h.to(tl.int64) * residual_row + w.to(tl.int64) * residual_pixel)[:, None]
         if RESIDUAL % CHANNELS == 0:
             first = tl.program_id(1) * (CHANNELS * PARTS) % (RESIDUAL * PARTS)
             again = tl.multiple_of(first, CHANNELS * PARTS) + tl.arange(0, CHANNELS * PARTS)[None, :]
@@ -409,7 +412,7 @@ _UPSAMPLED_CHANNELS = 64
 # on a multiprocessor (128, 256 and 512 channels, H200, 2026-11-29).
 _ELEMENTS = 512
 # The interpreter is fastest with few, large programs.
-_INTERPRETED_ELEMENTS = 1 << 16
+_INTERPRETED_ELEMENTS = 1 << 14
 
 
 def _elements() -> int:
@@ -453,7 +456,8 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
     if norm and given_mean:
         more, added = {"before": partial(mean_of, reference=reference), "extras": (y.dtype,)}, ("given_ptr",)
     elif norm:
-        more, added = {"witnesses": (channels_last((batch, 1, frames, height, width), torch.float32),)}, ("mean_ptr",)
+        witness = channels_last((batch, 1, frames, height, width), torch.float32)
+        more, added = {"witnesses": (witness,), "by_shape": True}, ("mean_ptr",)
     return Plan(
         _pixel_kernel,
         (-(-pixels // per_program), 1, 1),
@@ -548,9 +552,10 @@ def _why_not(*args: Any, reference: Callable[..., Any]) -> Iterator[str]:
     given = named(reference, args)
     tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
     y = given["y"]
-    reasons = list(plain(tensors))
-    if not reasons:
-        reasons += fitting(reference, given, next(_misfits(given), None))
+    if reasons := list(plain(tensors)):  # of which nothing further can be asked: inside of vmap, no layout
+        yield from (*reasons, *runnable(tensors))
+        return
+    reasons += fitting(reference, given, next(_misfits(given), None))
     reasons += runnable(tensors)
     for name, t in tensors.items():
         if t.dtype != torch.bfloat16:

@@ -23,7 +23,7 @@ from torch import Tensor
 from bitfuse.core.bits import BITS, Mismatch, as_tuple, compare
 from bitfuse.core.inputs import poisoned
 from bitfuse.core.kernel import triton_dtype
-from bitfuse.core.launch import Plan
+from bitfuse.core.launch import Plan, named
 from bitfuse.core.lines import error_line
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.proof import Verdict
@@ -31,6 +31,7 @@ from bitfuse.ops.adaln_evidence import AdalnCase
 from bitfuse.ops.grid_rotary_evidence import GridCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
 from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
+from bitfuse.ops.pixel_norm_evidence import PixelCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
 from bitfuse.ops.swiglu_evidence import SwigluCase
@@ -50,6 +51,12 @@ def cases(operator: Operator) -> tuple[Any, ...]:
         return (replace(case, name=WHAT, tokens=1 << 23, width=_WIDTH, batch=_BATCH, ada_rows=9, **there),)
     if isinstance(case, (HeadGateCase, PerturbedCase)):
         return (replace(case, name=WHAT, tokens=1 << 23, batch=_BATCH, heads=4, head_dim=64),)
+    if isinstance(case, PixelCase):
+        names = named(case.reference, ())
+        there = {"modulated": "scale" in names, "noisy": True, "whole": True, "inside": False}
+        sizes: dict[str, Any] = {"front": 0, "edge": 0, "batch": 1, "up": (1, 2, 2), "patch": 2, "repeats": 2}
+        channels = 64 if "patch" in names or "height" in names else _WIDTH
+        return (replace(case, name=WHAT, channels=channels, sides=(1, 1, 1 << 24), **sizes, **there),)
     if isinstance(case, SwigluCase):
         return (replace(case, name=WHAT, tokens=1 << 23, batch=_BATCH, width=_WIDTH),)
     if isinstance(case, GridCase):
@@ -66,6 +73,8 @@ def cases(operator: Operator) -> tuple[Any, ...]:
 
 
 def _of(case: Any, tokens: int, batch: int) -> Any:
+    if isinstance(case, PixelCase):
+        return replace(case, sides=(1, 1, tokens))
     if isinstance(case, QKCase):
         return replace(case, queries=_of(case.queries, tokens, batch), key_tokens=tokens)
     if isinstance(case, GridCase):
@@ -74,6 +83,8 @@ def _of(case: Any, tokens: int, batch: int) -> Any:
 
 
 def _tokens(case: Any) -> int:
+    if isinstance(case, PixelCase):
+        return case.sides[2]
     if isinstance(case, GridCase):
         return case.columns
     return case.queries.tokens if isinstance(case, QKCase) else case.tokens
@@ -104,7 +115,7 @@ def planted(operator: Operator, tier: Tier, plan_of: Callable[..., Plan | str], 
     if isinstance(plan, str):
         return Verdict(False, plan)
     blocks = 2 if isinstance(case, QKCase) else 1  # programs by turns of queries and of keys
-    samples = _BATCH if plan.grid[1] == 1 else 1
+    samples = _BATCH if plan.grid[1] == 1 and not isinstance(case, PixelCase) else 1
     window = max(1, tokens * samples * blocks // plan.grid[0])
     args = _of(case, window, 1).arguments("cpu")
     try:
@@ -145,7 +156,8 @@ def _run(
         else:
             plant(tuple(form.shape), form.stride(), small)
     for t in plan.before(*args) if plan.before else ():  # [1, window, ...], dense
-        shape = (_BATCH, tokens, *t.shape[2:])
+        shape = tuple(tokens if n == window and dim else n for dim, n in enumerate(t.shape))
+        shape = shape if t.ndim == 5 else (_BATCH, *shape[1:])
         plant(shape, tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape))), t.contiguous())
     written = []
     for out, t in zip((*plan.witnesses, *plan.outputs), expected, strict=True):
