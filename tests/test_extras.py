@@ -556,8 +556,16 @@ def test_what_is_alone_is_told_by_who_holds_it():
         t = make()
         return alone(t)
 
+    held = []
+
+    def of_which_somebody_holds_the_memory():
+        t = torch.empty(2, 3)
+        held.append(t.untyped_storage())
+        return t
+
     assert fresh(lambda: torch.empty(2, 3))
     assert fresh(lambda: torch.empty(6).view(2, 3))
+    assert not fresh(of_which_somebody_holds_the_memory)
     assert not fresh(lambda: torch.empty(3, 2).t())
     assert not fresh(lambda: torch.empty(3, 1).expand(3, 2))
     assert not fresh(lambda: torch.eye(2).to_sparse())
