@@ -16,7 +16,9 @@ from torch.utils import dlpack
 
 import bitfuse
 from bitfuse.hosts.ltx2 import SecondStream
+from bitfuse.hosts.report import Report
 from bitfuse.run.alone import alone
+from bitfuse.run.extra import Extras
 from bitfuse.run.swap import ours_in
 from bitfuse.tools import explain
 from stacking import FEATURES, ORDERS, Feature, step_of
