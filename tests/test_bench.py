@@ -457,6 +457,8 @@ def test_every_operator_has_cases_to_time():
         if isinstance(operator.cases[0], PixelCase):
             assert len(bench.timed_cases(operator)) == sum(case.real for case in operator.cases) > 0
             continue
+        if operator.name in ("swiglu", "qk_rms_norm_grid_rotary", "residual_rms_norm_modulate_weighted"):
+            continue  # of the diffusion decoder, at its own sizes: benchmarks/diffusion_decoder.py
         assert sizes <= set(bench.SIZES)
         assert (1, 6144, 4096) in sizes, operator.name
 
