@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMPATIBILITY = ROOT / "benchmarks" / "compatibility.json"
 STACKING = ROOT / "benchmarks" / "stacking.json"
 COMPILED = ROOT / "benchmarks" / "compiled.json"
-PAGES = ("README.md", "docs/bench.md", "docs/hosts.md", "docs/stacking.md")
+PAGES = ("README.md", "docs/bench.md", "docs/decode.md", "docs/hosts.md", "docs/stacking.md")
 SHOWN = ([1, 6144, 4096], [1, 24576, 4096], [1, 6144, 2048], [1, 126, 2048])  # the others are in the JSON
 
 
@@ -445,6 +445,16 @@ def _machine(machine: dict[str, Any]) -> str:
     )
 
 
+def decoder(document: dict[str, Any]) -> str:
+    lines = ["| LTX, decode | stock | bitfuse | peak beyond the weights | output |", "| --- | --- | --- | --- | --- |"]
+    for row in document["rows"]:
+        stock, ours = min(row["stock_ms"]), min(row["bitfuse_ms"])
+        peaks = f"{row['peak_gb']['stock']:.1f} to {row['peak_gb']['bitfuse']:.1f} GB"
+        output = "identical in every bit" if row["equal"] else "differs"
+        lines.append(f"| {row['decode']} | {stock:.0f} ms | {ours:.0f} ms, {stock / ours:.2f}x | {peaks} | {output} |")
+    return "\n".join([*lines, "", f"The least of two turns. {_sources([document], '../')}"])
+
+
 def _sources(documents: list[dict[str, Any]], up: str = "") -> str:
     machines = dict.fromkeys(_machine(document["machine"]) for document in documents)
     links = ", ".join(f"[{Path(document['path']).name}]({up}{document['path']})" for document in documents)
@@ -474,6 +484,7 @@ def _load(path: Path) -> dict[str, Any]:
 TABLES: dict[str, Callable[[], str]] = {
     "run table": lambda: whole_runs(newest_or_none("run")),
     "run stages table": lambda: whole_runs(newest_or_none("run"), least=0.0, up="../"),
+    "decoder table": lambda: decoder(newest("video-decoder")),
     "rotary table": lambda: rotary(newest("rotary")),
     "operators table": lambda: operators(newest_of_each("operators")),
     **{
