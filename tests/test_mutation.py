@@ -246,6 +246,17 @@ def test_every_tier_computes_offsets_beyond_31_bits(operator):
     assert all(verdict.equal and verdict.elements for verdict in found), found
 
 
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda o: o.name)
+def test_the_same_calls_can_be_made_for_real(operator, monkeypatch):
+    """As a GPU makes them with memory for all of it: here of few tokens."""
+    monkeypatch.setattr(far, "_TOKENS", 176)
+    for case in far.cases(operator):
+        for tier in operator.tiers:
+            verdict = far.for_real(operator, tier, case, CPU)
+            assert verdict.equal, (tier.name, case.name, verdict.sentence)
+            assert verdict.families == 2
+
+
 def test_half_a_head_may_be_longer_than_31_bits():
     """As it was: the lanes' stride of tokens that stand innermost, times half a head, in 32 bits."""
     edits = (("second * stride_x_lane", "lane * stride_x_lane + HALF * stride_x_lane"),)

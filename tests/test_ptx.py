@@ -47,12 +47,8 @@ def own(rows) -> dict[tuple, dict]:
     return found
 
 
-# Of the video decoder: where a volume has many channels their kernels have loops, and lines of PTX are no counts then
-_NOT_AUDITED = {"pixel_norm_silu_pad", "residual_pixel_norm_silu_pad", "residual_pad", "upsample", "unpatchify"}
-
-
 def test_every_operator_is_audited():
-    assert {name for name, _, _ in AUDITS} == set(OPERATORS) - _NOT_AUDITED
+    assert {name for name, _, _ in AUDITS} == set(OPERATORS)
 
 
 def test_the_roundings_are_those_of_the_audit_and_no_others(own):
@@ -61,13 +57,18 @@ def test_the_roundings_are_those_of_the_audit_and_no_others(own):
         assert row["counts"]["branches"] == 0, name  # else a count of lines would not be a count of executions
 
 
+# Of what the programs cover, how much is no output: the first frame that is dropped where a frame becomes two (of the
+# three that are compiled for), and lanes beyond three colours
+NOT_WRITTEN = {"upsample": 1 / 6, "unpatchify": 1 / 4}
+
+
 def test_the_launch_covers_the_output_and_no_program_is_idle(own):
     """What makes "results per thread", read off the stores, the right factor for the audit."""
     for name, row in own.items():
         assert row["results"] > 0, name
         covered, programs = row["threads"] * row["results"], row["programs"]
         assert covered >= row["elements"], name
-        assert covered - covered // programs < row["elements"], name
+        assert (covered - covered // programs) * (1 - NOT_WRITTEN.get(row["operator"], 0)) < row["elements"], name
 
 
 def test_nothing_is_flushed_approximated_or_left_to_ptxas(own):

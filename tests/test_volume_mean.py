@@ -321,3 +321,11 @@ def test_silu_and_the_root_of_every_value_of_bf16(device):
     _unary_kernel[(1, 1, 1)](x, found, root, N=x.numel())
     assert compare(F.silu(x), found) is None
     assert compare(torch.sqrt(x), root) is None
+
+
+def test_more_pixels_than_32_bits_count_are_declined():
+    """Kernels number the pixels of the padded volume in 32 bits."""
+    y = torch.empty_strided((1, 1, 1 << 10, 1 << 10, 1 << 11), (0, 0, 0, 0, 0), dtype=BF16)
+    for edge, told in ((0, 1 << 31), (1, (1 << 10) * ((1 << 10) + 2) * ((1 << 11) + 2))):
+        reasons = list(PIXEL_NORM_SILU_PAD.why_not(y, None, None, None, None, None, 0, 0, edge, 1e-8))
+        assert f"there are {told} pixels with the padding; accepted: below 2^31" in reasons

@@ -26,6 +26,7 @@ subnormals are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 CHANNELS_LAST = torch.channels_last_3d
-MAX_CHANNELS = 4096
+_WIDEST = 1 << 15  # channels
 
 # -- the references' steps ---------------------------------------------------------------------------------------------
 
@@ -237,7 +238,7 @@ def _pixel_kernel(
             # of each of ATen's threads one channel for each of its four accumulators
             THREADS: tl.constexpr = HEIGHT * BLOCKS
             slot, used = lane, here
-            if THREADS < SLOTS:
+            if THREADS != SLOTS:
                 slot, used = lane // SLOTS * THREADS + lane % SLOTS, here & (lane % SLOTS < THREADS)
             total = tl.zeros((PIXELS,), tl.float32)
             for half in tl.static_range(HALVES):
@@ -298,7 +299,7 @@ def load_x(
     if bias_ptr is not None:
         x = round_to(x + tl.load(bias_ptr + channel, mask=here, other=0.0).to(tl.float32), DTYPE)  # r1
     if noise_ptr is not None:
-        noise = tl.load(noise_ptr + noise_at, mask=here, other=0.0).to(tl.float32)
+        noise = tl.load(noise_ptr + noise_at).to(tl.float32)  # of any pixel, whether it is there or not
         noise_scale = tl.load(noise_scale_ptr + channel, mask=here, other=0.0).to(tl.float32)
         noise = round_to(noise * noise_scale, DTYPE)  # r2
         x = round_to(x + noise, DTYPE)  # r3
@@ -568,8 +569,11 @@ def _why_not(*args: Any, reference: Callable[..., Any]) -> Iterator[str]:
     for name in ("bias", "noise", "noise_scale"):
         if name in tensors and not tensors[name].is_contiguous():
             reasons.append(f"{name} is not contiguous: its strides are {tensors[name].stride()}")
-    if y.ndim == 5 and y.shape[1] > MAX_CHANNELS * 8:
-        reasons.append(f"y has {y.shape[1]} channels; accepted: up to {MAX_CHANNELS * 8}")
+    if y.ndim == 5:
+        added = (given.get("front", 0) + given.get("back", 0), *[2 * given.get("edge", 0)] * 2)
+        pixels = y.shape[0] * math.prod(side + more for side, more in zip(y.shape[2:], added, strict=True))
+        reasons += [f"there are {pixels} pixels with the padding; accepted: below 2^31"] if pixels >= 2**31 else []
+        reasons += [f"y has {y.shape[1]} channels; accepted: up to {_WIDEST}"] if y.shape[1] > _WIDEST else []
     yield from reasons
 
 

@@ -76,7 +76,7 @@ def _drawn(name: str, like: Tensor, draw: Any, batch: int, sides: list[int], gen
         return lookalike(like, volume.movedim(-1, 1), gap=1)
     if name in ("scale", "shift"):
         drawn = draw("value", [batch if like.shape[0] > 1 else 1, 1, like.shape[1]], BF16, generator).to(BF16)
-        return lookalike(like, drawn.view(-1, like.shape[1], 1, 1, 1))
+        return lookalike(like, drawn.view(-1, like.shape[1], 1, 1, 1), gap=1 if name == "scale" else 2)
     shape = [1, *sides[1:]] if name == "noise" else list(like.shape)
     drawn = draw("value", [1, 1, torch.Size(shape).numel()], BF16, generator).to(BF16)
     return lookalike(like.reshape(1, 1, -1), drawn).view(shape)
@@ -313,17 +313,53 @@ def _evidence(
     return Evidence(battery, _cases(reference), mutants, audits, retiled=_retiled, steps=steps, **more)
 
 
+# -- what the compiler makes of it -------------------------------------------------------------------------------------
+
+
+def _audit(residual: bool) -> Audit:
+    """128 channels, 16 at a time, of 32 pixels on 128 threads: 32 elements for each, 4 at a time.
+
+    For each: + bias, its square and the addition of that, x / root, SiLU (-x * log2 e, 1 + e^-x, a division that may be
+    approximate), and + residual. Per thread, for its pixel: 8 additions (between accumulators, folds, the halves of a
+    volume, + eps), the factor of the mean, its root and 1 / root. The bias is read again with every piece of a row.
+    """
+    added = 3 + residual
+    counts = {"add.rn.f32": added, "mul.rn.f32": 3, "cvt.rn.bf16.f32": 4 + residual}
+    once = {"add.rn.f32": 8, "mul.rn.f32": 2, "cvt.rn.bf16.f32": 3, "sqrt.rn.f32": 1, "div.rn.f32": 1}
+    once |= {"ex2.approx.f32": 32, "div.full.f32": 32}
+    return Audit(
+        "768x512x121, 128 channels",
+        counts,
+        per_thread=once,
+        results=32,
+        loads={8: 16 + 8 * residual},
+        stores={4: 1, 8: 8 + 8 * residual},
+    )
+
+
+def _sums(case: str, summands: int, **accesses: Any) -> Audit:
+    """Sums of 32 elements for each thread, each rounded."""
+    return Audit(case, {"add.rn.f32": summands, "cvt.rn.bf16.f32": summands}, results=32, **accesses)
+
+
+_PADDED_SUMS = _sums("768x512x121, 128 channels", 2, loads={16: 12}, stores={16: 4})
+_UPSAMPLED_SUMS = _sums("768x512x121, 128 channels", 2, loads={16: 12}, stores={16: 4})
+_PATCHES = _sums("768x512x121", 1, loads={16: 5}, stores={8: 8})
+
 _SUMMED = ("bias", "summands")
 _NORMED = (*_SUMMED, "norm", "root", "silu")
 
 EVIDENCE = {
     "pixel_norm_silu_pad": _evidence(
-        pixel_norm.pixel_norm_silu_pad, (*_PADDED, *_NORM, *_MODULATION, *_NOISE), _NORMED
+        pixel_norm.pixel_norm_silu_pad, (*_PADDED, *_NORM, *_MODULATION, *_NOISE), _NORMED, (_audit(False),)
     ),
     "residual_pixel_norm_silu_pad": _evidence(
-        pixel_norm.residual_pixel_norm_silu_pad, (*_PADDED, *_ADDED, *_NORM, *_RESIDUAL_NORM), _NORMED
+        pixel_norm.residual_pixel_norm_silu_pad,
+        (*_PADDED, *_ADDED, *_NORM, *_RESIDUAL_NORM),
+        _NORMED,
+        (_audit(True),),
     ),
-    "residual_pad": _evidence(pixel_norm.residual_pad, (*_PADDED, *_ADDED), _SUMMED),
-    "upsample": _evidence(pixel_norm.upsample, _UPSAMPLED, ("bias",)),
-    "unpatchify": _evidence(pixel_norm.unpatchify, _UNPATCHED, ("bias",)),
+    "residual_pad": _evidence(pixel_norm.residual_pad, (*_PADDED, *_ADDED), _SUMMED, (_PADDED_SUMS,)),
+    "upsample": _evidence(pixel_norm.upsample, _UPSAMPLED, ("bias",), (_UPSAMPLED_SUMS,)),
+    "unpatchify": _evidence(pixel_norm.unpatchify, _UNPATCHED, ("bias",), (_PATCHES,)),
 }
