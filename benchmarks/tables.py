@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMPATIBILITY = ROOT / "benchmarks" / "compatibility.json"
 STACKING = ROOT / "benchmarks" / "stacking.json"
 COMPILED = ROOT / "benchmarks" / "compiled.json"
-PAGES = ("README.md", "docs/bench.md", "docs/hosts.md", "docs/stacking.md")
+PAGES = ("README.md", "docs/bench.md", "docs/decode.md", "docs/hosts.md", "docs/stacking.md")
 SHOWN = ([1, 6144, 4096], [1, 24576, 4096], [1, 6144, 2048], [1, 126, 2048])  # the others are in the JSON
 
 
@@ -160,11 +160,10 @@ def whole_runs(document: dict[str, Any] | None, least: float = 0.02, up: str = "
     if least:
         sentences.append(f"Stages of at least {least:.0%} of the run.")
     for first in document.get("first_decode", ()):
-        beyond, peak = first["beyond_stock_s"], first["processes"]
+        beyond, stock = first["beyond_stock_s"], first["processes"]["stock"]["seconds"]
         sentences.append(
-            f"The first decode of a process takes {beyond['empty caches']:.1f} s longer than stock's "
-            f"{peak['stock']['seconds']:.1f} s with an empty Triton cache, "
-            f"{beyond['warm caches']:.1f} s with a warm one."
+            f"The first decode of a process takes {beyond['empty caches']:.1f} s longer than stock's {stock:.1f} s "
+            f"with an empty Triton cache, {beyond['warm caches']:.1f} s with a warm one."
         )
     return "\n".join([*lines, "", " ".join([*sentences, _sources([document], up)])])
 
@@ -446,6 +445,16 @@ def _machine(machine: dict[str, Any]) -> str:
     )
 
 
+def decoder(document: dict[str, Any]) -> str:
+    lines = ["| LTX, decode | stock | bitfuse | peak beyond the weights | output |", "| --- | --- | --- | --- | --- |"]
+    for row in document["rows"]:
+        stock, ours = min(row["stock_ms"]), min(row["bitfuse_ms"])
+        peaks = f"{row['peak_gb']['stock']:.1f} to {row['peak_gb']['bitfuse']:.1f} GB"
+        output = "identical in every bit" if row["equal"] else "differs"
+        lines.append(f"| {row['decode']} | {stock:.0f} ms | {ours:.0f} ms, {stock / ours:.2f}x | {peaks} | {output} |")
+    return "\n".join([*lines, "", f"The least of two turns. {_sources([document], '../')}"])
+
+
 def _sources(documents: list[dict[str, Any]], up: str = "") -> str:
     machines = dict.fromkeys(_machine(document["machine"]) for document in documents)
     links = ", ".join(f"[{Path(document['path']).name}]({up}{document['path']})" for document in documents)
@@ -475,6 +484,7 @@ def _load(path: Path) -> dict[str, Any]:
 TABLES: dict[str, Callable[[], str]] = {
     "run table": lambda: whole_runs(newest_or_none("run")),
     "run stages table": lambda: whole_runs(newest_or_none("run"), least=0.0, up="../"),
+    "decoder table": lambda: decoder(newest("video-decoder")),
     "rotary table": lambda: rotary(newest("rotary")),
     "operators table": lambda: operators(newest_of_each("operators")),
     **{

@@ -137,7 +137,7 @@ def test_a_residual_is_added_in_place_where_nobody_else_holds_it(held, device, l
     model = decoder(device=device)
     stock, added, kept = run(model), [], []
     add = adapter.SwiGLU.add
-    monkeypatch.setattr(adapter.SwiGLU, "add", lambda *args: (added.append(1), add(*args)))
+    monkeypatch.setattr(adapter.SwiGLU, "add", lambda *args: (added.append(1), add(*args))[1])
     with bitfuse.accelerated(model) as handle:
         if held:
             for site in handle.sites:
@@ -145,6 +145,56 @@ def test_a_residual_is_added_in_place_where_nobody_else_holds_it(held, device, l
         same(stock, run(model))
     assert len(added) == (0 if held else 6)
     assert bool(kept) == held
+
+
+class Projection(torch.nn.Module):
+    """In place of a feed-forward's last layer: it has no weight of its own, and may give another dtype or shape."""
+
+    def __init__(self, inner, how):
+        super().__init__()
+        self.inner, self.how = inner, how
+
+    def forward(self, x):
+        y = self.inner(x)
+        if self.how == "fp32":
+            return y.float() * 1.0009765
+        return y[:, :1] if self.how == "of one token" else y
+
+
+@pytest.mark.parametrize("how", ["alike", "fp32", "of one token"])
+def test_what_a_layer_of_somebodys_own_gives_is_added_as_the_host_adds_it(how, launched_as_reference, monkeypatch):
+    """The host puts tiles together, in the dtype and the shape of the tokens, before it adds them."""
+    monkeypatch.setattr(upstream, "_SWIGLU_TILE_SIZE", 5)
+    model = decoder()
+    mlp = model.decoder.diff_blocks[0].mlp
+    mlp.w_down = Projection(mlp.w_down, how)
+    stock = run(model)
+    with bitfuse.accelerated(model):
+        same(stock, run(model))
+
+
+def test_what_a_processor_gives_may_be_one_value_for_many_tokens(launched_as_reference):
+    model = decoder()
+    for block in (model.decoder.det_stages[0][0], model.decoder.diff_blocks[0]):
+        block.attn.set_processor(lambda attn, x, block_mask=None: attn.project_qkv(x)[2].mean(2, True).flatten(4))
+    stock = run(model)
+    with bitfuse.accelerated(model) as handle:
+        same(stock, run(model))
+        assert {state for name, state in states(handle).items() if name.endswith("mlp")} == {"fused"}
+
+
+def test_a_sum_of_another_dtype_is_the_hosts(launched_as_reference):
+    """Of few tokens the host makes no tiles, and what the layer gives decides the dtype."""
+    model = decoder()
+    block = model.decoder.diff_blocks[1]
+    block.mlp.w_down = Projection(block.mlp.w_down, "fp32")
+    found = []
+    block.register_forward_hook(lambda module, args, out: found.append(out) or out.to(BF16))
+    stock = run(model)
+    with bitfuse.accelerated(model):
+        same(stock, run(model))
+    assert found[0].dtype == torch.float32
+    same(*found)
 
 
 def test_audits_see_what_the_kernels_gave(device, launched_as_reference):
@@ -459,13 +509,32 @@ def another_rope(block):
     return "attn", "not diffusers' own"
 
 
+def a_modulation_of_every_frame(block):
+    def frames(module, args):
+        context, modulation = args[1:3]
+        ramp = torch.arange(context.shape[1], dtype=BF16).view(1, -1, 1, 1, 1)
+        return args[0], context, tuple(value + ramp for value in modulation), *args[3:]
+
+    block.register_forward_pre_hook(frames)
+    return "norm2", "a modulation is [1, 3, 1, 1, 128]; known: [B, 1, 1, 1, C], one for all tokens"
+
+
+def another_kind_of_base(block):
+    block.attn.rope.base = torch.tensor(3.0)
+    return "attn", "the base of rope is a torch.Tensor, not a number"
+
+
 def another_norm(block):
     block.attn.norm_q = torch.nn.LayerNorm(64, dtype=BF16)
     return "attn", "norm_q is a torch.nn.modules.normalization.LayerNorm, not torch.nn.RMSNorm"
 
 
 @pytest.mark.parametrize(
-    "change", [hooked_norm, hooked_qk_norm, hooked_rope, another_frequency, another_rope, another_norm]
+    "change",
+    [
+        *(hooked_norm, hooked_qk_norm, hooked_rope, another_frequency, another_rope, another_kind_of_base),
+        *(another_norm, a_modulation_of_every_frame),
+    ],
 )
 def test_what_is_changed_while_it_is_fused_is_what_runs(change, launched_as_reference):
     model = decoder()

@@ -16,7 +16,9 @@ from torch.utils import dlpack
 
 import bitfuse
 from bitfuse.hosts.ltx2 import SecondStream
+from bitfuse.hosts.report import Report
 from bitfuse.run.alone import alone
+from bitfuse.run.extra import Extras
 from bitfuse.run.swap import ours_in
 from bitfuse.tools import explain
 from stacking import FEATURES, ORDERS, Feature, step_of
@@ -464,6 +466,22 @@ def test_a_lora_that_changes_is_noticed(change, device):
         assert all("were written to, or moved" in reason for reason in _reasons(handle)["kept text"])
 
 
+@pytest.mark.usefixtures("launched_as_reference")
+def test_the_last_lora_that_goes_is_noticed(device):
+    """Without one the key of a layer has another form, which is compared with that of before."""
+    pytest.importorskip("peft")
+    build, step = step_of("2.0", device)
+    expected, model = step(build())(), build()
+    with torch.no_grad():
+        REAL[0].use(model)
+        with bitfuse.accelerated(model, keep_text=True):
+            before = step(model)()
+            model.unload_lora() if hasattr(model, "unload_lora") else model.delete_adapters("default")
+            found = step(model)()
+    assert bitfuse.compare(before, found) is not None
+    assert bitfuse.compare(expected, found) is None
+
+
 def test_loras_that_can_not_be_looked_into_are_named():
     peft = pytest.importorskip("peft")
     from bitfuse.hosts import lora
@@ -556,11 +574,30 @@ def test_what_is_alone_is_told_by_who_holds_it():
         t = make()
         return alone(t)
 
+    held = []
+
+    def of_which_somebody_holds_the_memory():
+        t = torch.empty(2, 3)
+        held.append(t.untyped_storage())
+        return t
+
     assert fresh(lambda: torch.empty(2, 3))
     assert fresh(lambda: torch.empty(6).view(2, 3))
+    assert not fresh(of_which_somebody_holds_the_memory)
     assert not fresh(lambda: torch.empty(3, 2).t())
     assert not fresh(lambda: torch.empty(3, 1).expand(3, 2))
     assert not fresh(lambda: torch.eye(2).to_sparse())
     assert not fresh(lambda: torch.from_numpy(np.zeros(3, dtype=np.float32)))
     assert not fresh(lambda: torch.empty(2).as_subclass(Mine))
     assert not fresh(lambda: torch.nn.Parameter(torch.empty(2)))
+
+
+def test_a_report_is_made_while_reasons_are_added():
+    """As another thread adds one between two steps of a loop over them."""
+    extras = Extras()
+    extras.gelu.fall("the first")
+    found = Report("a host", [], [], None, None, extras).not_used
+    for extra in found:
+        for reason in extra.reasons:
+            extras.gelu.fall(f"after {reason}")
+    assert [dict(extra.reasons) for extra in found] == [{"the first": 1}]

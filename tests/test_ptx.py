@@ -57,13 +57,18 @@ def test_the_roundings_are_those_of_the_audit_and_no_others(own):
         assert row["counts"]["branches"] == 0, name  # else a count of lines would not be a count of executions
 
 
+# Of what the programs cover, how much is no output: the first frame that is dropped where a frame becomes two (of the
+# three that are compiled for), and lanes beyond three colours
+NOT_WRITTEN = {"upsample": 1 / 6, "unpatchify": 1 / 4}
+
+
 def test_the_launch_covers_the_output_and_no_program_is_idle(own):
     """What makes "results per thread", read off the stores, the right factor for the audit."""
     for name, row in own.items():
         assert row["results"] > 0, name
         covered, programs = row["threads"] * row["results"], row["programs"]
         assert covered >= row["elements"], name
-        assert covered - covered // programs < row["elements"], name
+        assert (covered - covered // programs) * (1 - NOT_WRITTEN.get(row["operator"], 0)) < row["elements"], name
 
 
 def test_nothing_is_flushed_approximated_or_left_to_ptxas(own):

@@ -35,12 +35,15 @@ LORA = next(feature for feature in FEATURES if feature.name == "LoRA")
 
 @pytest.fixture
 def one_rank():
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    theirs = distributed.is_initialized()  # SGLang's tests leave theirs in the process, of one rank, too
+    if not theirs:
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         with interpreter(), references_launched():  # on the CPU, where there is a GPU too
             yield
     finally:
-        distributed.destroy_process_group()
+        if not theirs:
+            distributed.destroy_process_group()
         gc.collect()  # what was sharded, of which other tests may keep no text
 
 

@@ -353,7 +353,7 @@ def bench(
 
     if host != "diffusers" and only != ["model"]:
         _refuse(f"--host {host} goes with --only model; other parts time diffusers, or no host")
-    if only == ["run"] and ltx != "2.0":
+    if "run" in (only or ()) and ltx != "2.0":
         _refuse(f"--ltx {ltx} does not go with --only run; accepted: 2.0")
     if wrong := [n for n in tokens or [] if n not in benchmark.LATENTS]:
         _refuse(f"--tokens {wrong[0]} is not accepted; accepted: {', '.join(map(str, benchmark.LATENTS))}")

@@ -55,6 +55,8 @@ class Plan:
                this order
     witnesses  forms of what the kernel writes besides, for the proof alone to see: a row's statistic in fp32 shows a
                wrong order of additions that the rounded outputs hide. A call drops them
+    by_shape   PyTorch's order of additions depends on more of the shape than the signature holds: the first call of
+               every layout is compared, with its witnesses, before that layout is fused
     """
 
     kernel: Kernel
@@ -66,6 +68,7 @@ class Plan:
     before: Callable[..., tuple[Tensor, ...]] | None = None
     extras: tuple[torch.dtype, ...] = ()
     witnesses: tuple[Out, ...] = ()
+    by_shape: bool = False
     options: dict[str, Any] = field(default_factory=lambda: dict(EXACT))
     slots: tuple[str | None, ...] = ()
 

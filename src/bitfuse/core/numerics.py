@@ -124,17 +124,22 @@ def sum_of_two(pairs):
     return tl.sum(pairs, axis=1)
 
 
-@functools.cache
 def added_number(device: torch.device, dtype: torch.dtype, number: float) -> float | None:
-    """What `tensor + number` adds to a tensor of this dtype on this device: a probe of the running torch.
+    """What `tensor + number` adds to a tensor of this 16-bit dtype on this device: a probe of the running torch.
 
     CUDA adds the number as fp32; a CPU rounds it to the dtype first (torch 2.13: 1e-8 becomes 1.0012e-8 in bf16).
     None: neither, so no kernel here can equal it.
     """
+    return _added_number(device, dtype, number) if number else number  # a cache takes -0.0 for 0.0
+
+
+@functools.cache
+def _added_number(device: torch.device, dtype: torch.dtype, number: float) -> float | None:
     info = torch.finfo(dtype)
     steps = 1 + torch.arange(round(1 / info.eps), dtype=torch.float64, device="cpu") * info.eps
     powers = torch.tensor([2.0**n for n in range(-12, 13)], dtype=torch.float64, device="cpu")
-    around = (powers[:, None] * steps * (abs(number) or 1.0)).flatten().to(dtype)
+    around = (powers[:, None] * steps * number).flatten().to(dtype)
+    around = torch.cat([around, -around])
     found = (around.to(device) + number).to("cpu")
     for candidate in (torch.tensor(number, dtype=torch.float32), torch.tensor(number, dtype=dtype).float()):
         if torch.equal(found, (around.float() + candidate).to(dtype)):

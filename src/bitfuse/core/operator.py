@@ -17,7 +17,8 @@ it bit for bit. Whatever can't be fused runs the reference, for a reason that is
    number of tokens is not in it, so one proof serves many layouts. Where there is no verdict yet, the battery runs.
 6. Do the plan's outputs have the form that the reference gives its own for these very arguments (`compare_forms`)?
    And, if the battery has just run, are the bits of this call equal, too (`compare_live`)? Where Python code stands in
-   for an op this is asked of every layout, as such code may choose by shape and alignment.
+   for an op this is asked of every layout, as such code may choose by shape and alignment; and so it is where ATen
+   itself chooses an order of additions by the shape (`Plan.by_shape`).
 
 The first tier that passes 5 and 6 has the call. If none does, the reference has it, and the route says why not. The
 route is kept for its layout, unless an error of the moment (no memory, no disk) stood in the way, a CUDA graph was
@@ -357,6 +358,13 @@ class Operator:
             return self.reference, proof.Verdict(False, f"{mismatch.sentence}, for this layout of the arguments")
         try:
             run = self._runner(plan, args)
+            if plan.by_shape:
+                chain = self.specification(self.tiers.index(tier))
+                mismatch = proof.compare_live(chain, functools.partial(_launched, plan), args)
+                if mismatch is not None:
+                    sentence = f"{mismatch.sentence}, for this layout of the arguments"
+                    return self.reference, proof.Verdict(False, sentence, mismatch=mismatch)
+                return run, proof.Verdict(True, "equal")
             unsure = new or any(rerouted(args[0].is_cuda))
             live = proof.compare_live(self.reference, run, args) if unsure else None
         except torch.AcceleratorError:
@@ -402,6 +410,14 @@ class Operator:
             return outs[unseen] if one else outs[unseen:]
 
         return run
+
+
+def _launched(plan: Plan, *args: Any) -> Outputs:
+    """What one launch of the plan writes, the witnesses too."""
+    with on_device(args[0]):
+        outs = plan.empty(args[0].device)
+        plan.bind(args, outs)(*args, *outs)
+    return outs if len(outs) > 1 else outs[0]
 
 
 _VALUES = frozenset({type(None), float, int})

@@ -169,6 +169,8 @@ def _why_rope_called(rope: Any, *, hooks: bool = True) -> str | None:
         return "a hook is attached to rope, which is not called when it is fused"
     if not all(own_method(rope, name, _Rope) for name in _ROPE_METHODS[1:]):
         return "rope has a method of its own"
+    if type(rope.base) not in (int, float):  # a tensor may be written to, which tables that are kept don't see
+        return f"the base of rope is a {named(type(rope.base))}, not a number"
     return None
 
 
@@ -229,21 +231,35 @@ class SwiGLU(Part):
         """Whether `add` does, and nobody would notice, what a call of the module and an addition do."""
         if type(mlp) is not _SwiGLU or hooked(mlp) or mlp.__dict__.get("forward") is not self:
             return False
-        if x.dtype not in HALVES or n.dtype != x.dtype or mlp.w_down.weight.dtype != x.dtype:
+        if x.dtype not in HALVES or n.dtype != x.dtype:
             return False  # the sum would be of another dtype
         if torch.is_grad_enabled() or next(around(), None) is not None or self.model.why_stock(self.kind) is not None:
             return False
         return self._another(mlp) is None
 
-    def add(self, mlp: Any, x: Tensor, n: Tensor) -> None:
-        """x += the feed-forward of n, tile by tile: the host puts its tiles together and then adds them."""
-        flat, tiles = (t.view(t.shape[0], -1, t.shape[-1]) for t in (x, n)), _tiles(n)
+    def add(self, mlp: Any, x: Tensor, n: Tensor) -> Tensor:
+        """x + the feed-forward of n, in the memory of x where that holds it.
+
+        Tile by tile: the host puts its tiles together, which may round them, and then adds them.
+        """
+        tiles = _tiles(n)
         if tiles is None:
-            x.add_(self._of(mlp, n))
-            return
-        sums, normed = flat
+            y = self._of(mlp, n)
+            return x.add_(y) if _alike(y, x) else x + y
+        sums, normed = (t.view(t.shape[0], -1, t.shape[-1]) for t in (x, n))
         for tile in tiles:
-            sums[:, tile].add_(self._of(mlp, normed[:, tile]))
+            y, total = self._of(mlp, normed[:, tile]), sums[:, tile]
+            if not _alike(y, total):
+                put = torch.empty_like(total)
+                put[:] = y
+                y = put
+            total.add_(y)
+        return x
+
+
+def _alike(y: Tensor, x: Tensor) -> bool:
+    """Whether x += y has the bits of x + y: a layer that somebody has put there may give anything."""
+    return type(y) is Tensor and (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
 
 
 def _tiles(x: Tensor) -> list[slice] | None:
@@ -282,6 +298,8 @@ class _Stages(Part):
     ) -> tuple[Tensor, Tensor]:
         """(x + y, its norm, modulated by scale and shift [B, 1, C] with their rows of the table [C])."""
         norm = getattr(block, name)
+        if y.shape != x.shape:  # as a processor of somebody's own may have returned it
+            x, y = torch.broadcast_tensors(x, y)
         operands = x.flatten(1, 3), y.flatten(1, 3), weight_of(norm), *modulation, norm.eps
         total, normed = self.named_sites[name].call(RESIDUAL_RMS_NORM_MODULATE_WEIGHTED, *operands)
         return total.view(x.shape), normed.view(x.shape)
@@ -299,8 +317,7 @@ class NABlock(_Stages):
         del hidden_states, attended  # memory for the feed-forward
         ours = ours_in(block.mlp)
         if isinstance(ours, SwiGLU) and ours.may_add(block.mlp, x, n) and alone(x):
-            ours.add(block.mlp, x, n)
-            return x
+            return ours.add(block.mlp, x, n)
         return x + block.mlp(n)
 
 
@@ -313,6 +330,9 @@ class DiffusionNABlock(_Stages):
     def why_stock(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if block.num_mod_params != _MODULATIONS:
             return f"num_mod_params is {block.num_mod_params}; known: {_MODULATIONS}"
+        for value in args[2] if len(args) > 2 else kwargs["modulation"]:
+            if value.ndim != 5 or value.shape[1:4] != (1, 1, 1):  # of every frame, say, as a hook may make it
+                return f"a modulation is {list(value.shape)}; known: [B, 1, 1, 1, C], one for all tokens"
         return super().why_stock(block, args, kwargs)
 
     def fused(
@@ -334,8 +354,7 @@ class DiffusionNABlock(_Stages):
         del attended  # memory for the feed-forward
         ours = ours_in(block.mlp)
         if isinstance(ours, SwiGLU) and ours.may_add(block.mlp, x, n) and alone(x):
-            ours.add(block.mlp, x, n)
-            return x
+            return ours.add(block.mlp, x, n)
         return x + block.mlp(n)
 
 

@@ -63,7 +63,12 @@ class LTX2VideoDecoder3d(VideoDecoder):
     def why_not_block(self, stage: Stage) -> str | None:
         if getattr(stage.module, "conv_in", None) is not None:
             return f"{stage.name} changes the number of channels in a resnet"
-        return None if len(stage.module.resnets) else f"{stage.name} has no resnets"
+        if not len(stage.module.resnets):
+            return f"{stage.name} has no resnets"
+        upsamplers = getattr(stage.module, "upsamplers", None) or ()
+        if len(upsamplers) > 1:
+            return f"{stage.name} has {len(upsamplers)} upsamplers, one after the other; accepted: one"
+        return None
 
     def changes_channels(self, resnet: Any) -> bool:
         return resnet.norm3 is not None or resnet.conv_shortcut is not None
@@ -118,4 +123,4 @@ def accelerate(vae: Any, shared: Model, host: str) -> None:
     """Give the decoder of an `AutoencoderKLLTX2Video` the forward above."""
     sources = functions(upstream, *READ)
     reason = next(why_not_stock(vae.decoder, _Decoder, "decoder", host, READ, sources), None)
-    LTX2VideoDecoder3d.take_over(vae.decoder, shared, reason)
+    LTX2VideoDecoder3d.take_over(vae.decoder, _Decoder, shared, reason)

@@ -106,13 +106,13 @@ class Model:
     def why_not_compiled(self) -> str | None:
         """What `NotFused` says where the whole model was compiled and a site of it must be fused."""
         strict = next((site for site in self.sites if site.strict), None) if self.traced else None
-        return None if strict is None else f"{strict.name}: {_compiled('model')}"
+        return None if strict is None else f"{strict.name}: {compiled_sentence('model')}"
 
     def left_to_compiler(self) -> None:
         """Say of the sites of a model that was compiled as a whole, and is called in no other way, why none was."""
         for site in self.sites if self.traced else ():
             if site.state == "not called yet":
-                site.declined = _compiled("model")
+                site.declined = compiled_sentence("model")
 
     def reasons(self) -> dict[str, str]:
         """Why the parts of each kind must be the host's own, those called now; empty: none must."""
@@ -150,7 +150,7 @@ _numbers = itertools.count()
 _models: weakref.WeakValueDictionary[int, Model] = weakref.WeakValueDictionary()
 
 
-def _compiled(whom: str) -> str:
+def compiled_sentence(whom: str) -> str:
     return f"torch.compile has compiled this {whom}, and the compiler gets the PyTorch chain itself"
 
 
@@ -183,7 +183,7 @@ def leave_to_compiler(root: Any, handle: Handle) -> None:
         seams = [value.site for value in vars(module).values() if isinstance(value, Seam)]
         whom = kinds.setdefault(id(by), getattr(ours_in(by), "kind", "model"))
         for site in (*(site for one in ours for site in getattr(one, "sites", ())), *seams):
-            site.declined = site.declined or _compiled(whom)
+            site.declined = site.declined or compiled_sentence(whom)
         for one in ours:
             handle.take_back(one)
 

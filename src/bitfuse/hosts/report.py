@@ -62,10 +62,14 @@ class Report:
 
         Of a CUDA graph, the first call of a kind is none of them: it runs without one by design.
         """
-        graph = dataclasses.replace(self._extras.graph, reasons=Counter())
+        reasons: Counter[str] = Counter()
         for one in self.graphs:
-            graph.reasons.update({reason: count for reason, count in one.reasons.items() if reason != FIRST})
-        return [extra for extra in dataclasses.replace(self._extras, graph=graph) if extra.reasons]
+            reasons.update({reason: count for reason, count in dict(one.reasons).items() if reason != FIRST})
+        # copies, each made in one go in C: other threads may add reasons meanwhile
+        graph = dataclasses.replace(self._extras.graph, reasons=reasons)
+        extras = dataclasses.replace(self._extras, graph=graph)
+        found = [dataclasses.replace(extra, reasons=Counter(dict(extra.reasons))) for extra in extras]
+        return [extra for extra in found if extra.reasons]
 
     @property
     def seen(self) -> int:

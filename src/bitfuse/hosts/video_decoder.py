@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitfuse.core.conditions import runnable
 from bitfuse.hosts.ltx2 import why_gradient
-from bitfuse.hosts.part import Model, Part
+from bitfuse.hosts.part import Model, Part, compiled_sentence
 from bitfuse.hosts.rehearsal import Rehearsal
 from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import Entry, calls_of, of_operators
@@ -35,17 +36,23 @@ from bitfuse.ops.pixel_norm import (
     UPSAMPLE,
     laid,
 )
-from bitfuse.run.swap import hooked, named
+from bitfuse.run.swap import compiled, hooked, named
 
 # Height and width of the volume on which kernels are compiled: 512 positions, added up by ATen as in larger volumes
 _SMALL = (16, 32)
 _OPERATORS = (PIXEL_NORM_SILU_PAD, RESIDUAL_PIXEL_NORM_SILU_PAD, RESIDUAL_PAD, UPSAMPLE, UNPATCHIFY)
 
-# The functions of PyTorch and of the operators' references that a decoder's forward leaves out.
+# The functions of PyTorch that a decoder's forward leaves out, or calls with other arguments than the host does, and
+# those that the operators' references call.
 LEFT_OUT: list[Entry] = [
-    (torch.nn.Conv3d, "forward", "torch.nn.Conv3d.forward"),
-    (torch.nn.Conv3d, "_conv_forward", "torch.nn.Conv3d._conv_forward"),
+    *calls_of(torch.nn.Conv3d, "torch.nn.Conv3d"),
     *calls_of(torch.nn.SiLU, "torch.nn.SiLU"),
+    *calls_of(torch.nn.Dropout, "torch.nn.Dropout"),
+    (torch.nn.Conv3d, "_conv_forward", "torch.nn.Conv3d._conv_forward"),
+    (F, "conv3d", "torch.nn.functional.conv3d"),
+    (F, "dropout", "torch.nn.functional.dropout"),
+    (torch, "concatenate", "torch.concatenate"),
+    (Tensor, "reshape", "torch.Tensor.reshape"),
     *of_operators(_OPERATORS),
 ]
 
@@ -104,6 +111,10 @@ class Pending:
 
 
 Values = tuple[Tensor | None, ...]
+
+
+class LaidOtherwise(Exception):
+    """The host's own volumes would not be contiguous after the first convolution: why."""
 
 
 class VideoDecoder(Part):
@@ -212,8 +223,13 @@ class VideoDecoder(Part):
         yield "unpatchify", UNPATCHIFY.name
 
     @classmethod
-    def take_over(cls, decoder: Any, shared: Model, reason: str | None) -> None:
-        """Give the decoder this forward, noting its sites in the handle; or none, for this reason."""
+    def take_over(cls, decoder: Any, own: type, shared: Model, reason: str | None) -> None:
+        """Give the decoder this forward, noting its sites in the handle; or none, for this reason.
+
+        own    the host's class of decoders
+        """
+        if not isinstance(decoder, own) and compiled(decoder):  # a module around it
+            reason = compiled_sentence("decoder")
         if reason is not None:
             shared.handle.sites.append(Site("decoder", PIXEL_NORM_SILU_PAD.name, reason))
             return
@@ -224,15 +240,17 @@ class VideoDecoder(Part):
     # -- when the host's own forward must run --
 
     def why_stock(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        # How x lies in memory does not matter (a pipeline's latents are in channels_last_3d): the first convolution
-        # puts a contiguous frame in front of it, and of volumes that lie in two ways `torch.cat` makes a contiguous
-        # one, as all of the host's are from there on.
         given, x = self.names.given, self._given(args, kwargs)
         if not isinstance(x, Tensor) or x.ndim != 5:
             return f"{given} is no tensor of five dimensions"
         reason = self.why_not_given(decoder, x) or why_gradient(decoder, args, kwargs)
         reason = reason or next(runnable({given: x}), None) or self._why_not_own(decoder)
-        return reason or self.refused.get(x.shape)
+        return reason or self._why_not_as_it_was(decoder) or self.refused.get(x.shape)
+
+    def _why_not_as_it_was(self, decoder: Any) -> str | None:
+        """The decoder may have more resnets by now than it had when it was taken over."""
+        new = next((name for name, _ in self.sites_of(decoder) if name not in self.named_sites), None)
+        return None if new is None else f"{new} came into the decoder after that was accelerated"
 
     def _why_not_own(self, decoder: Any) -> str | None:
         """Why this decoder is not one whose modules need not be called: the first reason. 100 modules take 0.3 ms."""
@@ -254,7 +272,6 @@ class VideoDecoder(Part):
             self._why_not_norm(norm_out, last),
             _why_called("conv_act", decoder.conv_act, torch.nn.SiLU),
             self._why_not_convolution("conv_out", decoder.conv_out),
-            _why_not_laid("conv_in", getattr(decoder.conv_in, "conv", None)),
         )
         return next((reason for reason in reasons if reason is not None), None)
 
@@ -304,11 +321,12 @@ class VideoDecoder(Part):
         for label, weight in (("weight", conv.weight), ("bias", conv.bias)):
             if weight is None:
                 continue
+            what = f"the {label} of {name}"
             if type(weight) is not torch.nn.Parameter or weight.dtype != torch.bfloat16:
-                return (
-                    f"the {label} of {name} is a {named(type(weight))} of {weight.dtype}; accepted: of torch.bfloat16"
-                )
-        return _why_not_laid(name, conv)
+                return f"{what} is a {named(type(weight))} of {weight.dtype}; accepted: of torch.bfloat16"
+            if not weight.is_contiguous():
+                return f"{what} is not contiguous: with it the host's own volumes lie otherwise in memory"
+        return None
 
     # -- the forward --
 
@@ -320,14 +338,17 @@ class VideoDecoder(Part):
         try:
             found = self.decoded(module, *args, **kwargs)
             if (fallen := self._fallen() - before).total():
-                reason = f"partly fused, the decoder is slower than {self.whose} own; not fused: {next(iter(fallen))}"
-                self.refused[self._given(args, kwargs).shape] = reason
+                because = f"partly fused, the decoder is slower than {self.whose} own; not fused: {next(iter(fallen))}"
+                self.refused[self._given(args, kwargs).shape] = because
             return found
+        except LaidOtherwise as otherwise:
+            reason = str(otherwise)
         except torch.OutOfMemoryError:
             if self.draws(module):  # the random numbers of another try would be others
                 raise
-        # a proof holds more at once than the host's own forward does
-        self.fall("the device ran out of memory in the fused decoder")
+            # a proof holds more at once than the host's own forward does
+            reason = "the device ran out of memory in the fused decoder"
+        self.fall(reason)
         return self.stock(*args, **kwargs)
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -356,11 +377,13 @@ class VideoDecoder(Part):
     def after_first(
         self, decoder: Any, volume: Tensor, timestep: Any, causal: bool, generator: torch.Generator | None = None
     ) -> Tensor:
-        """The video, from what the first convolution gave.
+        """The video, from what the first convolution gave. `LaidOtherwise` where that is not a contiguous volume.
 
         timestep    handed on to `values_of_block` and `last_values`
         generator   of the noise that is injected
         """
+        if (reason := _why_laid_otherwise(volume)) is not None:
+            raise LaidOtherwise(reason)
         pending = Pending(laid(volume))
         del volume
         for stage in self.stages(decoder):
@@ -433,11 +456,18 @@ def _why_called(name: str, module: Any, kind: type) -> str | None:
     return None
 
 
-def _why_not_laid(name: str, conv: Any) -> str | None:
-    for label in ("weight", "bias"):
-        weight = getattr(conv, label, None)
-        if weight is not None and not weight.is_contiguous():
-            return f"the {label} of {name} is not contiguous: with it the host's own volumes lie otherwise in memory"
+def _why_laid_otherwise(x: Any) -> str | None:
+    """Why the host's own volumes are not contiguous ones, seen by what its first convolution gave.
+
+    PyTorch hands a layout on from op to op, and in another ATen adds up the channels in another order. It comes from
+    the latents, be they dense or a tile, or from that convolution's weight. Strides tell, of sides of 1 as well.
+    """
+    if not isinstance(x, Tensor) or x.ndim != 5:
+        return "conv_in gave no tensor of five dimensions"
+    if type(x) is not Tensor or x.dtype != torch.bfloat16:
+        return f"conv_in gave a {named(type(x))} of {x.dtype}; accepted: a plain tensor of torch.bfloat16"
+    if x.stride() != torch.empty(x.shape, device="meta").stride():
+        return f"conv_in gave a volume with strides {x.stride()}, not contiguous, and so are the host's own after it"
     return None
 
 

@@ -26,6 +26,7 @@ subnormals are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 CHANNELS_LAST = torch.channels_last_3d
-MAX_CHANNELS = 4096
+_WIDEST = 1 << 15  # channels
 
 # -- the references' steps ---------------------------------------------------------------------------------------------
 
@@ -85,7 +86,8 @@ def padded(x: Tensor, front: int, back: int, edge: int) -> Tensor:
 
 
 def laid(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=CHANNELS_LAST)
+    """x, dense in channels_last_3d. Not by that name: inside of vmap PyTorch knows no layout but the contiguous one."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 # -- references --------------------------------------------------------------------------------------------------------
@@ -221,7 +223,8 @@ def _pixel_kernel(
     w = width - 1 - tl.abs(width - 1 - tl.abs(column))
     own = inside & (d == frame) & (h == row) & (w == column)
     number = ((batch * frames + d) * height + h) * width + w
-    residual_at = (batch * residual_batch + d * residual_frame + h * residual_row + w * residual_pixel)[:, None]
+    residual_at = (batch * residual_batch + d.to(tl.int64) * residual_frame)[:, None]
+    residual_at += (h.to(tl.int64) * residual_row + w.to(tl.int64) * residual_pixel)[:, None]
     x_at, noise_at, out_at = number[:, None] * C, (h * width + w)[:, None], pixel.to(tl.int64)[:, None] * C
     scale_at, shift_at = batch[:, None] * scale_batch, batch[:, None] * shift_batch
     lane, here = tl.arange(0, CHANNELS)[None, :], inside[:, None]
@@ -235,7 +238,7 @@ def _pixel_kernel(
             # of each of ATen's threads one channel for each of its four accumulators
             THREADS: tl.constexpr = HEIGHT * BLOCKS
             slot, used = lane, here
-            if THREADS < SLOTS:
+            if THREADS != SLOTS:
                 slot, used = lane // SLOTS * THREADS + lane % SLOTS, here & (lane % SLOTS < THREADS)
             total = tl.zeros((PIXELS,), tl.float32)
             for half in tl.static_range(HALVES):
@@ -296,7 +299,7 @@ def load_x(
     if bias_ptr is not None:
         x = round_to(x + tl.load(bias_ptr + channel, mask=here, other=0.0).to(tl.float32), DTYPE)  # r1
     if noise_ptr is not None:
-        noise = tl.load(noise_ptr + noise_at, mask=here, other=0.0).to(tl.float32)
+        noise = tl.load(noise_ptr + noise_at).to(tl.float32)  # of any pixel, whether it is there or not
         noise_scale = tl.load(noise_scale_ptr + channel, mask=here, other=0.0).to(tl.float32)
         noise = round_to(noise * noise_scale, DTYPE)  # r2
         x = round_to(x + noise, DTYPE)  # r3
@@ -345,7 +348,8 @@ def _upsample_kernel(
     if bias_ptr is not None:
         x = round_to(x + tl.load(bias_ptr + lane, mask=here, other=0.0).to(tl.float32), dtype)  # r1
     if residual_ptr is not None:
-        residual_at = (batch * residual_batch + d * residual_frame + h * residual_row + w * residual_pixel)[:, None]
+        residual_at = (batch * residual_batch + d.to(tl.int64) * residual_frame)[:, None]
+        residual_at += (h.to(tl.int64) * residual_row + w.to(tl.int64) * residual_pixel)[:, None]
         if RESIDUAL % CHANNELS == 0:
             first = tl.program_id(1) * (CHANNELS * PARTS) % (RESIDUAL * PARTS)
             again = tl.multiple_of(first, CHANNELS * PARTS) + tl.arange(0, CHANNELS * PARTS)[None, :]
@@ -409,7 +413,7 @@ _UPSAMPLED_CHANNELS = 64
 # on a multiprocessor (128, 256 and 512 channels, H200, 2026-11-29).
 _ELEMENTS = 512
 # The interpreter is fastest with few, large programs.
-_INTERPRETED_ELEMENTS = 1 << 16
+_INTERPRETED_ELEMENTS = 1 << 14
 
 
 def _elements() -> int:
@@ -453,7 +457,8 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
     if norm and given_mean:
         more, added = {"before": partial(mean_of, reference=reference), "extras": (y.dtype,)}, ("given_ptr",)
     elif norm:
-        more, added = {"witnesses": (channels_last((batch, 1, frames, height, width), torch.float32),)}, ("mean_ptr",)
+        witness = channels_last((batch, 1, frames, height, width), torch.float32)
+        more, added = {"witnesses": (witness,), "by_shape": True}, ("mean_ptr",)
     return Plan(
         _pixel_kernel,
         (-(-pixels // per_program), 1, 1),
@@ -548,9 +553,10 @@ def _why_not(*args: Any, reference: Callable[..., Any]) -> Iterator[str]:
     given = named(reference, args)
     tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
     y = given["y"]
-    reasons = list(plain(tensors))
-    if not reasons:
-        reasons += fitting(reference, given, next(_misfits(given), None))
+    if reasons := list(plain(tensors)):  # of which nothing further can be asked: inside of vmap, no layout
+        yield from (*reasons, *runnable(tensors))
+        return
+    reasons += fitting(reference, given, next(_misfits(given), None))
     reasons += runnable(tensors)
     for name, t in tensors.items():
         if t.dtype != torch.bfloat16:
@@ -563,8 +569,11 @@ def _why_not(*args: Any, reference: Callable[..., Any]) -> Iterator[str]:
     for name in ("bias", "noise", "noise_scale"):
         if name in tensors and not tensors[name].is_contiguous():
             reasons.append(f"{name} is not contiguous: its strides are {tensors[name].stride()}")
-    if y.ndim == 5 and y.shape[1] > MAX_CHANNELS * 8:
-        reasons.append(f"y has {y.shape[1]} channels; accepted: up to {MAX_CHANNELS * 8}")
+    if y.ndim == 5:
+        added = (given.get("front", 0) + given.get("back", 0), *[2 * given.get("edge", 0)] * 2)
+        pixels = y.shape[0] * math.prod(side + more for side, more in zip(y.shape[2:], added, strict=True))
+        reasons += [f"there are {pixels} pixels with the padding; accepted: below 2^31"] if pixels >= 2**31 else []
+        reasons += [f"y has {y.shape[1]} channels; accepted: up to {_WIDEST}"] if y.shape[1] > _WIDEST else []
     yield from reasons
 
 

@@ -22,6 +22,7 @@ BF16 = torch.bfloat16
 # -- what a wrong kernel trips over ------------------------------------------------------------------------------------
 
 _SMALL = ((3, 8, 12), (3, 7, 6), (3, 5, 7))  # sides: ATen reads 4, 2 and 1 positions at a time
+_LEAST = 1 << 14  # elements of a battery's volume
 _MANY = 1 << 28  # elements of a volume of which only few families are tried
 
 
@@ -31,12 +32,15 @@ def _battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, t
     y = given["y"]
     batch, channels, *own = y.shape
     order = order_of(tuple(y.shape), y.element_size(), y.device)
-    sides = own
-    for some in _SMALL if min(own) > 1 else ():  # a side of 1 has no stride of its own, and looks like no other
-        if "eps" not in given or order_of((min(batch, 2), channels, *some), y.element_size(), y.device) == order:
-            sides = list(some)
+    few, sides = min(batch, 2), own
+    for some in _SMALL if "eps" in given else _SMALL[-1:]:
+        frames = some[0] * -(-_LEAST // (few * channels * torch.Size(some).numel()))
+        alike = min(own) > 1  # a side of 1 has no stride of its own, and looks like no other
+        if "eps" in given:
+            alike = alike and order_of((few, channels, frames, *some[1:]), y.element_size(), y.device) == order
+        if alike:
+            batch, sides = few, [frames, *some[1:]]
             break
-    batch = min(batch, 2) if sides is not own else batch
     generator = torch.Generator(y.device).manual_seed(23)
     for family, draw in _FAMILIES.items():
         if batch * channels * torch.Size(sides).numel() > _MANY and family not in ("live", "absorption"):
@@ -72,7 +76,7 @@ def _drawn(name: str, like: Tensor, draw: Any, batch: int, sides: list[int], gen
         return lookalike(like, volume.movedim(-1, 1), gap=1)
     if name in ("scale", "shift"):
         drawn = draw("value", [batch if like.shape[0] > 1 else 1, 1, like.shape[1]], BF16, generator).to(BF16)
-        return lookalike(like, drawn.view(-1, like.shape[1], 1, 1, 1))
+        return lookalike(like, drawn.view(-1, like.shape[1], 1, 1, 1), gap=1 if name == "scale" else 2)
     shape = [1, *sides[1:]] if name == "noise" else list(like.shape)
     drawn = draw("value", [1, 1, torch.Size(shape).numel()], BF16, generator).to(BF16)
     return lookalike(like.reshape(1, 1, -1), drawn).view(shape)
@@ -118,6 +122,7 @@ class PixelCase:
     repeats     how often an upsampler's residual is added over the channels of its result; 0: there is none
     inside      the residual is the inside of a padded volume
     modulated, noisy, with_bias    whether what is optional is there
+    whole       values are small whole numbers, of which every sum is exact, in whatever order it is formed
     """
 
     name: str
@@ -135,21 +140,24 @@ class PixelCase:
     noisy: bool = False
     with_bias: bool = True
     patch: int = 4
+    whole: bool = False
     real: bool = False
 
     def arguments(self, device: torch.device | str, tokens: int | None = None, seed: int = 0) -> tuple[Any, ...]:
         generator = torch.Generator(device).manual_seed(seed)
         # for the interpreter: as many pixels as give the order of a large volume
         most = (3, 16, 24) if tokens is not None else self.sides
+        batch = 0 if tokens == 0 else self.batch
         sides = tuple(min(few, side) for few, side in zip(most, self.sides, strict=True))
         given = named(self.reference, ())
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(shape, generator=generator, device=device) * scale).to(BF16)
+            drawn = torch.randn(shape, generator=generator, device=device)
+            return ((drawn * 2).round().clamp(-4, 4) if self.whole else drawn * scale).to(BF16)
 
         def volume(channels: int, inside: bool = False) -> Tensor:
             more = [side + 2 * inside for side in sides]
-            found = normal(self.batch, *more, channels).movedim(-1, 1)
+            found = normal(batch, *more, channels).movedim(-1, 1)
             return found[:, :, 1:-1, 1:-1, 1:-1] if inside else found
 
         parts = torch.Size(self.up).numel() if "height" in given else 1
@@ -162,7 +170,7 @@ class PixelCase:
         if self.noisy and "noise" in given:
             given |= {"noise": normal(1, *sides[1:]), "noise_scale": normal(self.channels, 1, 1)}
         if self.modulated and "scale" in given:
-            values = normal(self.batch, 4, self.channels, scale=0.5)[..., None, None, None]
+            values = normal(batch, 4, self.channels, scale=0.5)[..., None, None, None]
             given |= {"shift": values[:, 0], "scale": values[:, 1]}
         sizes = {"front": self.front, "back": self.back, "edge": self.edge, "eps": 1e-8, "patch": self.patch}
         ups = dict(zip(("frames", "height", "width"), self.up if "height" in given else (1, 1, 1), strict=True))
@@ -242,7 +250,8 @@ _NORM = (
     Mutant("four accumulators added in pairs", (("((sum0 + sum1) + sum2) + sum3", "(sum0 + sum1) + (sum2 + sum3)"),),
            case="small"),
     Mutant("accumulators by neighbours", (
-        ("tl.trans(tl.reshape(sums, (PIXELS, 4, SLOTS)), (0, 2, 1))", "tl.reshape(sums, (PIXELS, SLOTS, 4))"),)),
+        ("tl.trans(tl.reshape(sums, (PIXELS, 4, SLOTS)), (0, 2, 1))", "tl.reshape(sums, (PIXELS, SLOTS, 4))"),),
+           case="odd sides"),
     Mutant("subnormals flushed", (
         ("x = round_to(x * scaled_by, DTYPE)", f"x = round_to({flushed('x')} * scaled_by, DTYPE)"),)),
 )  # fmt: skip
@@ -287,7 +296,12 @@ def _retiled(plan: Plan) -> Iterable[Plan]:
         yield replace(plan, grid=grid, constants={**plan.constants, "PIXELS": per_program})
 
 
-def _evidence(reference: Callable[..., Any], mutants: tuple[Mutant, ...], audits: tuple[Audit, ...] = ()) -> Evidence:
+def _evidence(
+    reference: Callable[..., Any],
+    mutants: tuple[Mutant, ...],
+    steps: tuple[str, ...],
+    audits: tuple[Audit, ...] = (),
+) -> Evidence:
     more: dict[str, Any] = {}
     if "eps" in named(reference, ()):
         more = {
@@ -296,15 +310,56 @@ def _evidence(reference: Callable[..., Any], mutants: tuple[Mutant, ...], audits
             "emulated_witness": partial(_mean, reference=reference, emulated=True),
         }
     battery = partial(_battery, reference=reference)
-    return Evidence(battery, _cases(reference), mutants, audits, retiled=_retiled, **more)
+    return Evidence(battery, _cases(reference), mutants, audits, retiled=_retiled, steps=steps, **more)
 
+
+# -- what the compiler makes of it -------------------------------------------------------------------------------------
+
+
+def _audit(residual: bool) -> Audit:
+    """128 channels, 16 at a time, of 32 pixels on 128 threads: 32 elements for each, 4 at a time.
+
+    For each: + bias, its square and the addition of that, x / root, SiLU (-x * log2 e, 1 + e^-x, a division that may be
+    approximate), and + residual. Per thread, for its pixel: 8 additions (between accumulators, folds, the halves of a
+    volume, + eps), the factor of the mean, its root and 1 / root. The bias is read again with every piece of a row.
+    """
+    added = 3 + residual
+    counts = {"add.rn.f32": added, "mul.rn.f32": 3, "cvt.rn.bf16.f32": 4 + residual}
+    once = {"add.rn.f32": 8, "mul.rn.f32": 2, "cvt.rn.bf16.f32": 3, "sqrt.rn.f32": 1, "div.rn.f32": 1}
+    once |= {"ex2.approx.f32": 32, "div.full.f32": 32}
+    return Audit(
+        "768x512x121, 128 channels",
+        counts,
+        per_thread=once,
+        results=32,
+        loads={8: 16 + 8 * residual},
+        stores={4: 1, 8: 8 + 8 * residual},
+    )
+
+
+def _sums(case: str, summands: int, **accesses: Any) -> Audit:
+    """Sums of 32 elements for each thread, each rounded."""
+    return Audit(case, {"add.rn.f32": summands, "cvt.rn.bf16.f32": summands}, results=32, **accesses)
+
+
+_PADDED_SUMS = _sums("768x512x121, 128 channels", 2, loads={16: 12}, stores={16: 4})
+_UPSAMPLED_SUMS = _sums("768x512x121, 128 channels", 2, loads={16: 12}, stores={16: 4})
+_PATCHES = _sums("768x512x121", 1, loads={16: 5}, stores={8: 8})
+
+_SUMMED = ("bias", "summands")
+_NORMED = (*_SUMMED, "norm", "root", "silu")
 
 EVIDENCE = {
-    "pixel_norm_silu_pad": _evidence(pixel_norm.pixel_norm_silu_pad, (*_PADDED, *_NORM, *_MODULATION, *_NOISE)),
-    "residual_pixel_norm_silu_pad": _evidence(
-        pixel_norm.residual_pixel_norm_silu_pad, (*_PADDED, *_ADDED, *_NORM, *_RESIDUAL_NORM)
+    "pixel_norm_silu_pad": _evidence(
+        pixel_norm.pixel_norm_silu_pad, (*_PADDED, *_NORM, *_MODULATION, *_NOISE), _NORMED, (_audit(False),)
     ),
-    "residual_pad": _evidence(pixel_norm.residual_pad, (*_PADDED, *_ADDED)),
-    "upsample": _evidence(pixel_norm.upsample, _UPSAMPLED),
-    "unpatchify": _evidence(pixel_norm.unpatchify, _UNPATCHED),
+    "residual_pixel_norm_silu_pad": _evidence(
+        pixel_norm.residual_pixel_norm_silu_pad,
+        (*_PADDED, *_ADDED, *_NORM, *_RESIDUAL_NORM),
+        _NORMED,
+        (_audit(True),),
+    ),
+    "residual_pad": _evidence(pixel_norm.residual_pad, (*_PADDED, *_ADDED), _SUMMED, (_PADDED_SUMS,)),
+    "upsample": _evidence(pixel_norm.upsample, _UPSAMPLED, ("bias",), (_UPSAMPLED_SUMS,)),
+    "unpatchify": _evidence(pixel_norm.unpatchify, _UNPATCHED, ("bias",), (_PATCHES,)),
 }

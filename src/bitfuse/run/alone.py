@@ -8,6 +8,7 @@ from weakref import getweakrefcount
 import torch
 from torch import Tensor
 
+_Holders = tuple[int, int, int, int, bool]
 _STRIDED, _uses = torch.strided, torch._C._storage_Use_Count
 
 
@@ -27,13 +28,15 @@ def alone(t: Tensor) -> bool:
     return _holders(t) in _ALONE and getrefcount(t) <= _REFERENCES
 
 
-def _holders(t: Tensor) -> tuple[int, int, int, bool]:
-    """How many hold its memory, in C++; the tensor that it is a view of, in Python; weakly; and whose memory it is."""
+def _holders(t: Tensor) -> _Holders:
+    """How many hold its memory, in C++ and in Python (`untyped_storage()` gives everybody one object); the tensor that
+    it is a view of, in Python; t, weakly; and whose memory it is."""
     memory, base = t.untyped_storage(), t._base
-    return _uses(memory._cdata), 0 if base is None else getrefcount(base), getweakrefcount(t), memory.resizable()
+    views = 0 if base is None else getrefcount(base)
+    return _uses(memory._cdata), getrefcount(memory), views, getweakrefcount(t), memory.resizable()
 
 
-def _calibrate() -> tuple[int, tuple[tuple[int, int, int, bool], tuple[int, int, int, bool]]]:
+def _calibrate() -> tuple[int, tuple[_Holders, _Holders]]:
     """What `alone` sees of tensors that one variable holds: versions of Python and PyTorch count in different ways."""
 
     def references(t: Tensor) -> int:

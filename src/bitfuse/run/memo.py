@@ -130,6 +130,18 @@ HOOKED = "a linear layer of the text has a hook (offload, layerwise casting)"
 _NO_STAMP = "the text is a tensor of a class of its own, or of inference mode, where PyTorch does not count writes"
 
 
+class _Memory(StorageWeakRef):
+    """Equal to the same memory, and to nothing else: the class itself takes whatever it is compared with for one of
+    its kind, and of a layer that has lost its LoRA another form of key is compared."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is _Memory and super().__eq__(other)
+
+    __hash__ = StorageWeakRef.__hash__
+
+
 def weights(*linears: Any) -> Hashable:
     """What the result of these linear layers depends on besides their input; `Unknown` where one can't be looked into.
 
@@ -148,7 +160,7 @@ def weights(*linears: Any) -> Hashable:
             if p is None:
                 found.append(None)
             elif type(p) is torch.nn.Parameter and not p.is_inference():
-                found.append((StorageWeakRef(p.untyped_storage()), p.storage_offset(), p._version))
+                found.append((_Memory(p.untyped_storage()), p.storage_offset(), p._version))
             elif (parts := _parts(p)) is None:
                 return Unknown(f"a weight for the text is a {named(type(p))}, which can't be looked into")
             else:
@@ -174,7 +186,7 @@ def _parts(t: Any) -> Hashable | None:
     if type(t) in (Tensor, torch.nn.Parameter):
         if t.is_inference():
             return None
-        return StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
+        return _Memory(t.untyped_storage()), t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
     flatten = getattr(t, "__tensor_flatten__", None)
     if flatten is None:
         return None

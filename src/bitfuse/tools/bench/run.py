@@ -29,6 +29,8 @@ from bitfuse.core import proof
 from bitfuse.core.bits import BITS, compare, form_mismatch
 from bitfuse.tools import seeded
 from bitfuse.tools.bench.measure import spread
+from bitfuse.tools.compare.runs import named
+from bitfuse.tools.compare.runs import reasons as reasons_of
 from bitfuse.tools.seeded import pipeline
 from bitfuse.tools.seeded.pipeline import Film, Pipelines
 from bitfuse.tools.text import cell, say
@@ -249,7 +251,7 @@ def _in_this_process(
             yield "run", whole(console, film, models, handle, device, rounds or _ROUNDS)
             for size in ((film.height, film.width), film.size):
                 for tiled in (False, True):
-                    yield "decode", decode(console, film, models, size, tiled, device, rounds or _ROUNDS)
+                    yield "decode", decode(console, film, models, handle, size, tiled, device, rounds or _ROUNDS)
         finally:
             handle.restore()
 
@@ -258,8 +260,6 @@ def whole(
     console: Console, film: Film, models: dict[str, Pipelines], handle: Any, device: torch.device, rounds: int
 ) -> dict[str, Any]:
     """A whole run by stages. The first of each way warms up, and bitfuse's first proves its kernels: its time apart."""
-    from bitfuse.tools.compare import runs
-
     bits, first = Bits(), {}
     timed: dict[str, list[Clock]] = {way: [] for way in WAYS}
     differs: dict[str, dict[str, str | None]] = {way: {} for way in WAYS}
@@ -284,10 +284,10 @@ def whole(
             note(way, run)
     reasons = [reason for way in WAYS for reason in differs[way].values() if reason]
     if not report.fused and not reasons:
-        reasons = [f"nothing was fused: {runs.reasons(report) or 'no site was called'}"]
+        reasons = [f"nothing was fused: {reasons_of(report) or 'no site was called'}"]
     row = {
         "host": "diffusers",
-        "host_version": runs.named("diffusers"),
+        "host_version": named("diffusers"),
         "version": pipeline.VERSION,
         "layers": film.geometry.layers,
         "geometry": film.sentence,
@@ -297,7 +297,7 @@ def whole(
         "sites_fused": report.fused,
         "sites_seen": report.seen,
         "sites": report.kinds(),
-        "not_fused": runs.reasons(report),
+        "not_fused": reasons_of(report),
         "stages": [_stage(stage, timed, differs) for stage in STAGES],
         "total": _figures(
             {way: [sum(clock.seconds.values()) for clock in clocks] for way, clocks in timed.items()},
@@ -340,6 +340,7 @@ def decode(
     console: Console,
     film: Film,
     models: dict[str, Pipelines],
+    handle: Any,
     size: tuple[int, int],
     tiled: bool,
     device: torch.device,
@@ -348,7 +349,7 @@ def decode(
     """`vae.decode` alone, plain or with the tiles that `vae.enable_tiling()` sets by default."""
     latents, bits = latents_of(film, size, device), Bits()
     clocks: dict[str, list[Clock]] = {way: [] for way in WAYS}
-    reasons = []
+    reasons, before = [], _fused_calls(handle)
     for way in WAYS:
         if tiled:
             models[way].main.vae.enable_tiling(**film.tiles)
@@ -366,12 +367,15 @@ def decode(
     finally:
         for way in WAYS:
             models[way].main.vae.disable_tiling()
+    calls = _fused_calls(handle) - before
+    unfused = None if calls else f"nothing was fused: {reasons_of(handle.report()) or 'no site was called'}"
     row = {
         "frames": film.frames,
         "height": size[0],
         "width": size[1],
         "tiled": tiled,
-        "mismatch": next((reason for reason in reasons if reason), None),
+        "mismatch": next((reason for reason in reasons if reason), unfused),
+        "fused_calls": calls,
         **_figures(
             {way: [clock.seconds[DECODE] for clock in of_way] for way, of_way in clocks.items()},
             {way: [clock.peaks.get(DECODE) for clock in of_way] for way, of_way in clocks.items()},
@@ -379,6 +383,10 @@ def decode(
     }
     _print_decode(console, row)
     return row
+
+
+def _fused_calls(handle: Any) -> int:
+    return sum(site.fused for site in handle.sites)
 
 
 def latents_of(film: Film, size: tuple[int, int], device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from bitfuse.core.bits import BITS, Mismatch, as_tuple, compare
 from bitfuse.core.inputs import poisoned
 from bitfuse.core.kernel import triton_dtype
-from bitfuse.core.launch import Plan
+from bitfuse.core.launch import Plan, named
 from bitfuse.core.lines import error_line
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.proof import Verdict
@@ -31,6 +31,7 @@ from bitfuse.ops.adaln_evidence import AdalnCase
 from bitfuse.ops.grid_rotary_evidence import GridCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
 from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
+from bitfuse.ops.pixel_norm_evidence import PixelCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
 from bitfuse.ops.swiglu_evidence import SwigluCase
@@ -50,6 +51,14 @@ def cases(operator: Operator) -> tuple[Any, ...]:
         return (replace(case, name=WHAT, tokens=1 << 23, width=_WIDTH, batch=_BATCH, ada_rows=9, **there),)
     if isinstance(case, (HeadGateCase, PerturbedCase)):
         return (replace(case, name=WHAT, tokens=1 << 23, batch=_BATCH, heads=4, head_dim=64),)
+    if isinstance(case, PixelCase):
+        names = named(case.reference, ())
+        there = {"modulated": "scale" in names, "noisy": True, "whole": True, "inside": False}
+        sizes: dict[str, Any] = {"front": 0, "edge": 0, "batch": 1, "up": (1, 2, 2), "patch": 2, "repeats": 2}
+        channels = 64 if "patch" in names or "height" in names else _WIDTH
+        volume = replace(case, name=WHAT, channels=channels, sides=(2, 2, 1 << 24), **sizes, **there)
+        apart = replace(volume, name=f"{WHAT}, between scales", sides=(1, 1, 1 << 12), batch=_BATCH)
+        return (volume, apart) if "scale" in names else (volume,)
     if isinstance(case, SwigluCase):
         return (replace(case, name=WHAT, tokens=1 << 23, batch=_BATCH, width=_WIDTH),)
     if isinstance(case, GridCase):
@@ -66,6 +75,8 @@ def cases(operator: Operator) -> tuple[Any, ...]:
 
 
 def _of(case: Any, tokens: int, batch: int) -> Any:
+    if isinstance(case, PixelCase):
+        return replace(case, sides=(1, 1, tokens), batch=min(batch, case.batch))
     if isinstance(case, QKCase):
         return replace(case, queries=_of(case.queries, tokens, batch), key_tokens=tokens)
     if isinstance(case, GridCase):
@@ -74,6 +85,8 @@ def _of(case: Any, tokens: int, batch: int) -> Any:
 
 
 def _tokens(case: Any) -> int:
+    if isinstance(case, PixelCase):
+        return case.sides[2]
     if isinstance(case, GridCase):
         return case.columns
     return case.queries.tokens if isinstance(case, QKCase) else case.tokens
@@ -87,8 +100,9 @@ def _forms(case: Any) -> tuple[Any, ...]:
     with FakeTensorMode():
         found = []
         for a in case.arguments("cpu"):
-            if isinstance(a, Tensor) and a.ndim == 3 and a.shape[0] == _BATCH and _tokens(case) not in a.shape:
-                a = torch.empty_strided(a.shape, ((1 << 31) + 3, *a.stride()[1:]), dtype=a.dtype)  # a mask
+            if isinstance(a, Tensor) and a.ndim in (3, 5) and a.shape[0] == _BATCH and _tokens(case) not in a.shape:
+                # a mask, a volume's scale
+                a = torch.empty_strided(a.shape, ((1 << 31) + 3, *a.stride()[1:]), dtype=a.dtype)
             found.append(a)
         return tuple(found)
 
@@ -105,6 +119,8 @@ def planted(operator: Operator, tier: Tier, plan_of: Callable[..., Plan | str], 
         return Verdict(False, plan)
     blocks = 2 if isinstance(case, QKCase) else 1  # programs by turns of queries and of keys
     samples = _BATCH if plan.grid[1] == 1 else 1
+    if isinstance(case, PixelCase):
+        samples = case.batch * case.sides[0] * case.sides[1]
     window = max(1, tokens * samples * blocks // plan.grid[0])
     args = _of(case, window, 1).arguments("cpu")
     try:
@@ -144,8 +160,9 @@ def _run(
             pointers.append(None)
         else:
             plant(tuple(form.shape), form.stride(), small)
-    for t in plan.before(*args) if plan.before else ():  # [1, window, ...], dense
-        shape = (_BATCH, tokens, *t.shape[2:])
+    for t in plan.before(*args) if plan.before else ():  # dense: [1, window, ...], of a volume a mean for each pixel
+        whole = tuple(forms[0].shape)
+        shape = (whole[0], 1, *whole[2:]) if t.ndim == 5 else (_BATCH, tokens, *t.shape[2:])
         plant(shape, tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape))), t.contiguous())
     written = []
     for out, t in zip((*plan.witnesses, *plan.outputs), expected, strict=True):
@@ -200,14 +217,23 @@ def shortened(operator: Operator) -> Iterator[Any]:
 
 def _real(case: Any) -> Any:
     """The case with values side by side in memory, each tensor no larger than its elements."""
-    return _of(replace(case, ada_rows=1) if isinstance(case, AdalnCase) else case, _TOKENS, _BATCH)
+    alone = isinstance(case, PixelCase) and case.batch == 1  # one sample of as many pixels as two
+    tokens = 2 * _TOKENS if alone else _TOKENS
+    return _of(replace(case, ada_rows=1) if isinstance(case, AdalnCase) else case, tokens, _BATCH)
+
+
+def _places(shape: tuple[int, ...], tokens: int) -> tuple[int, int]:
+    """(the dimension in which an output's tokens stand, how many places it has for each: an upsampler makes several)"""
+    dim = next(dim for dim, n in enumerate(shape) if n >= tokens and n % tokens == 0)
+    return dim, shape[dim] // tokens
 
 
 def for_real(operator: Operator, tier: Tier, case: Any, device: torch.device) -> Verdict:
     """A call like the case's of 2^31 elements and more, with memory: its first tokens and its last, against the
     specification. What stands between is whatever was in memory, and is not compared."""
     start, window, elements = time.perf_counter(), 64, 0
-    tokens, case = _TOKENS, _real(case)
+    case = _real(case)
+    tokens = _tokens(case)
     specification = operator.specification(operator.tiers.index(tier), device)
     try:
         with torch.no_grad():
@@ -226,7 +252,11 @@ def for_real(operator: Operator, tier: Tier, case: Any, device: torch.device) ->
             plan.bind(args, outs)(*args, *outs)
             for first, part in zip(starts, parts, strict=True):
                 expected = tuple(t.contiguous() for t in as_tuple(specification(*part)))
-                found = tuple(o.narrow(list(o.shape).index(tokens), first, window).contiguous() for o in outs)
+                places = [_places(tuple(o.shape), tokens) for o in outs]
+                found = tuple(
+                    o.narrow(dim, first * each, window * each).contiguous()
+                    for o, (dim, each) in zip(outs, places, strict=True)
+                )
                 elements += sum(t.numel() for t in expected)
                 if mismatch := compare(expected, found):
                     sentence = f"{mismatch.sentence}, from token {first} on, with {WHAT}"

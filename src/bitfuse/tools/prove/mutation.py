@@ -26,12 +26,13 @@ from bitfuse.core import proof
 from bitfuse.core.bits import Outputs
 from bitfuse.core.evidence import Mutant
 from bitfuse.core.kernel import Kernel, interpreter
-from bitfuse.core.launch import Plan
+from bitfuse.core.launch import Plan, named
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.ops.adaln_evidence import AdalnCase
 from bitfuse.ops.grid_rotary_evidence import GridCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
 from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
+from bitfuse.ops.pixel_norm_evidence import PixelCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
 from bitfuse.ops.swiglu_evidence import SwigluCase
@@ -95,6 +96,12 @@ def layouts(operator: Operator) -> tuple[Any, ...]:
         return (replace(case, name="mutants", real=False, **grid),)
     if isinstance(case, SwigluCase):
         return (replace(case, name="mutants", tokens=21, batch=2, width=35, real=False),)
+    if isinstance(case, PixelCase):
+        volume: dict[str, Any] = {"channels": 42, "sides": (3, 4, 5), "batch": 2, "front": 2, "back": 1, "edge": 1}
+        names = named(case.reference, ())
+        volume["channels"] = 3 if "patch" in names else 44 if "height" in names else 42
+        volume |= {"modulated": "scale" in names, "noisy": True, "inside": False}
+        return (replace(case, name="mutants", real=False, **volume),)
     if isinstance(case, RotaryCase):
         small = replace(case, name="mutants", tokens=37, batch=2, heads=3, head_dim=40, real=False)
         return (small, replace(small, name="mutants, tokens last", x_form="tokens last"))
@@ -220,6 +227,12 @@ class _Function:
             return ""
         return f"{name} is only multiplied with arguments of 64 bits, and so in 64 bits"
 
+    def beside_wide(self, cast: Any) -> str:
+        """The same of a cast that stands in the product itself."""
+        product = self.parents[cast]
+        wide = _is(product, ast.Mult) and self.text(product.right) in self.long
+        return f"{self.text(product.right)} is an argument of 64 bits, and so is the product" if wide else ""
+
     def stored(self, rounded: Any) -> dict[str, Any]:
         """Why a kernel without this rounding gives the same bits: its result is only stored, and the store rounds to
         the same dtype. That does not hold where one of the lines in `unless` is run, which use the result otherwise."""
@@ -304,7 +317,16 @@ def _power_of_2(node: Any) -> bool:
     return isinstance(value, float) and value in (0.5, 1.0, 2.0)
 
 
+_BELOW_2_31 = ("row", "head", "entry", "number", "noise_at", "channel")
 _FP32 = "the value is in fp32 already"
+_ROUNDED_NEXT = "nothing but a conversion to the same dtype comes after it"
+# Sums of which an operator's kernel only stores what they are in the dtype: rounding them before, or not, is the same.
+# The line of residual_pad is needed by the norms that share it.
+_IDLE = {
+    "residual_pad": "round_to(x + residual, DTYPE)",
+    "upsample": "x + tl.load(residual_ptr + residual_at + again, mask=here, other=0.0).to(tl.float32)",
+    "unpatchify": "x + tl.load(bias_ptr + channel, mask=channel < USED * EACH, other=0.0).to(tl.float32)",
+}
 
 
 def _roundings(f: _Function) -> Iterator[Edit]:
@@ -433,10 +455,10 @@ def _masks(f: _Function) -> Iterator[Edit]:
 def _widths(f: _Function) -> Iterator[Edit]:
     for node in f.body:
         if _called(node, "to") and f.text(node.args[0]) == "tl.int64":
-            yield f.edit(WIDTH, node, f"({f.text(node.func.value)})", exact=f.wide(node))
+            yield f.edit(WIDTH, node, f"({f.text(node.func.value)})", exact=f.wide(node) or f.beside_wide(node))
         added = _is(node, ast.Add) and isinstance(node.left, ast.Name) and node.left.id.endswith("_ptr")
-        # the number of a row, of a head and of an entry is below 2^31, by `why_not`, a place in a row below its width
-        if added and f.text(node.right) not in ("row", "head", "entry") and not f.in_row(node.right):
+        # the number of a row, head, entry or pixel is below 2^31, by `why_not`, and a place in a row below its width
+        if added and f.text(node.right) not in _BELOW_2_31 and not f.in_row(node.right):
             yield f.edit(WIDTH, node.right, f"({f.text(node.right)}).to(tl.int32)")
 
 
@@ -648,6 +670,8 @@ def _harmless(operator: Operator, site: Site, case: Any) -> str:
         there = (n for n, t in zip(plan.slots or names, plan.pointers(args), strict=False) if t is not None)
         if plan.slots and pointer in plan.kernel.parameters and pointer not in there:
             return f"it is a stride of {pointer}, which is None in every call of this operator"
+    if edit.kind == ROUNDING and edit.old == _IDLE.get(operator.name) and "bitcast" not in edit.new:
+        return _ROUNDED_NEXT
     if edit.exact == _FP32 and "fp32" not in str(plan.constants.get("PRODUCT")):
         return ""
     return "" if set(edit.unless) & _ran(operator, tier, case) else edit.exact

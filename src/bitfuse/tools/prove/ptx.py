@@ -322,7 +322,7 @@ def kernel_counts(
 def _compared(
     operator: Operator, wanted: Audit, plan: Plan, args: tuple[Any, ...], mutant: str | None, capability: int, c: Counts
 ) -> KernelCounts:
-    elements = math.prod(plan.outputs[0].shape)
+    elements = math.prod(max((out.shape for out in plan.outputs), key=math.prod))  # a padded one, where one is
     output_bytes = sum(math.prod(out.shape) * out.dtype.itemsize for out in plan.outputs)
     results = wanted.results or elements * c.stored_bytes // output_bytes
     once = sum(results * a.numel() * a.itemsize for a in args if isinstance(a, Tensor)) // elements

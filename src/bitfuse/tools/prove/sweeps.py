@@ -25,19 +25,22 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitfuse.core import proof, values
 from bitfuse.core.bits import compare
 from bitfuse.core.inputs import poisoned
 from bitfuse.core.kernel import kernel
 from bitfuse.core.launch import named
-from bitfuse.core.numerics import divide, exponential, reciprocal_root, round_pairs_to, round_to
+from bitfuse.core.numerics import divide, exponential, reciprocal_root, round_pairs_to, round_to, silu, square_root
 from bitfuse.core.operator import OPERATORS, Operator
 from bitfuse.ops.adaln_evidence import AdalnCase
 from bitfuse.ops.grid_rotary_evidence import GridCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
 from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
+from bitfuse.ops.pixel_norm_evidence import PixelCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
 from bitfuse.ops.swiglu_evidence import SwigluCase
@@ -272,6 +275,60 @@ def _weighted(a: Tensor, b: Tensor) -> tuple[Any, ...]:
     return x, x, b, b, 1e-6
 
 
+# In the operators on volumes: a pixel for each a, a channel for each b. What is not swept is -0 or 1, or is not there.
+
+
+def _pixels(a: Tensor, b: Tensor) -> Tensor:
+    """[1, W, 1, T, 1], in channels_last_3d."""
+    return a[:, None].expand(-1, b.numel()).contiguous()[None, None, :, None].movedim(-1, 1)
+
+
+def _channels(a: Tensor, b: Tensor) -> Tensor:
+    return b.expand(a.numel(), -1).contiguous()[None, None, :, None].movedim(-1, 1)
+
+
+_UNPADDED = (0, 0, 0)
+
+
+def _biased(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    return _pixels(a, b), torch.full_like(_pixels(a, b), -0.0), b, None, None, *_UNPADDED
+
+
+def _with_noise(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    negative_zeros, noise = torch.full_like(_pixels(a, b), -0.0), a[None, :, None].contiguous()
+    return negative_zeros, negative_zeros, None, noise, b[:, None, None].contiguous(), *_UNPADDED
+
+
+def _noise_added(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    y, ones = _pixels(a, b), torch.ones(1, a.numel(), 1, dtype=a.dtype, device=a.device)
+    return y, torch.full_like(y, -0.0), None, ones, b[:, None, None].contiguous(), *_UNPADDED
+
+
+def _volumes_added(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    return _pixels(a, b), _channels(a, b), None, None, None, *_UNPADDED
+
+
+def _activated(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    """Samples in place of pixels: a scale and a shift belong to them. Ones are their own norm."""
+    both = a.numel(), b.numel(), 1, 1, 1
+    ones = torch.ones(a.numel(), 1, 1, 1, b.numel(), dtype=a.dtype, device=a.device).movedim(-1, 1)
+    scale = a[:, None].expand(both[:2]).contiguous().view(both)
+    shift = b.expand(both[:2]).contiguous().view(both)
+    return ones, None, None, None, scale, shift, *_UNPADDED, 0.0
+
+
+def _upsampled_bias(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    return _pixels(a, b), None, b, 1, 1, 1
+
+
+def _upsampled_sum(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    return _pixels(a, b), _channels(a, b), None, 1, 1, 1
+
+
+def _patches(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    return _pixels(a, b), b, 1, 1
+
+
 def _turned(a: Tensor, b: Tensor, *, step: str, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(x, cos, sin) in which the turned pairs' results are one step's: x1*c - s*x2 in the first half of the heads (or
     channels), x2*c + s*x1 in the second."""
@@ -324,6 +381,14 @@ STEPS = (
     Step("silu(gate) * up", "swiglu", lambda a, b: (_by_token(a, b), _by_column(a, b))),
     Step("weight * row of one value, normed", "qk_rms_norm", _weighted, _QK[1:]),
     *_rotary_steps(),
+    Step("y + bias", "residual_pad", _biased, _with("summands", but="residual_pad")),
+    Step("noise * its scale", "residual_pad", _with_noise, _with("summands", but="residual_pad")),
+    Step("y + noise", "residual_pad", _noise_added, _with("summands", but="residual_pad")),
+    Step("y + residual", "residual_pad", _volumes_added, _with("summands", but="residual_pad")),
+    Step("SiLU(1 * (1 + scale) + shift)", "pixel_norm_silu_pad", _activated, ("residual_pixel_norm_silu_pad",)),
+    Step("y + bias, upsampled", "upsample", _upsampled_bias),
+    Step("y + residual, upsampled", "upsample", _upsampled_sum),
+    Step("y + bias, in patches", "unpatchify", _patches),
 )
 """Every two-operand step once, in the operator that shows its result bare. Products with a row's own statistic are not
 among them: it is no bf16 value, and no two of them can be chosen apart. `values` and `arguments` sweep those."""
@@ -354,7 +419,7 @@ def _pair_job(step: Step, device: torch.device, extent: Extent) -> Job:
 # -- values: every argument of every operator ----------------------------------------------------------------------
 
 # Of operators that norm rows: a row takes one value at a time, as one NaN or infinity is all that its norm shows.
-_ROWS = frozenset(("x", "y", "gate", "q", "k"))
+_ROWS = frozenset(("x", "y", "gate", "q", "k", "residual"))
 
 
 def _broad(case: Any, tokens: int, batch: int = 1) -> Any:
@@ -367,6 +432,10 @@ def _broad(case: Any, tokens: int, batch: int = 1) -> Any:
         return replace(case, tokens=tokens, batch=batch, heads=2, head_dim=128, **plain)
     if isinstance(case, (HeadGateCase, PerturbedCase)):
         return replace(case, tokens=tokens, batch=batch, heads=2, head_dim=128)
+    if isinstance(case, PixelCase):
+        sizes: dict[str, Any] = {"channels": 16 if "patch" in named(case.reference, ()) else 256, "front": 0, "edge": 0}
+        sizes |= {"sides": (1, 1, tokens), "batch": batch, "up": (1, 1, 1), "repeats": 2, "inside": False}
+        return replace(case, modulated="scale" in named(case.reference, ()), noisy=True, **sizes)
     if isinstance(case, SwigluCase):
         return replace(case, tokens=tokens, batch=batch, width=256)
     if isinstance(case, GridCase):
@@ -397,10 +466,7 @@ def _value_job(operator: Operator, device: torch.device, extent: Extent) -> Job:
         if isinstance(t, Tensor):
             one_each = normed and name in _ROWS
             tokens, batch = (in_rows, 1) if one_each else (1, masks) if name == "mask" else (filled, 1)
-            if t.ndim == 2:  # a table for one side of a grid
-                taken = _broad(operator.cases[0], tokens, batch).arguments("cpu")[place].numel()
-            else:
-                taken = tokens if one_each else t.numel() * (1 if t.ndim == 1 else tokens * batch)
+            taken = tokens if one_each else _form(operator, tokens, batch)[place].numel()
             shapes[name] = tokens, batch
             calls += -(-extent.values // taken)
 
@@ -425,8 +491,17 @@ def _value_job(operator: Operator, device: torch.device, extent: Extent) -> Job:
     return Job(Sweep("values", ", ".join(shapes), operator.name, (), of=_VALUES * len(shapes)), calls, run)
 
 
+def _form(operator: Operator, tokens: int, batch: int) -> tuple[Any, ...]:
+    """The arguments of `_broad` without values."""
+    with FakeTensorMode():
+        return _broad(operator.cases[0], tokens, batch).arguments("cpu")
+
+
 def _holding(like: Tensor, every: Tensor, start: int, one_each: bool) -> tuple[Tensor, int]:
     """(`like` with further values in every place, or in one place of each row; how many it took)"""
+    if like.ndim == 5:  # a volume, whose rows are its pixels
+        held, n = _holding(like.movedim(1, -1).flatten(0, 3), every, start, one_each)
+        return held.view(*like.movedim(1, -1).shape).movedim(-1, 1), n
     n = like.numel() // like.shape[-1] if one_each else like.numel()
     chosen = every[(torch.arange(n, device=like.device) + start) % every.numel()]
     if not one_each:
@@ -455,6 +530,10 @@ def _primitive_kernel(x_ptr, out_ptr, n, PRIMITIVE: tl.constexpr, DIVISOR: tl.co
         y = 1.0 + exponential(x)
     elif PRIMITIVE == "reciprocal":
         y = divide(1.0, x)
+    elif PRIMITIVE == "square root":
+        y = square_root(x)
+    elif PRIMITIVE == "silu":
+        y = round_to(silu(round_to(x, tl.bfloat16)), tl.bfloat16)
     else:
         y = divide(x, DIVISOR * 1.0)
     tl.store(out_ptr + at, y, mask=at < n)
@@ -502,6 +581,15 @@ PRIMITIVES = (
         lambda x: torch.div(torch.ones((), device=x.device), x),
         "sigmoid",
     ),
+    Primitive("1 / x, of a root", "reciprocal", lambda x: torch.div(torch.ones((), device=x.device), x), "root"),
+    Primitive(
+        "sqrt(x)",
+        "square root",
+        torch.sqrt,
+        "root",
+        needs_gpu="a CPU's sqrt of fp32 is off by a unit in one of twelve values, before it is rounded to bf16",
+    ),
+    Primitive("SiLU of x rounded to bf16", "silu", lambda x: F.silu(x.to(_BF16)).float(), "silu"),
     *map(_quotient, (2048, 3840, 4096)),  # the widths of LTX-2's rows
 )
 
@@ -565,7 +653,10 @@ class Form:
         tokens = [round(math.exp(dice.uniform(0, math.log(self.most)))) for _ in range(2)]
         batch = dice.choice((1, 1, 2, 3))
         case = self.case
-        if isinstance(case, QKCase):
+        if isinstance(case, PixelCase):
+            sides = (dice.randint(1, 3), dice.randint(2, 5), min(40, 1 + tokens[0]))
+            case = replace(case, sides=sides, batch=batch)
+        elif isinstance(case, QKCase):
             keys = None if case.key_tokens is None else tokens[1]
             case = replace(case, queries=replace(case.queries, tokens=tokens[0], batch=batch), key_tokens=keys)
         elif isinstance(case, GridCase):
@@ -595,6 +686,8 @@ def forms(operator: Operator, extent: Extent) -> Iterator[Form]:
 def _width(case: Any) -> int:
     if isinstance(case, (AdalnCase, SwigluCase)):
         return case.width
+    if isinstance(case, PixelCase):
+        return case.arguments("cpu", tokens=1)[0].shape[1]
     of = case.queries if isinstance(case, QKCase) else case
     return of.heads * of.head_dim
 
@@ -610,6 +703,11 @@ def _varied(case: Any, dice: random.Random) -> Any:
         queries = _varied(replace(case.queries, table_form="by token"), dice)
         x_form = dice.choice(("tokens", "tokens", "tokens", "misaligned", "tokens last"))  # others are declined
         return replace(case, queries=replace(queries, x_form=x_form), key_tokens=keys)
+    if isinstance(case, PixelCase):
+        sizes: dict[str, Any] = {"front": dice.randint(0, 2), "back": dice.randint(0, 2), "edge": dice.randint(0, 1)}
+        sizes |= {name: dice.random() < 0.6 for name in ("modulated", "noisy", "with_bias", "inside")}
+        sizes["modulated"] &= "scale" in named(case.reference, ())
+        return replace(case, **sizes)
     if isinstance(case, AdalnCase):
         optional = ("per_token", "with_tables", "with_gate", "with_mask", "with_modulation")
         chosen: dict[str, Any] = {name: dice.random() < 0.6 for name in optional}

@@ -182,7 +182,9 @@ def part(name: str, film: Film, device: torch.device, seed: int) -> Any:
         "latent_upsampler": ltx2.LTX2LatentUpsamplerModel,
     }
     generator = torch.Generator(device).manual_seed(seed)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+    # The upsampler's blur kernel is a product of integers, which CUDA has not (diffusers 0.42.1)
+    home = torch.device("cpu") if name == "latent_upsampler" else device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), home:
         torch.manual_seed(seed)
         made = kinds[name](**film.configs[name])
     # diffusers' own `to` warns about modules that it keeps in fp32: none
