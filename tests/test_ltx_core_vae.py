@@ -46,8 +46,9 @@ def without_gradients():
 def bare(blocks=PLAIN, causal=False, conditioned=False, padding=PaddingModeType.REFLECT, **rest):
     accepted = inspect.signature(ltx_core_vae.HOST_CLASS.__init__).parameters
     rest = {"base_channels": 4, **rest}
-    if "base_channels" not in accepted:  # the first 1.0.0, which has 128
-        del rest["base_channels"]
+    if "base_channels" not in accepted:  # the first 1.0.0: as many as the latents
+        if rest.pop("base_channels") == 32:
+            pytest.skip("this ltx-core's decoder is too narrow for the 32 groups of its GroupNorm")
     return ltx_core_vae.HOST_CLASS(
         in_channels=CHANNELS,
         decoder_blocks=blocks,

@@ -592,14 +592,16 @@ _FILLED: dict[str, tuple[type[Seam], Any]] = {
 
 def transformers(target: Any) -> list[Any]:
     """The LTX-2 transformer or video decoder given, or inside (an `X0Model`, a wrapper); empty when there is none."""
+    vae = _vae()
     found = ltx2.models_in([target], model.LTXModel)
-    if "ltx_core.model.video_vae.video_vae" in sys.modules:  # not imported: then nothing can be of it
-        found += ltx2.models_in([target], _vae().HOST_CLASS)
-    return found
+    return found if vae is None else found + ltx2.models_in([target], vae.HOST_CLASS)
 
 
 def _vae() -> Any:
-    from bitfuse.hosts import ltx_core_vae  # only here: it imports ltx-core's video VAE
+    """The adapter of ltx-core's video decoder; None where that is not imported, so that nothing can be one."""
+    if "ltx_core.model.video_vae.video_vae" not in sys.modules:
+        return None
+    from bitfuse.hosts import ltx_core_vae
 
     return ltx_core_vae
 
@@ -609,9 +611,9 @@ def accelerate(transformer: Any, handle: Handle) -> None:
     ltx-core's have not."""
     if handle.keep_text:
         raise ValueError("keep_text is True; accepted for an ltx-core model: False, its text is not kept")
-    if not isinstance(transformer, model.LTXModel):
-        shared = Model(handle, {"decoder": _vae().LEFT_OUT})
-        _vae().accelerate(transformer, shared, NAME)
+    if (vae := _vae()) is not None and isinstance(transformer, vae.HOST_CLASS):
+        shared = Model(handle, {"decoder": vae.LEFT_OUT})
+        vae.accelerate(transformer, shared, NAME)
         shared.take_over_is_done()
         return
     tables = entries(transformer_args, f"TransformerArgsPreprocessor.{_TABLES}")
