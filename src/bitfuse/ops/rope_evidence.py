@@ -200,43 +200,89 @@ def _cases(chain: Chain) -> tuple[RotaryCase, ...]:
 # -- wrong kernels ---------------------------------------------------------------------------------------------------
 
 
-def _mutants_of_split(in_fp32: bool) -> tuple[Mutant, ...]:
-    p1, p2 = "round_to(x1 * c, PRODUCT)", "round_to(x2 * c, PRODUCT)"
-    sum1, sum2 = "multiply_add(negate(s), x2, p1, FUSED)", "multiply_add(s, x1, p2, FUSED)"
-    either = Mutant(
-        "two roundings where addcmul has one, or one for two",
-        (("p1, FUSED)", "p1, not FUSED)"),),
-        harmless_for=() if in_fp32 else (FP16,),  # a product of fp16, rounded to it, leaves one way
-    )
+_ONE_FOR_TWO = "two roundings where addcmul has one, or one for two"
+_OTHER = "the other product fused"
+_THREE = "a rounding more, of the fused product"
+
+
+def mutants_of_form(chain: Chain) -> tuple[Mutant, ...]:
+    """Wrong kernels of the lines that are a form's own: which products are rounded, which is fused, and the signs."""
+    in_fp32 = chain.in_fp32
     # the rounded product leaves the compiler one way to contract: ours
     one_way = () if in_fp32 else (BF16, FP16)
-    fma1 = "tl.fma(x1, c, negate(s * x2))"
-    return (
-        *(() if in_fp32 else (_unrounded((p1, "x1 * c"), (p2, "x2 * c")),)),
-        Mutant("the sine's sign swapped", (("negate(s), x2", "s, x2"), ("(s, x1", "(negate(s), x1"))),
-        _contracted((sum1, "p1 - s * x2"), (sum2, "p2 + s * x1"), harmless_for=one_way),
-        Mutant("the other product contracted", ((sum1, fma1),)),
-        either,
-        Mutant("-s as 0 - s", (("negate(s)", "(0.0 - s)"),)),
-        Mutant("subnormals flushed", (("p1 = ", f"x1 = {flushed('x1')}\n    p1 = "),), harmless_for=(FP16,)),
-        Mutant("the last lane not written", (("lane < HALF", "lane < HALF - 1"),)),
-        _TOKEN_0,
-    )  # fmt: skip
+    exact = () if in_fp32 else (FP16,)  # a product of fp16, rounded to it, leaves one way
+    if chain.fuses == "none":
+        p, q = "round_to(x1 * c, PRODUCT)", "round_to(x2 * s, PRODUCT)"
+        swapped = (
+            (("x2, negate(s), PRODUCT", "x2, s, PRODUCT"), ("turn_one(x1, s", "turn_one(x1, negate(s)"))
+            if chain.split
+            else (("tl.join(negate(odd), even)", "tl.join(odd, negate(even))"),)
+        )
+        return (
+            *(() if in_fp32 else (_unrounded((f"{p} +", "x1 * c +")), _unrounded((f"+ {q}", "+ x2 * s")))),
+            Mutant(SIGN, swapped),
+            _contracted(),
+            Mutant("one rounding for product and sum", ((f"{p} + {q}", f"tl.fma(x2, s, {p})"),)),
+            Mutant("one rounding for the first product and the sum", ((f"{p} + {q}", f"tl.fma(x1, c, {q})"),)),
+        )
+    if chain.fuses == "sine":
+        p1, p2 = "round_to(x1 * c, PRODUCT)", "round_to(x2 * c, PRODUCT)"
+        sum1, sum2 = "multiply_add(negate(s), x2, p1, FUSED)", "multiply_add(s, x1, p2, FUSED)"
+        swapped = (("negate(s), x2, p1", "s, x2, p1"), ("(s, x1, p2", "(negate(s), x1, p2"))
+        own: tuple[Mutant, ...] = (
+            *(() if in_fp32 else (_unrounded((p1, "x1 * c"), (p2, "x2 * c")),)),
+            _contracted((sum1, "p1 - s * x2"), (sum2, "p2 + s * x1"), harmless_for=one_way),
+            Mutant(_OTHER, ((sum1, "tl.fma(x1, c, negate(s * x2))"),)),
+            Mutant(_ONE_FOR_TWO, (("p1, FUSED)", "p1, not FUSED)"),), harmless_for=exact),
+        )
+    elif chain.fuses == "first":
+        q1, q2 = "round_to(negate(s) * x2, PRODUCT)", "round_to(c * x2, PRODUCT)"
+        sum1, sum2 = "multiply_add(c, x1, q1, FUSED)", "multiply_add(s, x1, q2, FUSED)"
+        swapped = ((q1, "round_to(s * x2, PRODUCT)"), ("(s, x1, q2", "(negate(s), x1, q2"))
+        own = (
+            _unrounded((q1, "negate(s) * x2"), (q2, "c * x2")),
+            _contracted((sum1, "q1 + c * x1"), (sum2, "q2 + s * x1"), harmless_for=one_way),
+            Mutant(_OTHER, ((sum1, "tl.fma(negate(s), x2, round_to(c * x1, PRODUCT))"),)),
+            Mutant(_THREE, ((sum2, "round_to(s * x1, PRODUCT) + q2"),), harmless_for=(FP32,)),
+            Mutant(_ONE_FOR_TWO, (("q1, FUSED)", "q1, not FUSED)"),), harmless_for=exact),
+        )
+    else:
+        p1, p2 = "round_to(c_even * even, PRODUCT)", "round_to(s_odd * even, PRODUCT)"
+        sum1, sum2 = "multiply_add(negate(s_even), odd, p_even, FUSED)", "multiply_add(c_odd, odd, p_odd, FUSED)"
+        swapped = (("negate(s_even), odd", "s_even, odd"), (p2, "round_to(negate(s_odd) * even, PRODUCT)"))
+        own = (
+            _unrounded((p1, "c_even * even"), (p2, "s_odd * even")),
+            _contracted((sum1, "p_even - s_even * odd"), (sum2, "p_odd + c_odd * odd"), harmless_for=one_way),
+            Mutant(_OTHER, ((sum1, "tl.fma(c_even, even, round_to(negate(s_even) * odd, PRODUCT))"),)),
+            Mutant(_THREE, ((sum2, "round_to(c_odd * odd, PRODUCT) + p_odd"),), harmless_for=(FP32,)),
+            Mutant(_ONE_FOR_TWO, (("p_even, FUSED)", "p_even, not FUSED)"),), harmless_for=exact),
+            Mutant(
+                "odd channels with the even ones' entries", (("(c_odd, odd", "(c_even, odd"), ("s_odd *", "s_even *"))
+            ),
+        )
+    return (*own, Mutant(SIGN, swapped))
 
 
-def _mutants_of_interleaved(in_fp32: bool) -> tuple[Mutant, ...]:
+def _mutants(chain: Chain) -> tuple[Mutant, ...]:
+    if chain.split:
+        loaded = "out1, out2 = turn_halves("
+        flush = (loaded, f"x1 = {flushed('x1')}\n    {loaded}")
+        negated, last = ("negate(s)", "(0.0 - s)"), ("lane < HALF", "lane < HALF - 1")
+    else:
+        flush = ("even, odd =", f"x = {flushed('x')}\n    even, odd =")
+        negated, last = ("negate(odd)", "(0.0 - odd)"), ("lane < WIDTH", "lane < WIDTH - 1")
+        if chain.fuses == "second":
+            negated = ("negate(s_even)", "(0.0 - s_even)")
     return (
-        *(() if in_fp32 else (_unrounded(("round_to(x * c, PRODUCT)", "x * c")),)),
-        Mutant("the turn's sign swapped", (("tl.join(negate(odd), even)", "tl.join(odd, negate(even))"),)),
-        _contracted(),
-        Mutant("one rounding for product and sum", (("return p + q", "return tl.fma(turned, s, p)"),)),
-        Mutant("-x as 0 - x", (("negate(odd)", "(0.0 - odd)"),)),
-        Mutant("subnormals flushed", (("even, odd =", f"x = {flushed('x')}\n    even, odd ="),), harmless_for=(FP16,)),
-        Mutant("the last channel not written", (("lane < WIDTH", "lane < WIDTH - 1"),)),
+        *mutants_of_form(chain),
+        Mutant(f"{negated[0]} as {negated[1]}", (negated,)),
+        Mutant("subnormals flushed", (flush,), harmless_for=(FP16,)),
+        Mutant("the last lane not written", (last,)),
         _TOKEN_0,
     )
 
 
+SIGN = "the sine's sign swapped"
 _TOKEN_0 = Mutant("every token turned as token 0", (("token * stride_cos_token", "token * 0"),))
 
 
@@ -253,8 +299,8 @@ def _contracted(*edits: tuple[str, str], harmless_for: tuple[torch.dtype, ...] =
 
 
 def _audits(chain: Chain) -> tuple[Audit, ...]:
-    """For two results. Split: two products and two addcmul; interleaved: four products and two sums."""
-    counts = {"mul.rn.f32": 2, "fma.rn.f32": 2} if chain.split else {"mul.rn.f32": 4, "add.rn.f32": 2}
+    """For two results: two products and two addcmul, or, where no product is fused, four and two sums."""
+    counts = {"mul.rn.f32": 4, "add.rn.f32": 2} if chain.fuses == "none" else {"mul.rn.f32": 2, "fma.rn.f32": 2}
     roundings = 2 if chain.in_fp32 else 2 + counts["mul.rn.f32"]  # r3, and r1 where that is not fp32
     rounded = {**counts, "cvt.rn.bf16.f32": roundings}
     of_hosts = ("video self-attention, 768x512x121", "audio self-attention, 5 s")
@@ -280,7 +326,7 @@ EVIDENCE = {
     chain.reference.__name__: Evidence(
         battery=partial(_battery, chain=chain),
         cases=_cases(chain),
-        mutants=(_mutants_of_split if chain.split else _mutants_of_interleaved)(chain.in_fp32),
+        mutants=_mutants(chain),
         audits=_audits(chain),
         retiled=_retiled,
     )
