@@ -70,7 +70,9 @@ class Blocks(Part):
         self.step: Step = model.step  # type: ignore[attr-defined]
         self.graph: Any = None
 
-    def fused(self, module: Any, x: Any, context: Any, attention_mask: Any, timestep: Any, pe: Any, **kwargs: Any) -> Any:
+    def fused(
+        self, module: Any, x: Any, context: Any, attention_mask: Any, timestep: Any, pe: Any, **kwargs: Any
+    ) -> Any:
         run = self.run if self.graph is None else self.graph
         return run(x, context, attention_mask, timestep, pe, **kwargs)
 
@@ -159,5 +161,3 @@ def _left_out_of_blocks() -> list[Entry]:
 
 def _left_out_of_tables() -> list[Entry]:
     return entries(_av, *_OF_TABLES) + entries(_model, *_OF_TABLES_BELOW)
-
-

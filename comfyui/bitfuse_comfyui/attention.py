@@ -40,7 +40,9 @@ class Forms:
     def __init__(self) -> None:
         self._found: dict[Any, tuple[Operator | None, str | None]] = {}
 
-    def of(self, attn: Any, split: bool, dtype: torch.dtype, device: torch.device) -> tuple[Operator | None, str | None]:
+    def of(
+        self, attn: Any, split: bool, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Operator | None, str | None]:
         key = split, attn.heads, attn.dim_head, dtype, device, _backends()
         if key not in self._found:
             if ltx2.dispatch_mode_is_on() or upstream.model_management.in_training:
@@ -131,6 +133,7 @@ class CrossAttention(Part):
         if operator is not None:
             tables, of_keys = self._step.tables(pe), UNGATED if k_pe is None else self._step.tables(k_pe)
             if tables is not None and of_keys is not None:
+                site.operator = operator.name
                 return site.call(operator, q, k, *weights, *tables, *of_keys, eps)
             reason = "the rotary tables are not those that the model has made for this forward"
         site.fall(f"the rotary embedding stays ComfyUI's, after the norms: {reason}")

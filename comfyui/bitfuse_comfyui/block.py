@@ -20,7 +20,6 @@ from bitfuse.core.operator import Operator
 from bitfuse.hosts import ltx2
 from bitfuse.hosts.ltx2 import ABSENT, AUDIO, NATIVE, UNGATED, VIDEO, Ada, Fork, modulation
 from bitfuse.hosts.part import Model
-from bitfuse.hosts.site import Site
 from bitfuse.ops.adaln import (
     GATED_RESIDUAL_ADDCMUL,
     MODULATE,

@@ -10,56 +10,83 @@ from torch import Tensor
 
 from bitfuse.core.operator import Operator
 from bitfuse.hosts.ltx2 import Rotary
-from bitfuse.ops.qk_norm import QK_INTERLEAVED_PER_OP, QK_SPLIT_PER_OP
-from bitfuse.ops.rope import INTERLEAVED_PER_OP, SPLIT_PER_OP
+from bitfuse.ops.qk_norm import (
+    QK_INTERLEAVED_FIRST_ROUNDED,
+    QK_INTERLEAVED_PER_OP,
+    QK_SPLIT_PER_OP,
+    QK_SPLIT_SECOND_ROUNDED,
+    QK_SPLIT_THREE_OPS,
+)
+from bitfuse.ops.rope import (
+    INTERLEAVED_FIRST_ROUNDED,
+    INTERLEAVED_PER_OP,
+    SPLIT_PER_OP,
+    SPLIT_SECOND_ROUNDED,
+    SPLIT_THREE_OPS,
+)
 
 from . import upstream
 
+Tables = tuple[Tensor, Tensor]
 
-def _matrix(cos: Tensor, sin: Tensor) -> Tensor:
-    """ComfyUI's from 0.30 on, as `freqs_cis_matrix` makes it, of tables [B, H, T, D / 2]."""
-    cos, sin = cos.swapaxes(1, 2), sin.swapaxes(1, 2)
+
+def tables_of(matrix: Tensor, split: bool) -> Tables:
+    """cos and sin, as operators take them, of ComfyUI's matrix (c, -s; s, c) [B, T, H, D / 2, 2, 2] for each pair."""
+    cos, sin = (matrix[..., row, 0] for row in (0, 1))
+    if split:
+        return cos.contiguous().swapaxes(1, 2), sin.contiguous().swapaxes(1, 2)
+    return cos.repeat_interleave(2, dim=-1).flatten(2), sin.repeat_interleave(2, dim=-1).flatten(2)
+
+
+def _matrix(cos: Tensor, sin: Tensor, heads: int | None) -> Tensor:
+    """The matrix of tables, as `freqs_cis_matrix` makes it. `heads`: of interleaved ones."""
+    if heads is None:
+        cos, sin = cos.swapaxes(1, 2), sin.swapaxes(1, 2)
+    else:
+        cos, sin = (t.unflatten(2, (heads, -1))[..., ::2] for t in (cos, sin))
     return torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
 
 
-def _split(function: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    pe = (_matrix(cos, sin), True) if upstream.BY_KITCHEN else (cos, sin, True)
-    return function(x, pe)
+class Turned:
+    """The host's function on one x: alone, or as the first or the second of two, as queries and keys are.
+
+    place    of x among two; None: alone
+    """
+
+    HEAD = 32  # channels of a head: an interleaved embedding is the same for any number of them
+
+    def __init__(self, split: bool, place: int | None):
+        self._split, self._place = split, place
+
+    def __call__(self, function: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if not upstream.BY_KITCHEN:
+            return function(x, (cos, sin, self._split))
+        pe = _matrix(cos, sin, None if self._split else x.shape[-1] // self.HEAD), self._split
+        if self._place is None:
+            return function(x, pe)
+        return function(*((x, x.clone()) if self._place == 0 else (x.clone(), x)), pe)[self._place]
 
 
-def _first_of_two(function: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return function(x, x.clone(), (_matrix(cos, sin), True))[0]
-
-
-def _second_of_two(function: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return function(x.clone(), x, (_matrix(cos, sin), True))[1]
-
-
-def _interleaved(function: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return function(x, (cos, sin, False))
-
-
-def _candidate(alone: Operator, qk: Operator) -> list[Rotary]:
+def _candidate(split: bool, alone: Operator, qk: Operator) -> list[Rotary]:
     """One operator, and each way in which the host turns queries and keys that it has to equal."""
     home = upstream.model
-    found = [Rotary(home, "apply_rotary_emb", alone, qk, _split)]
+    found = [Rotary(home, "apply_rotary_emb", alone, qk, Turned(split, None), not split)]
     if upstream.BY_KITCHEN:
-        found += [Rotary(home, "apply_rotary_emb_qk", alone, qk, how) for how in (_first_of_two, _second_of_two)]
+        found += [Rotary(home, "apply_rotary_emb_qk", alone, qk, Turned(split, i), not split) for i in (0, 1)]
     return found
 
 
-_SPLIT = [(SPLIT_PER_OP, QK_SPLIT_PER_OP)]
-
-FORMS: dict[bool, list[list[Rotary]]] = {
-    True: [_candidate(*form) for form in _SPLIT],
-    False: []
-    if upstream.BY_KITCHEN
-    else [
-        [
-            Rotary(
-                upstream.model, "apply_rotary_emb", INTERLEAVED_PER_OP, QK_INTERLEAVED_PER_OP, _interleaved, True
-            )
-        ]
+_KNOWN = {
+    True: [
+        (SPLIT_PER_OP, QK_SPLIT_PER_OP),
+        (SPLIT_THREE_OPS, QK_SPLIT_THREE_OPS),
+        (SPLIT_SECOND_ROUNDED, QK_SPLIT_SECOND_ROUNDED),
+    ],
+    False: [
+        (INTERLEAVED_PER_OP, QK_INTERLEAVED_PER_OP),
+        (INTERLEAVED_FIRST_ROUNDED, QK_INTERLEAVED_FIRST_ROUNDED),
     ],
 }
+
+FORMS = {split: [_candidate(split, *form) for form in forms] for split, forms in _KNOWN.items()}
 """By whether halves of a head are turned (else neighbours): each operator that may be equal, as `_candidate` has it."""

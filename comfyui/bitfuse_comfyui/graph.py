@@ -2,13 +2,12 @@
 """The blocks of one forward as one CUDA graph: what comes before and after them is a few kernels, and stays as it is.
 
 Before the blocks ComfyUI looks at values on the CPU (masks, guides) and makes tables there, which can't be captured.
-The blocks themselves are nothing but kernels, as long as all weights are on the GPU and nobody else takes part; whatever
-else there is among the transformer's options runs them without a graph, and the report says what.
+The blocks themselves are nothing but kernels, as long as all weights are on the GPU and nobody else takes part. With
+anything else among the transformer's options they run without a graph, and the report says why.
 """
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from typing import Any
 
@@ -28,47 +27,46 @@ READ_AS_VALUES = ("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn")
 
 def graph_blocks(transformer: Any, ours: Any, shared: Model) -> None:
     """Have the blocks of an accelerated transformer run through a CUDA graph, where one can be made."""
-    handle = shared.handle
     reference = weakref.ref(ours)
 
     def forward(video: Tensor, audio: Tensor, rest: Any, options: Any) -> Any:
         part: Any = reference()
-        # They are written in place, which a graph's inputs must not be
-        x = [video.clone(), audio.clone()]
+        x = [video.clone(), audio.clone()]  # blocks may write into them, and a graph's inputs are to stay
         return part.run(x, **_unpacked(rest), transformer_options=dict(options))
 
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     replay = GraphedForward(transformer, forward, settings=lambda: tuple(shared.reasons().items()))
-    handle.add_graph(replay)
+    shared.handle.add_graph(replay)
+    patched = [vars(module) for module in transformer.modules() if isinstance(module, upstream.ops.CastWeightBiasOp)]
 
     def run(x: Any, context: Any, attention_mask: Any, timestep: Any, pe: Any, **kwargs: Any) -> Any:
-        options = kwargs.get("transformer_options") or {}
-        reason = _why_not(options, kwargs, transformer_of=reference)
-        if reason is not None:
+        part: Any = reference()
+        options, mask = kwargs.get("transformer_options") or {}, kwargs.get("self_attention_mask")
+        if (reason := _why_not(options, mask, patched)) is not None:
             replay.reasons[reason] += 1
-            return reference().run(x, context, attention_mask, timestep, pe, **kwargs)  # type: ignore[union-attr]
+            return part.run(x, context, attention_mask, timestep, pe, **kwargs)
         rest = {"context": context, "attention_mask": attention_mask, "timestep": timestep, "pe": pe}
-        rest["self_attention_mask"] = kwargs.get("self_attention_mask")
         read = {name: options[name] for name in READ_AS_VALUES if name in options}
-        return replay(x[0], x[1], _packed(rest), read)
+        return replay(x[0], x[1], _packed(rest | {"self_attention_mask": mask}), read)
 
     ours.graph = run
-    handle.on_restore(lambda: replay.retire("bitfuse was restored"))
+    retire = weakref.WeakMethod(replay.retire)
+    shared.handle.on_restore(lambda: (found := retire()) and found("bitfuse was restored"))
 
 
-def _why_not(options: Any, kwargs: Any, transformer_of: Any) -> str | None:
+def _why_not(options: Any, mask: Any, patched: list[dict[str, Any]]) -> str | None:
+    """Why the blocks of this forward run without a graph.
+
+    patched    the attributes of each module that a LoRA may patch
+    """
     if options.get("prefetch_dynamic_vbars"):
         return "the model's weights are streamed (dynamic VRAM), and their addresses change"
     for name, value in options.items():
-        if name in UNREAD or name in READ_AS_VALUES or _is_nothing(value):
-            continue
-        return f"transformer_options has {name!r}, which a graph would not follow"
-    if isinstance(kwargs.get("self_attention_mask"), upstream.model.GuideAttentionMask):
+        if name not in UNREAD and name not in READ_AS_VALUES and not _is_nothing(value):
+            return f"transformer_options has {name!r}, which a graph would not follow"
+    if isinstance(mask, upstream.model.GuideAttentionMask):
         return "a guide's attention mask takes part, which a graph does not follow"
-    part = transformer_of()
-    for module in part.module.modules() if part is not None else ():
-        if getattr(module, "weight_function", None) or getattr(module, "bias_function", None):
-            return "a LoRA is applied to weights at each call"
+    if any(found.get("weight_function") or found.get("bias_function") for found in patched):
+        return "a LoRA is applied to weights at each call"
     return None
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import upstream
+from .forms import tables_of
 
 Frames = tuple[int, int]  # frames of a video, and tokens of each
 
@@ -31,7 +32,7 @@ class Step:
         self.under_way = False
         self._tables: dict[int, tuple[Any, tuple[Tensor, Tensor]]] = {}
         self._rows: dict[tuple[int, Frames | None], tuple[Any, Tensor]] = {}
-        self._weights: tuple[Tensor, ...] = ()
+        self._weights: list[dict[str, Any]] = []
         self._resident: bool | None = None
 
     @contextlib.contextmanager
@@ -40,10 +41,12 @@ class Step:
         try:
             for one in (table for of_stream in pe for table in of_stream):
                 self._note(one)
-            self._weights, self._resident, self.under_way = tuple(model.parameters()), None, True
+            if not self._weights:
+                self._weights = [module._parameters for module in model.modules() if module._parameters]
+            self._resident, self.under_way = None, True
             yield
         finally:
-            self.under_way, self._weights = False, ()
+            self.under_way = False
             self._tables.clear()
             self._rows.clear()
 
@@ -52,9 +55,7 @@ class Step:
     def _note(self, pe: Any) -> None:
         """Up to 0.27 the tables are cos and sin; from 0.30 on a matrix (c, -s; s, c) for each pair of channels."""
         if upstream.BY_KITCHEN:
-            matrix, _ = pe
-            cos, sin = (matrix[..., row, 0].contiguous().swapaxes(1, 2) for row in (0, 1))
-            self._tables[id(pe)] = pe, (cos, sin)
+            self._tables[id(pe)] = pe, tables_of(*pe)
 
     def tables(self, pe: Any) -> tuple[Tensor, Tensor] | None:
         """cos and sin of an attention's `pe`, [B, H, T, D / 2] where halves are turned; None where they are not known:
@@ -81,11 +82,15 @@ class Step:
     # -- weights -------------------------------------------------------------------------------------------------------
 
     def resident(self, device: torch.device) -> bool:
-        """Whether all weights of the model are on this device: none is streamed to it while a block runs."""
+        """Whether all weights of the model are on this device: none is streamed to it while a block runs.
+
+        Looked at once per forward: 0.3 ms for the 3,500 of 48 layers.
+        """
         if not self.under_way:
             return False
         if self._resident is None:
-            self._resident = set(map(attrgetter("device"), self._weights)) == {device}
+            weights = (t for held in self._weights for t in held.values() if t is not None)
+            self._resident = set(map(attrgetter("device"), weights)) == {device}
         return self._resident
 
 
@@ -106,8 +111,6 @@ def _rows(timestep: Any, frames: Frames | None, batch: int) -> Tensor:
 
 def frames_of(tokens: int, *timesteps: Any) -> Frames | None:
     """How the video's tokens are to be seen, such that a row of AdaLN values serves each frame; None: as they are."""
-    for one in timesteps:
-        if isinstance(one, upstream.av_model.CompressedTimestep) and one.patches_per_frame > 1:
-            if one.num_frames * one.patches_per_frame == tokens:
-                return one.num_frames, one.patches_per_frame
-    return None
+    compressed = [one for one in timesteps if isinstance(one, upstream.av_model.CompressedTimestep)]
+    seen = ((one.num_frames, one.patches_per_frame) for one in compressed if one.patches_per_frame > 1)
+    return next((frames for frames in seen if frames[0] * frames[1] == tokens), None)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """bitfuse for the duration of one forward of the model: what a node adds to a clone of a ModelPatcher.
 
-All clones of a ModelPatcher, in whichever branch of a workflow, share one set of modules. So nothing of bitfuse stays in
-a module: before a forward of a branch with the node, forwards of ours are put into the blocks and the attentions, and
-after it they are taken out again, whatever has happened (48 layers: 0.2 ms). What another node has put in the place of
-a block's or an attention's forward stays there, and the rest is fused.
+All clones of a ModelPatcher, in whichever branch of a workflow, share one set of modules. So nothing of bitfuse stays
+in a module: before a forward of a branch with the node, forwards of ours are put into blocks and attentions, and after
+it they are taken out again, whatever has happened. What another node has put in the place of a block's or an
+attention's forward stays there, and the rest is fused.
 """
 
 from __future__ import annotations
@@ -171,5 +171,3 @@ def attach(patcher: Any, options: Options) -> Any:
     clone.add_callback_with_key(when, KEY, wrapper.release)
     clone.set_attachments(KEY, wrapper)
     return clone
-
-
