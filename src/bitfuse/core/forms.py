@@ -74,9 +74,9 @@ def _answer(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     if func is Tensor.mean and args[1:] == (-1,) and named == {"keepdim": True}:
         return first.new_empty((*first.shape[:-1], 1))
     if func is torch.stack and named in ({"dim": -1}, {"dim": -2}) and all(t.shape == first.shape for t in operands):
-        shape = [*first.shape, len(operands)]
-        shape[-1], shape[named["dim"]] = shape[named["dim"]], shape[-1]
-        return first.new_empty(shape, dtype=dtype)
+        sizes = [*first.shape, len(operands)]
+        sizes[-1], sizes[named["dim"]] = sizes[named["dim"]], sizes[-1]
+        return first.new_empty(sizes, dtype=dtype)
     if func in _NORMS and (func is F.layer_norm or first.is_contiguous()) and args[1:] == (first.shape[-1:],):
         rows = [t for t in named.values() if isinstance(t, Tensor)]
         return first.new_empty(first.shape) if all(t.shape == first.shape[-1:] for t in rows) else None

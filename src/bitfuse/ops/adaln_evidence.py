@@ -15,14 +15,29 @@ from bitfuse.core.emulated import layer_norm_mean_square, mean_mean_square
 from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed, fold_mutants
 from bitfuse.core.launch import Plan, named
 from bitfuse.core.reduction import LAYER_NORM, MEAN
-from bitfuse.core.values import ROW_FAMILIES, battery_shape, lookalike
+from bitfuse.core.values import ROW_FAMILIES, battery_shape, lookalike, significands, signs
 from bitfuse.ops import adaln
 from bitfuse.ops.adaln import ADDCMUL, VALUES, Rstd, given_sum, modulated, rstd_composed, rstd_native, statistic
 
 # -- what a wrong kernel trips over ------------------------------------------------------------------------------------
 
 
-def battery(*args: Any, names: tuple[str, ...], few: bool = False) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def _overflowing(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """y * gate around 2^128, x infinite or the largest value: a product of bf16 is exact in fp32 but for these, so only
+    here does an addcmul that rounds once differ from one that rounds the product and then the sum."""
+    n = torch.Size(shape).numel()
+    sign = signs(n, generator).view(shape)
+    if what == "mask":
+        return torch.ones(shape, device=generator.device)
+    if what != "x":
+        return sign * significands(dtype, n, generator).float().view(shape) * 2.0**63
+    largest = torch.tensor([1.0, torch.finfo(dtype).max, float("inf")], device=generator.device)
+    return sign * largest[torch.randint(3, shape, generator=generator, device=generator.device)]
+
+
+def battery(
+    *args: Any, names: tuple[str, ...], few: bool = False, addcmul: bool = False
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(family, arguments) with the same signature as `args`, which have these names. few: `battery_shape`.
 
     In the last family the strides are as dense as those of `args` allow; in the others each operand whose strides
@@ -31,7 +46,8 @@ def battery(*args: Any, names: tuple[str, ...], few: bool = False) -> Iterator[t
     x = args[0]
     batch, tokens = battery_shape(x.shape[0], x.shape[1], few)
     generator = torch.Generator(x.device).manual_seed(21)
-    for family, draw in ROW_FAMILIES.items():
+    families = ROW_FAMILIES | ({"overflowing products": _overflowing} if addcmul else {})
+    for family, draw in families.items():
         found: list[Any] = []
         for place, (arg, name) in enumerate(zip(args, names, strict=False)):
             if not isinstance(arg, Tensor):
@@ -116,6 +132,9 @@ class AdalnCase:
         return tuple(given.values())
 
 
+_SLICED = "ComfyUI: text, a slice of a wider tensor's columns"
+
+
 def cases(reference: Callable[..., Any], dtypes: tuple[torch.dtype, ...]) -> tuple[AdalnCase, ...]:
     def case(name: str, tokens: int, width: int, **kwargs: Any) -> AdalnCase:
         return AdalnCase(name, tokens, width, reference, **kwargs)
@@ -147,7 +166,7 @@ def cases(reference: Callable[..., Any], dtypes: tuple[torch.dtype, ...]) -> tup
     ]
     if reference is adaln.modulate:
         found += [
-            case("ComfyUI: text, half of a tensor's columns", 1024, 4096, ada_rows=2, apart=True, real=True),
+            case(_SLICED, 1024, 4096, ada_rows=2, apart=True, real=True),
             case("rows apart", 21, 384, batch=2, apart=True),
             case("rows apart, one token", 1, 256, batch=3, apart=True),
             case("rows apart, per token", 13, 256, batch=2, per_token=True, apart=True),
@@ -317,14 +336,15 @@ def _evidence(
     order: str | None = None,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
     audit: Audit | None = None,
+    further: tuple[Audit, ...] = (),
     **more: Any,
 ) -> Evidence:
     names = tuple(named(reference, ()))
     return Evidence(
-        battery=partial(battery, names=names, few=order == MEAN),
+        battery=partial(battery, names=names, few=order == MEAN, addcmul=reference in ADDCMUL),
         cases=cases(reference, dtypes),
         mutants=(*mutants, *_EVERY),
-        audits=(audit or _audit(reference, order),),
+        audits=(audit or _audit(reference, order), *further),
         retiled=retiled,
         steps=steps,
         **more,
@@ -362,7 +382,12 @@ EVIDENCE: dict[str, Evidence] = {
     "gated_residual_addcmul": _evidence(
         adaln.gated_residual_addcmul, ("addcmul",), (*_RESIDUAL_ADDCMUL, *_RESIDUAL_BARE)
     ),
-    "modulate": _evidence(adaln.modulate, ("modulation",), (*_MODULATED, *_MODULATED_BARE)),
+    "modulate": _evidence(
+        adaln.modulate,
+        ("modulation",),
+        (*_MODULATED, *_MODULATED_BARE),
+        further=(replace(_audit(adaln.modulate, None), case=_SLICED),),
+    ),
     "layer_norm_modulate": _evidence(adaln.layer_norm_modulate, ("modulation", "norm"), _MODULATED),
     **{
         reference.__name__: evidence(reference)

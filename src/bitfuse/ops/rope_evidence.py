@@ -267,15 +267,14 @@ def _mutants(chain: Chain) -> tuple[Mutant, ...]:
     if chain.split:
         loaded = "out1, out2 = turn_halves("
         flush = (loaded, f"x1 = {flushed('x1')}\n    {loaded}")
-        negated, last = ("negate(s)", "(0.0 - s)"), ("lane < HALF", "lane < HALF - 1")
+        negated, value, last = "s", "s", ("lane < HALF", "lane < HALF - 1")
     else:
         flush = ("even, odd =", f"x = {flushed('x')}\n    even, odd =")
-        negated, last = ("negate(odd)", "(0.0 - odd)"), ("lane < WIDTH", "lane < WIDTH - 1")
-        if chain.fuses == "second":
-            negated = ("negate(s_even)", "(0.0 - s_even)")
+        negated, value = ("s", "s_even") if chain.fuses == "second" else ("x", "odd")
+        last = ("lane < WIDTH", "lane < WIDTH - 1")
     return (
         *mutants_of_form(chain),
-        Mutant(f"{negated[0]} as {negated[1]}", (negated,)),
+        Mutant(f"-{negated} as 0 - {negated}", ((f"negate({value})", f"(0.0 - {value})"),)),
         Mutant("subnormals flushed", (flush,), harmless_for=(FP16,)),
         Mutant("the last lane not written", (last,)),
         _TOKEN_0,
