@@ -222,12 +222,17 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         save()
         if not tiny:
-            row["kernels"] = kernels(patchers, of, tokens, device)
+            try:
+                row["kernels"] = kernels(patchers, of, tokens, device)
+            except Exception as error:  # of the profiler: the times stand without it
+                row["kernels_error"] = f"{type(error).__name__}: {error}"[:300]
+        row["graph"] = graphs_of(patchers["graph"].get_attachment(wrapper.KEY))
         for way in WAYS:  # a graph's memory is this size's
             patchers[way].get_attachment(wrapper.KEY).release()
         gc.collect()
         save()
     found["left_behind"] = left_behind(stock.model.diffusion_model, before)
+    found["on_and_off_us"] = on_and_off_us(patchers["bitfuse"].get_attachment(wrapper.KEY))
     found["report"] = {way: patchers[way].get_attachment(wrapper.KEY).report().splitlines() for way in WAYS}
     save()
     found["sampler_differs"] = sampled(patchers, of, 24 if tiny else 1536)
@@ -237,6 +242,24 @@ def main() -> None:
     save()
     show(found)
     raise SystemExit(found["exit_code"])
+
+
+def graphs_of(node: Any) -> list[dict[str, Any]]:
+    """What the CUDA graphs of a node did so far, and why forwards ran without one."""
+    every = [graph for parked in node.prepared for graph in parked.graphs]
+    return [{"captures": g.captures, "replays": g.replays, "reasons": dict(g.reasons)} for g in every]
+
+
+def on_and_off_us(node: Any) -> float:
+    """Microseconds to put the forwards into the model and to take them out again."""
+    times = []
+    for parked in node.prepared:
+        for _ in range(200):
+            start = time.perf_counter()
+            with parked.standing():
+                pass
+            times.append((time.perf_counter() - start) * 1e6)
+    return round(statistics.median(times), 1)
 
 
 def backends(upstream: Any) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def weights(of, device="cpu", dtype=torch.bfloat16, seed=0):
 
 
 def load(version="2.0", sizes=None, device="cpu", dtype=torch.bfloat16, seed=0, options=None, **more):
-    """A ModelPatcher by ComfyUI's own loader; it computes in bf16."""
+    """A ModelPatcher by ComfyUI's own loader; it computes in bf16, for which it would take fp32 on a CPU."""
     import comfy.sd
 
     of = config(version, sizes, **more)
@@ -157,7 +157,8 @@ def load(version="2.0", sizes=None, device="cpu", dtype=torch.bfloat16, seed=0, 
         **(options or {}),
     }
     patcher = comfy.sd.load_diffusion_model_state_dict(state, options, metadata, disable_dynamic=True)
-    patcher.set_model_compute_dtype(torch.bfloat16)
+    if device == "cpu":
+        patcher.set_model_compute_dtype(torch.bfloat16)
     return patcher
 
 

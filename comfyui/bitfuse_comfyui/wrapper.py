@@ -55,6 +55,10 @@ class Parked(Handle):
             if one is ours:
                 _take_out(held, one, had)
 
+    @property
+    def under_way(self) -> bool:
+        return self._inside > 0
+
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
         """While this block is entered, by any number of threads, the forwards stand in the model."""
@@ -128,15 +132,23 @@ class Wrapper:
                 found = self._of[model] = _prepared(model, self.options)
             return found
 
+    @property
+    def prepared(self) -> list[Parked]:
+        """What was prepared for each model that has run with this node."""
+        return list(self._of.values())
+
     def report(self) -> str:
         """What was fused and what was not, and why, so far."""
-        found = [str(parked.report()) for parked in self._of.values()]
+        found = [str(parked.report()) for parked in self.prepared]
         return "\n\n".join(found) or "bitfuse: no forward of the model has run with this node yet"
 
-    def release(self, *_: Any) -> None:
-        """Give back the memory of CUDA graphs, when ComfyUI takes the model off the device."""
-        for parked in self._of.values():
-            for graph in parked.graphs:
+    def release(self, patcher: Any = None, unpatch_all: bool = True) -> None:
+        """Give back the memory of CUDA graphs: ComfyUI takes the model off the device.
+
+        It says so of each clone that Python frees, too, at whichever moment (`unpatch_all` is False then).
+        """
+        for parked in self.prepared if unpatch_all else ():
+            for graph in parked.graphs if not parked.under_way else ():
                 graph.reset()
 
 
