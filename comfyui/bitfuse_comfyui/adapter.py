@@ -21,6 +21,7 @@ from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import Entry, entries, functions, of_operators, why_not_read, why_not_stock
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.qk_norm import QK_RMS_NORM
+from bitfuse.tools import packages
 
 from . import block as blocks
 from . import upstream
@@ -161,3 +162,50 @@ def _left_out_of_blocks() -> list[Entry]:
 
 def _left_out_of_tables() -> list[Entry]:
     return entries(_av, *_OF_TABLES) + entries(_model, *_OF_TABLES_BELOW)
+
+
+# -- for `bitfuse doctor` ----------------------------------------------------------------------------------------------
+
+
+def look(device: torch.device) -> Iterator[tuple[str, str, str, str, str]]:
+    """(what, ok or note, what was found, what it means, what to do) of what the bits depend on besides ComfyUI's code."""
+    yield _look_at_kitchen(device)
+    yield _look_at_attention(device)
+
+
+def _look_at_kitchen(device: torch.device) -> tuple[str, str, str, str, str]:
+    name = "comfy-kitchen"
+    if not upstream.BY_KITCHEN:
+        return name, "ok", "not asked", "up to 0.27 the rotary embedding is ComfyUI's own", "nothing"
+    version = getattr(upstream.kitchen, "__version__", None) or packages.version("comfy-kitchen") or "unknown"
+    states = upstream.kitchen.list_backends() if upstream.kitchen is not None else {}
+    at_work = [backend for backend, of in states.items() if of["available"] and not of["disabled"]]
+    operator, reason = Forms().of(_Sizes(), True, torch.bfloat16, device)
+    found = f"{version}, backends {', '.join(at_work) or 'none'}"
+    if operator is None:
+        meaning = f"its rotary embedding equals no operator, and stays: {reason}"
+        return name, "note", found, meaning, "norms and all else are fused; a newer bitfuse may know this form"
+    meaning = f"its rotary embedding of a bf16 head of {_Sizes.dim_head} is equal to {operator.name}, tried here"
+    return name, "ok", found, meaning, "nothing"
+
+
+class _Sizes:
+    """An attention's, of LTX-2's video."""
+
+    heads, dim_head = 4, 128
+
+
+def _look_at_attention(device: torch.device) -> tuple[str, str, str, str, str]:
+    chosen, order = upstream.attention.optimized_attention, getattr(_ops, "SDPA_BACKEND_PRIORITY", None)
+    found = getattr(chosen, "__name__", str(chosen))
+    if device.type != "cuda" or order is None or found != "attention_pytorch":
+        return "attention", "ok", found, "it is called by bitfuse as ComfyUI calls it", "nothing"
+    names = [backend.name for backend in order]
+    found = f"{found}, which asks PyTorch for {' before '.join(names[:2])}"
+    if torch.cuda.get_device_capability(device)[0] != 9 or names[0] != "FLASH_ATTENTION":
+        return "attention", "ok", found, "it is called by bitfuse as ComfyUI calls it", "nothing"
+    meaning = (
+        "on Hopper PyTorch's FlashAttention-2 takes 1.9 times as long as its cuDNN attention (H100, torch 2.11, 24576 "
+        "tokens); the bits of the two differ, so bitfuse leaves the choice"
+    )
+    return "attention", "note", found, meaning, "a node that sets optimized_attention_override can choose another"

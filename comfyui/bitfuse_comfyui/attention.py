@@ -43,6 +43,8 @@ class Forms:
     def of(
         self, attn: Any, split: bool, dtype: torch.dtype, device: torch.device
     ) -> tuple[Operator | None, str | None]:
+        if device.type == "meta":  # nothing is computed there, by `bitfuse explain` say
+            device = torch.device("cpu")
         key = split, attn.heads, attn.dim_head, dtype, device, _backends()
         if key not in self._found:
             if ltx2.dispatch_mode_is_on() or upstream.model_management.in_training:

@@ -105,7 +105,7 @@ Operators = Annotated[
 ]
 Host = Annotated[
     str,
-    _one_of("--host", "a host", "hosts.registry.HOSTS", "Whose transformer: diffusers, ltx-core or sglang."),
+    _one_of("--host", "a host", "hosts.registry.HOSTS", "Whose transformer: diffusers, ltx-core, sglang or comfyui."),
 ]
 
 
@@ -179,7 +179,7 @@ def verify(
             "--host",
             "a host",
             "hosts.registry.HOSTS",
-            "Also a step of this host's transformer: diffusers, ltx-core or sglang.",
+            "Also a step of this host's transformer: diffusers, ltx-core, sglang or comfyui.",
         ),
     ] = None,
     json_file: JsonFile = None,

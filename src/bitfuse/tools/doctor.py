@@ -505,6 +505,8 @@ def _hosts(device: torch.device) -> Iterator[Finding]:
         if host == "diffusers":
             yield from _connectors()
             yield from _diffusion_decoder(device)
+        if host == "comfyui":
+            yield from _comfyui(device)
     if not installed:
         found = f"none of {', '.join(HOSTS)} is installed"
         meaning = "no model can be accelerated; operators can be called by themselves"
@@ -514,8 +516,6 @@ def _hosts(device: torch.device) -> Iterator[Finding]:
             "bitfuse knows the sources of these versions; models of what is installed are accelerated without them"
         )
         yield Finding("other hosts", NOTE, f"not installed: {', '.join(missing)}", meaning)
-    if version := packages.version("comfyui"):
-        yield Finding("comfyui", NOTE, version, "bitfuse has no adapter for it", "use LTX-2 in diffusers")
 
 
 def _models(host: str) -> Iterator[Finding]:
@@ -565,6 +565,16 @@ def _diffusion_decoder(device: torch.device) -> Iterator[Finding]:
     advice = "pip install kernels and set LTX2VideoVaeNeighborhoodNattenProcessor, or compile flex_attention"
     found = "FlexAttention, uncompiled, unless another processor is set"
     yield Finding("diffusers' diffusion decoder: attention", NOTE, found, meaning, advice)
+
+
+def _comfyui(device: torch.device) -> Iterator[Finding]:
+    """What the bits of ComfyUI's LTX-2 depend on besides its own code."""
+    try:
+        adapter = HOSTS["comfyui"].load()
+    except ImportError:
+        return  # said above
+    for name, state, found, meaning, advice in adapter.look(device):
+        yield Finding(f"{adapter.NAME}: {name}", {"ok": OK, "note": NOTE}[state], found, meaning, advice)
 
 
 def _taken_over(host: str, model: Any, of: str, what: str) -> Finding:

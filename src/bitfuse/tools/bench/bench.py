@@ -260,6 +260,7 @@ _PLAIN: dict[str, dict[str, Any]] = {"bitfuse": {}, "text kept": {"keep_text": T
 _GRAPH: dict[str, dict[str, Any]] = {  # options of the graph; SGLang captures its own
     "diffusers": {"cuda_graph": True, "keep_text": True},
     "ltx-core": {"cuda_graph": True},
+    "comfyui": {"cuda_graph": True},
 }
 _COMPILE: dict[str, Any] = {"fullgraph": True}  # as diffusers documents it, in the default mode
 
@@ -329,9 +330,10 @@ def model(
     """One step of a host's LTX-2 transformer on seeded weights, each way to run it by turns, in one process.
 
     The ways in diffusers: stock, bitfuse, in LTX-2.0 bitfuse with the text kept, bitfuse with its CUDA graph (and the
-    text kept), `compile_repeated_blocks`, and that in one CUDA graph; in ltx-core: stock, bitfuse, and its CUDA graph;
-    in SGLang: stock, bitfuse, and SGLang's own tier "high", whose bits may differ. The outputs of the bitfuse ways are
-    compared with stock's before they are timed and after every step; one that differs, or fused nothing, gets no time.
+    text kept), `compile_repeated_blocks`, and that in one CUDA graph; in ltx-core and ComfyUI: stock, bitfuse, and its
+    CUDA graph; in SGLang: stock, bitfuse, and SGLang's own tier "high", whose bits may differ. The outputs of the
+    bitfuse ways are compared with stock's before they are timed and after every step; one that differs, or fused
+    nothing, gets no time.
 
     tokens    video tokens, one of `LATENTS`
     layers    transformer layers; by default as many of the 48 as fit
@@ -347,7 +349,7 @@ def model(
     inputs = seeded.make_inputs(stock, geometry, device, seed=0)
     # later versions modulate the text at every step
     plain_ways = _PLAIN if (host, version) == ("diffusers", "2.0") else {"bitfuse": {}}
-    others = {"diffusers": ("graph", "compiled"), "ltx-core": ("graph",), "sglang": ("quality high",)}[host]
+    others = {"diffusers": ("graph", "compiled"), "sglang": ("quality high",)}.get(host, ("graph",))
     models = {"stock": stock} | {way: seeded.twin(stock) for way in (*plain_ways, *others)}
     inexact = ("compiled", "quality high")
     trials = {way: _Trial(seeded.one_step(one, inputs), way not in inexact) for way, one in models.items()}
