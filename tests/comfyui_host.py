@@ -138,10 +138,10 @@ def weights(of, device="cpu", dtype=torch.bfloat16, seed=0):
     model = upstream.av_model.LTXAVModel(**of, dtype=dtype, device=torch.device("meta"), operations=operations)
     generator, found = torch.Generator(device).manual_seed(seed), {}
     for name, p in model.state_dict().items():
-        t = torch.empty(p.shape, dtype=dtype, device=device)
+        t = torch.empty(p.shape, dtype=torch.bfloat16, device=device)
         norm = "q_norm" in name or "k_norm" in name
         scale = p.shape[-1] ** -0.5 if p.ndim > 1 and name.endswith("weight") else 0.1
-        found[name] = t.normal_(1.0 if norm else 0.0, scale, generator=generator)
+        found[name] = t.normal_(1.0 if norm else 0.0, scale, generator=generator).to(dtype)
     return found
 
 

@@ -168,7 +168,7 @@ def _left_out_of_tables() -> list[Entry]:
 
 
 def look(device: torch.device) -> Iterator[tuple[str, str, str, str, str]]:
-    """(what, ok or note, what was found, what it means, what to do) of what the bits depend on besides ComfyUI's code."""
+    """(what, ok or note, what was found, what it means, what to do) of all else that the bits depend on."""
     yield _look_at_kitchen(device)
     yield _look_at_attention(device)
 

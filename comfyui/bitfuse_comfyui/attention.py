@@ -26,7 +26,7 @@ from bitfuse.run.swap import hooked
 
 from . import upstream
 from .forms import FORMS
-from .step import Step
+from .step import Step, plain
 
 _RMSNorm: Any = upstream.ops.disable_weight_init.RMSNorm
 
@@ -166,9 +166,9 @@ def _weight(norm: Any, x: Tensor) -> Tensor:
     One that was brought lies in a buffer that is used again for the next weight, so a copy of it is taken.
     """
     if not (norm.comfy_cast_weights or norm.weight_function or norm.bias_function):
-        return norm.weight
+        return plain(norm.weight)
     found, bias, stream = upstream.ops.cast_bias_weight(norm, x, offloadable=True)
     resident = norm.weight.device == x.device and not hasattr(norm, "_v")
-    weight = found if resident else found.clone()
+    weight = plain(found if resident else found.clone())
     upstream.ops.uncast_bias_weight(norm, found, bias, stream)
     return weight

@@ -28,7 +28,7 @@ from bitfuse.ops.adaln import (
 from bitfuse.run.swap import hooked_by_torch
 
 from . import upstream
-from .step import Frames, Step, frames_of
+from .step import Frames, Step, frames_of, plain
 
 EPS = 1e-6  # what comfy.rmsnorm.rms_norm adds where it is not told
 _Block: Any = upstream.av_model.BasicAVTransformerBlock
@@ -67,7 +67,7 @@ class Stream:
     def values(self, table: Tensor, timestep: Any) -> list[Ada]:
         """What each row of a table and a timestep add up to, not yet added."""
         rows = self._ours.step.rows(timestep, self.frames, self.batch)
-        return self._ours.values(table.to(device=rows.device, dtype=rows.dtype), rows)
+        return self._ours.values(plain(table).to(device=rows.device, dtype=rows.dtype), rows)
 
     def norm(self, site: str, scale: Ada, shift: Ada) -> Tensor:
         return self._as_given(self._call(site, NATIVE.norm, self.x, *modulation(scale, shift), EPS))
@@ -232,7 +232,7 @@ class BasicAVTransformerBlock(ltx2.AVBlock):
             s.add(attn(n, context=context, mask=mask, transformer_options=options), once=False)
             return
         table = getattr(block, f"{p}prompt_scale_shift_table")
-        shift, scale = self.values(table.to(device=s.x.device, dtype=s.x.dtype), prompt_timestep)
+        shift, scale = self.values(plain(table).to(device=s.x.device, dtype=s.x.dtype), prompt_timestep)
         (n,) = s.add_and_norm(f"{p}norm2", modulation(s.ada[7], s.ada[6]))
         text = self.call(self.named_sites[f"{p}text"], MODULATE, context, *modulation(scale, shift))
         s.add(attn(n, context=text, mask=mask, transformer_options=options), s.ada[8], once=False)

@@ -94,6 +94,21 @@ class Step:
         return self._resident
 
 
+def plain(t: Tensor) -> Tensor:
+    """A weight as a plain tensor, where its class is one that computes as those do: GGUF's loader keeps tables so.
+
+    A class with rules of its own stays, and operators leave it to PyTorch.
+    """
+    kind: Any = type(t)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return t
+    rules = [getattr(of.__torch_function__, "__func__", of.__torch_function__) for of in (kind, Tensor)]
+    if rules[0] is not rules[1] or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # type: ignore[attr-defined]
+        return t
+    found = t.as_subclass(Tensor)
+    return found if found.shape == t.shape else t  # one that is quantised says another
+
+
 def _rows(timestep: Any, frames: Frames | None, batch: int) -> Tensor:
     compressed = isinstance(timestep, upstream.av_model.CompressedTimestep)
     data, each = (timestep.data, timestep.patches_per_frame) if compressed else (timestep, 1)
