@@ -107,7 +107,7 @@ def qk_rms_norm_split_rotary_second_rounded(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_cos: Tensor, q_sin: Tensor,
     k_cos: Tensor | None = None, k_sin: Tensor | None = None, eps: float = 1e-6,
 ) -> _Pair:  # fmt: skip
-    """(q, k), normed and turned: ComfyUI's attention with comfy-kitchen 0.2.26, compiled for CUDA, split."""
+    """(q, k), normed and turned: ComfyUI's attention with comfy-kitchen on CUDA, sm_90 and newer, split."""
     return _turned(rope.split_rotary_second_rounded, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
 
 
@@ -288,8 +288,9 @@ def _why_not(*args: Any, reference: Callable[..., _Pair], chain: Chain | None) -
         reasons += fitting(reference, given, _misfit(given, chain))
     reasons += runnable(tensors)
     q, width = given["q"], given["q"].shape[-1] if given["q"].ndim else 1
-    if q.dtype not in HALVES:
-        reasons.append(f"q is {q.dtype}; accepted: {', '.join(map(str, HALVES))}")
+    accepted = HALVES if chain is None else [d for d in HALVES if d in chain.dtypes]
+    if q.dtype not in accepted:
+        reasons.append(f"q is {q.dtype}; accepted: {', '.join(map(str, accepted))}")
     for name in ("k", "q_weight", "k_weight"):
         if given[name].dtype != q.dtype:
             reasons.append(f"{name} is {given[name].dtype} and q {q.dtype}; they must have one dtype")
@@ -302,10 +303,10 @@ def _why_not(*args: Any, reference: Callable[..., _Pair], chain: Chain | None) -
         tables = {name: t for name, t in tensors.items() if name.endswith(("_cos", "_sin"))}
         wanted = FLOATS if chain.in_fp32 else (q.dtype,)
         of_all = "one of torch.float32, torch.bfloat16, torch.float16 for all"
-        accepted = of_all if chain.in_fp32 else "q's dtype"
+        tables_accepted = of_all if chain.in_fp32 else "q's dtype"
         for name, t in tables.items():
             if t.dtype not in wanted or t.dtype != given["q_cos"].dtype:
-                reasons.append(f"{name} is {t.dtype}; accepted: {accepted}")
+                reasons.append(f"{name} is {t.dtype}; accepted: {tables_accepted}")
             if t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1:
                 reasons.append(f"the last dimension of {name} has stride {t.stride(-1)}; accepted: 1")
     if (max(q.numel(), given["k"].numel()) // max(1, width)) >= 2**30:

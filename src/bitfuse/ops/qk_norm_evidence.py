@@ -117,7 +117,7 @@ def _cases(chain: Chain | None) -> tuple[QKCase, ...]:
             keys = tokens
         return QKCase(name, queries, keys, turned=chain is not None, real=real)
 
-    return (
+    found = (
         case("video self-attention, 768x512x121", 6144, 32, 128, real=True),
         case("the same, batch 2 (guidance)", 6144, 32, 128, batch=2, real=True),
         case("audio to video", 6144, 32, 64, keys=126, real=True),
@@ -133,6 +133,7 @@ def _cases(chain: Chain | None) -> tuple[QKCase, ...]:
         case("misaligned", 37, 4, 64, x_form="misaligned"),
         case("fp16", 37, 4, 64, x_dtype=torch.float16),
     )
+    return tuple(c for c in found if chain is None or c.queries.x_dtype in chain.dtypes)
 
 
 # -- wrong kernels, counts, other tiles ------------------------------------------------------------------------------
@@ -169,7 +170,9 @@ def _audit(chain: Chain | None) -> Audit:
     """
     counts = Counter({"add.rn.f32": 2, "mul.rn.f32": 6, "cvt.rn.bf16.f32": 2})
     loads = {16: 8, 8: 8}  # x and weight, 8 elements at a time; x again for the statistic, in vectors of 4
-    if chain is not None and chain.fuses != "none":  # a product, addcmul, the result
+    if chain is not None and chain.fuses == "first":  # a product, and an fma whose result is rounded to bf16
+        counts += Counter({"mul.rn.f32": 2, "fma.rn.bf16": 2, "cvt.rn.bf16.f32": 2})
+    elif chain is not None and chain.fuses != "none":  # a product, addcmul, the result
         counts += Counter({"mul.rn.f32": 2, "fma.rn.f32": 2, "cvt.rn.bf16.f32": 2 if chain.in_fp32 else 4})
     elif chain is not None:  # two products and their sum
         counts += Counter({"mul.rn.f32": 4, "add.rn.f32": 2, "cvt.rn.bf16.f32": 2 if chain.in_fp32 else 6})

@@ -11,9 +11,10 @@ Versus whom, function by function: `apply_split_rotary_emb` and `apply_interleav
     fp32           of diffusers 0.37 to 0.42.1: computed in fp32 and rounded once, at the end
 and of comfy-kitchen, which ComfyUI calls from 0.30 on (before, it had `per_op` of both layouts in its own code):
     three_ops      `apply_rope_split_half`, eager, 0.2.26: two products and their sum, rounded after every op
-    second_rounded `apply_rope_split_half`, compiled for CUDA, 0.2.26: nvcc contracts a*b + c*d from the left, so the
-                   product with x1 is fused into the sum with the rounded product with x2 (equal in all 25,165,824
-                   elements of a call on an H100, torch 2.11, 2026-11-28; every other form differs in 22 % and more)
+    second_rounded `apply_rope_split_half`, compiled for CUDA, 0.2.26 to 0.2.40, from compute capability 90 on: the
+                   product with x2 in HMUL2.BF16, then HFMA2.BF16 with x1 (nvcc's contraction). For 80 and 89 the same
+                   source is `three_ops`. By the SASS in its wheels (2026-11-29); on an H100 the form with x1 fused
+                   was equal in 25,165,824 random elements, and every other differed in 22 % (2026-11-28)
     first_rounded  `apply_rope`, eager, 0.2.26 to 0.2.40: the product with x1 rounded, addcmul with x2
 Its eager `apply_rope_split_half` of 0.2.40 is `per_op`. Two chains of a layout differ in a fifth to a third of the bf16
 outputs, so they are operators of their own, on one kernel.
@@ -23,7 +24,9 @@ Roundings, in order; a chain `fuses` one of the two products of each result into
             with the sine in split `per_op` and `fp32`        with x1 in `second_rounded`
             with x2 in `first_rounded`                        none in interleaved `per_op` and `fp32`, and `three_ops`
     r2  r1 + the fused product in fp32, rounded once where the running torch's addcmul fuses, else product and then sum;
-        without one the sum of two products, in fp32: three PyTorch ops, so no fused multiply-add in any torch
+        without one the sum of two products, in fp32: three PyTorch ops, so no fused multiply-add in any torch.
+        `second_rounded`: to bf16 at once, r2 is r3. By way of fp32, a product that is a tie of bf16 beside one below
+        2^-24 of it would be rounded as a tie: about one result in 10^9 of live data
     r3  the result, to x's dtype
 A product of two bf16 or fp16 values is exact in fp32 while in range, so there the two forms of r2 part only in
 extremes; with fp32 tables they part in 2e-5 of the bf16 outputs (H100, 2026-11-22).
@@ -42,10 +45,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bitfuse.core.conditions import FLOATS, fitting, on_meta, plain, runnable
+from bitfuse.core.conditions import FLOATS, HALVES, fitting, on_meta, plain, runnable
 from bitfuse.core.kernel import interpreting, kernel, power_of_2, triton_dtype
 from bitfuse.core.launch import Plan, outputs_like, strides
-from bitfuse.core.numerics import addcmul_fuses, multiply_add, negate, round_to
+from bitfuse.core.numerics import addcmul_fuses, multiply_add, multiply_add_bf16, negate, round_to
 from bitfuse.core.operator import Operator, Tier
 
 if TYPE_CHECKING:
@@ -82,16 +85,35 @@ def split_rotary_three_ops(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def split_rotary_second_rounded(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Split rotary embedding, the product with the first half fused: comfy-kitchen 0.2.26 `apply_rope_split_half`, as
-    nvcc compiles it for CUDA.
+    """Split rotary embedding, the product with the first half fused: comfy-kitchen 0.2.26-0.2.40
+    `apply_rope_split_half`, compiled for CUDA, compute capability 90 and newer.
 
-    cos and sin as in `split_rotary_three_ops`.
+    cos and sin as in `split_rotary_three_ops`. In fp32 an addcmul stands for what was not looked at.
     """
     first, second = _to_heads(x, cos, x.shape[0]).to(cos.dtype).unflatten(-1, (2, -1)).split(1, dim=-2)
     of_first, of_second = _columns(cos, sin)
-    out = of_second * second  # r1
-    out.addcmul_(of_first, first)  # r2 and r3
+    out = _multiply_add(of_first, first, of_second * second)  # r1; r2 and r3 in one
     return _from_heads(out.flatten(-2), x, cos).to(x.dtype)
+
+
+def _multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c [B, H, T, 2, D/2], rounded once to their dtype of 16 bits, as no PyTorch op does: a piece at a time, as
+    it takes fp64."""
+    out = torch.addcmul(c, a, b)  # whose gradient is right
+    if out.dtype in HALVES:
+        for whole, *operands in zip(*(t.detach().split(1024, dim=-3) for t in (out, a, b, c)), strict=True):
+            a64, b64, addend = (t.double() for t in operands)
+            product = a64 * b64  # exact
+            total = product + addend
+            back = total - product
+            nearest = total.float()
+            lost = ((product - (total - back)) + (addend - back)) + (total - nearest.double())
+            # rounded to odd in fp32: what was lost shows in the last bit, and ties of 16 bits are told
+            bits = nearest.view(torch.int32)
+            odd = torch.where((lost > 0) == (total > 0), bits + 1, bits - 1)
+            bits = torch.where((bits & 1 == 0) & (lost != 0) & nearest.isfinite(), odd, bits)
+            whole.copy_(bits.view(torch.float32))
+    return out
 
 
 def _columns(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +190,17 @@ class Chain:
 
     def fused(self, x: Tensor) -> bool | None:
         """Whether r2 rounds a product and the sum once; None where addcmul on x's device does neither."""
-        return False if self.fuses == "none" else addcmul_fuses(x.device, self.product(x))
+        return self.fuses == "first" if self.fuses in ("first", "none") else addcmul_fuses(x.device, self.product(x))
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of x, for which there is a kernel."""
+        return (torch.bfloat16,) if self.fuses == "first" else FLOATS
+
+    @property
+    def form(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """A reference with outputs of this one's form, by ops whose form is known without the meta device."""
+        return split_rotary_three_ops if self.fuses == "first" else self.reference
 
 
 _SPLIT, _INTERLEAVED = "apply_split_rotary_emb", "apply_interleaved_rotary_emb"
@@ -178,7 +210,9 @@ CHAINS = (
     Chain(interleaved_rotary_per_op, f"ltx-core 1.0.0: {_INTERLEAVED}", False, False, "none"),
     Chain(interleaved_rotary_fp32, f"diffusers 0.37-0.42.1: {_INTERLEAVED}", False, True, "none"),
     Chain(split_rotary_three_ops, "comfy-kitchen 0.2.26, eager: apply_rope_split_half", True, False, "none"),
-    Chain(split_rotary_second_rounded, "comfy-kitchen 0.2.26, CUDA: apply_rope_split_half", True, False, "first"),
+    Chain(
+        split_rotary_second_rounded, "comfy-kitchen 0.2.26-0.2.40, sm_90+: apply_rope_split_half", True, False, "first"
+    ),
     Chain(interleaved_rotary_first_rounded, "comfy-kitchen 0.2.26-0.2.40, eager: apply_rope", False, False, "second"),
 )
 
@@ -203,8 +237,8 @@ def turn_halves(x1, x2, c, s, FUSES: tl.constexpr, PRODUCT: tl.constexpr, FUSED:
     elif FUSES == "first":
         q1 = round_to(negate(s) * x2, PRODUCT)  # r1
         q2 = round_to(c * x2, PRODUCT)  # r1
-        out1 = multiply_add(c, x1, q1, FUSED)  # r2
-        out2 = multiply_add(s, x1, q2, FUSED)  # r2
+        out1 = multiply_add_bf16(c, x1, q1)  # r2, r3
+        out2 = multiply_add_bf16(s, x1, q2)  # r2, r3
     else:
         out1 = turn_one(x1, c, x2, negate(s), PRODUCT)
         out2 = turn_one(x1, s, x2, c, PRODUCT)
@@ -310,7 +344,7 @@ def _ltx2_interleaved_rotary_kernel(
 
 def _plan_split(x: Tensor, cos: Tensor, sin: Tensor, *, chain: Chain) -> Plan:
     _, heads, tokens, half = cos.shape
-    batch, out = x.shape[0], on_meta(chain.reference, x, cos, sin)
+    batch, out = x.shape[0], on_meta(chain.form, x, cos, sin)
     lanes = power_of_2(half)
     rows = max(1, _tile() // (2 * lanes))
     constants = {
@@ -361,8 +395,8 @@ def _why_not(x: Tensor, cos: Tensor, sin: Tensor, *, chain: Chain) -> Iterator[s
     if not reasons:  # only of plain tensors is it known what the reference does with their shapes
         reasons += fitting(chain.reference, tensors, misfit(x, cos, sin, chain))
     reasons += runnable(tensors)
-    if x.dtype not in FLOATS:
-        reasons.append(f"x is {x.dtype}; accepted: torch.bfloat16, torch.float16, torch.float32")
+    if x.dtype not in chain.dtypes:
+        reasons.append(f"x is {x.dtype}; accepted: {', '.join(map(str, chain.dtypes))}")
     if cos.dtype != sin.dtype:
         reasons.append(f"cos is {cos.dtype} and sin {sin.dtype}; they must have one dtype")
     elif chain.in_fp32 and cos.dtype not in FLOATS:
