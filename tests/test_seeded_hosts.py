@@ -288,8 +288,8 @@ def test_a_host_that_is_not_installed(command, missing, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["demo", "--host", "comfyui"], "--host comfyui is not a host; accepted: diffusers, ltx-core, sglang"),
-        (["verify", "--host", "comfyui"], "--host comfyui is not a host"),
+        (["demo", "--host", "invoke"], "--host invoke is not a host; accepted: diffusers, ltx-core, sglang, comfyui"),
+        (["verify", "--host", "invoke"], "--host invoke is not a host"),
         (["explain", "x", "--host", "sglang"], "--host sglang goes with --random-weights"),
         (["compare", "x", "--host", "ltx-core"], "--host ltx-core goes with --random-weights"),
         (["bench", "--host", "sglang"], "--host sglang goes with --only model"),
