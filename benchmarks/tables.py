@@ -326,7 +326,7 @@ def stacking(document: dict[str, Any]) -> str:
 
 
 def stacking_times(documents: list[dict[str, Any]]) -> str:
-    """Features on a GPU: a step of stock with the feature, and of bitfuse with it, by turns; the most layers of each."""
+    """Features on a GPU: a step of stock with it, and of bitfuse with it, by turns; of each that of the most layers."""
     measured = sorted(
         (row for document in documents for row in document["rows"] if row.get("ms")), key=lambda row: -row["layers"]
     )
@@ -477,9 +477,9 @@ def diffusion_decoder(document: dict[str, Any]) -> str:
     stock, fused = block["elementwise_ms"]["stock"], block["elementwise_ms"]["fused"]
     lines += [
         "",
-        f"Medians with a cold L2, by turns, every bit equal. A block of {block['tokens']} tokens without its attention: "
-        f"{block['ms']['stock']:.1f} to {block['ms']['fused']:.1f} ms, of which linear layers "
-        f"{block['ms']['linears']:.1f}; what is not a linear layer {stock:.1f} to {fused:.1f} ms, {stock / fused:.1f}x. "
+        f"Medians with a cold L2, by turns, every bit equal. A block of {block['tokens']} tokens without its "
+        f"attention: {block['ms']['stock']:.1f} to {block['ms']['fused']:.1f} ms, of which linear layers "
+        f"{block['ms']['linears']:.1f}; the rest {stock:.1f} to {fused:.1f} ms, {stock / fused:.1f}x. "
         f"Published beside it ({published['what']}): {published['stock_ms']:.1f} to {published['fused_ms']:.1f} ms, "
         f"{published['ratio']:.1f}x. {_sources([document], '../')}",
     ]
