@@ -5,8 +5,11 @@ An adapter of a host (`registry.Host.adapter`) is a module that has
     NAME                        the host and its version, as reports name it
     transformers(target)        the models in it that can be accelerated, as a list
     accelerate(model, handle)   take over every site of one of them, noting each in the handle
-    unrecognised(target)        a sentence by the name of each part in which a model should be and none was found; an
-                                adapter may be without it
+    unrecognised(target)        a sentence by the name of each part in which a model should be and none was found
+    accelerate_pipeline(target, handle)
+                                take over what a pipeline does outside its models; gives the sites of that
+
+An adapter may be without the last two.
 """
 
 from __future__ import annotations
@@ -124,6 +127,8 @@ def _begin(target: Any, options: Options, user: Accelerated | None = None) -> Ha
             if handle is None:
                 handle = made = Handle(adapter.NAME, options)
                 _take_over(adapter, target, models, handle)
+            elif user is None:  # perhaps for another pipeline of the same models
+                handle.watch(_of_pipeline(adapter, target, handle))
             if user is None:
                 handle.pinned = True
             else:
@@ -163,6 +168,7 @@ def _take_over(adapter: Any, target: Any, models: list[Any], handle: Handle) -> 
         adapter.accelerate(model, handle)
     unrecognised = adapter.unrecognised(target) if hasattr(adapter, "unrecognised") else {}
     handle.sites += [Site(name, "none", reason) for name, reason in unrecognised.items()]
+    handle.sites += _of_pipeline(adapter, target, handle)
     _leave_to_compiler(target, handle)
     handle.watch_sites()
     with contextlib.suppress(TypeError):  # a target that can't be referred to weakly
@@ -174,6 +180,10 @@ def _take_over(adapter: Any, target: Any, models: list[Any], handle: Handle) -> 
         len(handle.sites),
         adapter.NAME,
     )
+
+
+def _of_pipeline(adapter: Any, target: Any, handle: Handle) -> list[Site]:
+    return adapter.accelerate_pipeline(target, handle) if hasattr(adapter, "accelerate_pipeline") else []
 
 
 def _leave_to_compiler(target: Any, handle: Handle) -> None:

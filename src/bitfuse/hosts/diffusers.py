@@ -591,6 +591,20 @@ def accelerate(model: Any, handle: Handle) -> None:
         )
 
 
+def accelerate_pipeline(target: Any, handle: Handle) -> list[Site]:
+    """Take over what a pipeline does with its decoded video; the sites of that, which are not in the handle yet."""
+    processor = getattr(target, "video_processor", None)
+    module = sys.modules.get("diffusers.video_processor")
+    if module is None or not isinstance(processor, module.VideoProcessor):
+        return []
+    from bitfuse.hosts import diffusers_frames  # only here: it needs PIL, as pipelines do
+
+    if isinstance(vars(processor).get(diffusers_frames.PostprocessVideo.method), diffusers_frames.PostprocessVideo):
+        return []
+    shared = Model(handle, {"frames": diffusers_frames.LEFT_OUT})
+    return [diffusers_frames.accelerate(processor, shared, NAME)]
+
+
 def _with_coordinates(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The coordinates that upstream's forward would make on the CPU, from where a CUDA graph can't copy them."""
     found: dict[str, Any] = {}

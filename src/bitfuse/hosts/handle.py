@@ -151,10 +151,16 @@ class Handle:
                     f"require names {name!r}, which is nothing here; accepted: operators ({', '.join(operators)}), "
                     f"sites ({', '.join(kinds)}), and patterns of both with *"
                 )
-        for site in self.sites:
+        sites, self.sites = self.sites, []
+        self.watch(sites)
+
+    def watch(self, sites: Sequence[Site]) -> None:
+        """Note sites with the options in force. `NotFused` where one that must be fused was left alone."""
+        for site in sites:
             site.strict = self.options.strict or any(_named(name, site) for name in self.options.require)
             if self.auditor:
                 site.observers += (self.auditor,)
+        self.sites += sites
         self.insist()
 
     def insist(self) -> None:
