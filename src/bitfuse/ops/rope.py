@@ -26,7 +26,7 @@ Roundings, in order; a chain `fuses` one of the two products of each result into
     r2  r1 + the fused product in fp32, rounded once where the running torch's addcmul fuses, else product and then sum;
         without one the sum of two products, in fp32: three PyTorch ops, so no fused multiply-add in any torch.
         `second_rounded`: to bf16 at once, r2 is r3. By way of fp32, a product that is a tie of bf16 beside one below
-        2^-24 of it would be rounded as a tie: about one result in 10^9 of live data
+        2^-24 of it would be rounded as a tie: one of 10^9 results of normals and random angles
     r3  the result, to x's dtype
 A product of two bf16 or fp16 values is exact in fp32 while in range, so there the two forms of r2 part only in
 extremes; with fp32 tables they part in 2e-5 of the bf16 outputs (H100, 2026-11-22).
