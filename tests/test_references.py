@@ -102,7 +102,7 @@ HOSTS = {
     "interleaved_rotary_per_op": (ltx_core_function, "apply_interleaved_rotary_emb"),
     "split_rotary_three_ops": (kitchen_function, "apply_rope_split_half1"),
     "split_rotary_second_rounded": (compiled_kitchen_function, "apply_rope_split_half1"),
-    "interleaved_rotary_first_rounded": (kitchen_function, "apply_rope1"),
+    "interleaved_rotary_addcmul": (kitchen_function, "apply_rope1"),
 }
 
 
@@ -236,9 +236,7 @@ def test_the_split_form_of_any_version_of_comfy_kitchen_is_one_of_two(case, devi
 
 def test_a_wrong_reference_would_be_seen(operator, host, device):
     """The control: the other chain of the same layout differs from this host."""
-    other = {"fp32": "per_op", "per_op": "fp32"} | dict.fromkeys(
-        ("three_ops", "second_rounded", "first_rounded"), "per_op"
-    )
+    other = {"fp32": "per_op", "per_op": "fp32"} | dict.fromkeys(("three_ops", "second_rounded", "addcmul"), "per_op")
     layout, _, chain = operator.name.partition("_rotary_")
     wrong = OPERATORS[f"{layout}_rotary_{other[chain]}"]
     tensors = operator.cases[0].arguments(device, tokens=24)

@@ -111,12 +111,12 @@ def qk_rms_norm_split_rotary_second_rounded(
     return _turned(rope.split_rotary_second_rounded, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
 
 
-def qk_rms_norm_interleaved_rotary_first_rounded(
+def qk_rms_norm_interleaved_rotary_addcmul(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_cos: Tensor, q_sin: Tensor,
     k_cos: Tensor | None = None, k_sin: Tensor | None = None, eps: float = 1e-6,
 ) -> _Pair:  # fmt: skip
     """(q, k), normed and turned: ComfyUI's attention with comfy-kitchen 0.2.26 to 0.2.40, eager, interleaved."""
-    return _turned(rope.interleaved_rotary_first_rounded, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
+    return _turned(rope.interleaved_rotary_addcmul, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
 
 
 def _turned(
@@ -134,7 +134,7 @@ _REFERENCES: tuple[Callable[..., _Pair], ...] = (
     qk_rms_norm_split_rotary_per_op, qk_rms_norm_split_rotary_fp32,
     qk_rms_norm_interleaved_rotary_per_op, qk_rms_norm_interleaved_rotary_fp32,
     qk_rms_norm_split_rotary_three_ops, qk_rms_norm_split_rotary_second_rounded,
-    qk_rms_norm_interleaved_rotary_first_rounded,
+    qk_rms_norm_interleaved_rotary_addcmul,
 )  # fmt: skip
 CHAINS: dict[Callable[..., _Pair], Chain | None] = dict(zip(_REFERENCES, (None, *rope.CHAINS), strict=True))
 """Each reference, and the chain by which it turns."""
@@ -361,4 +361,4 @@ def _operator(reference: Callable[..., _Pair], chain: Chain | None) -> Operator:
 QK_RMS_NORM, QK_SPLIT_PER_OP, QK_SPLIT_FP32, QK_INTERLEAVED_PER_OP, QK_INTERLEAVED_FP32, *_OF_KITCHEN = (
     _operator(reference, chain) for reference, chain in CHAINS.items()
 )
-QK_SPLIT_THREE_OPS, QK_SPLIT_SECOND_ROUNDED, QK_INTERLEAVED_FIRST_ROUNDED = _OF_KITCHEN
+QK_SPLIT_THREE_OPS, QK_SPLIT_SECOND_ROUNDED, QK_INTERLEAVED_ADDCMUL = _OF_KITCHEN

@@ -15,18 +15,18 @@ and of comfy-kitchen, which ComfyUI calls from 0.30 on (before, it had `per_op` 
                    product with x2 in HMUL2.BF16, then HFMA2.BF16 with x1 (nvcc's contraction). For 80 and 89 the same
                    source is `three_ops`. By the SASS in its wheels (2026-11-29); on an H100 the form with x1 fused
                    was equal in 25,165,824 random elements, and every other differed in 22 % (2026-11-28)
-    first_rounded  `apply_rope`, eager, 0.2.26 to 0.2.40: the product with x1 rounded, addcmul with x2
+    addcmul        `apply_rope`, eager, 0.2.26 to 0.2.40: the product with x1 rounded, addcmul with x2
 Its eager `apply_rope_split_half` of 0.2.40 is `per_op`. Two chains of a layout differ in a fifth to a third of the bf16
 outputs, so they are operators of their own, on one kernel.
 
 Roundings, in order; a chain `fuses` one of the two products of each result into their sum, or none:
     r1  the other product, or both. To x's dtype, or to fp32 (`fp32`). Fused is the product
             with the sine in split `per_op` and `fp32`        with x1 in `second_rounded`
-            with x2 in `first_rounded`                        none in interleaved `per_op` and `fp32`, and `three_ops`
+            with x2 in `addcmul`                              none in interleaved `per_op` and `fp32`, and `three_ops`
     r2  r1 + the fused product in fp32, rounded once where the running torch's addcmul fuses, else product and then sum;
         without one the sum of two products, in fp32: three PyTorch ops, so no fused multiply-add in any torch.
         `second_rounded`: to bf16 at once, r2 is r3. By way of fp32, a product that is a tie of bf16 beside one below
-        2^-24 of it would be rounded as a tie: about one result in 10^9 of live data
+        2^-24 of it would be rounded as a tie: one of 10^9 results of normals and random angles
     r3  the result, to x's dtype
 A product of two bf16 or fp16 values is exact in fp32 while in range, so there the two forms of r2 part only in
 extremes; with fp32 tables they part in 2e-5 of the bf16 outputs (H100, 2026-11-22).
@@ -153,7 +153,7 @@ def interleaved_rotary_fp32(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + _quarter_turn(x, 2).float() * sin).to(x.dtype)  # r1, r1, r2; r3
 
 
-def interleaved_rotary_first_rounded(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def interleaved_rotary_addcmul(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Interleaved rotary embedding, the product with the second channel fused: comfy-kitchen 0.2.26 to 0.2.40
     `apply_rope1`, eager.
 
@@ -213,7 +213,7 @@ CHAINS = (
     Chain(
         split_rotary_second_rounded, "comfy-kitchen 0.2.26-0.2.40, sm_90+: apply_rope_split_half", True, False, "first"
     ),
-    Chain(interleaved_rotary_first_rounded, "comfy-kitchen 0.2.26-0.2.40, eager: apply_rope", False, False, "second"),
+    Chain(interleaved_rotary_addcmul, "comfy-kitchen 0.2.26-0.2.40, eager: apply_rope", False, False, "second"),
 )
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
@@ -455,7 +455,7 @@ def _operator(chain: Chain) -> Operator:
 
 
 SPLIT_PER_OP, SPLIT_FP32, INTERLEAVED_PER_OP, INTERLEAVED_FP32, *_OF_KITCHEN = map(_operator, CHAINS)
-SPLIT_THREE_OPS, SPLIT_SECOND_ROUNDED, INTERLEAVED_FIRST_ROUNDED = _OF_KITCHEN
+SPLIT_THREE_OPS, SPLIT_SECOND_ROUNDED, INTERLEAVED_ADDCMUL = _OF_KITCHEN
 
 
 # -- the seed's names ------------------------------------------------------------------------------------------------

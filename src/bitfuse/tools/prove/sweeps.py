@@ -354,7 +354,7 @@ def _rotary_steps() -> Iterator[Step]:
     of_all = (("per_op", _BF16), ("fp32", _BF16), ("fp32", torch.float32))
     of_kitchen = {
         "split": (("three_ops", _BF16), ("second_rounded", _BF16)),
-        "interleaved": (("first_rounded", _BF16),),
+        "interleaved": (("addcmul", _BF16),),
     }
     for layout in ("split", "interleaved"):
         for chain, table in (*of_all, *of_kitchen[layout]):
