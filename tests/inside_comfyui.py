@@ -434,13 +434,24 @@ def test_a_rotary_form_that_is_not_known_stays_comfyuis(of_2_3, monkeypatch):
         host.sample(wrapper.attach(of_2_3[0], Options(strict=True)), of_2_3[1], host.noise(of_2_3[1]), steps=1)
 
 
-def test_wrong_forms_are_found_out(of_2_3):
+@pytest.mark.parametrize("split", [True, False])
+def test_wrong_forms_are_found_out(of_2_3, split):
     """Of the candidates one has the host's bits on a CPU; the comparison tells the others apart."""
     device, (patcher, _) = torch.device("cpu"), of_2_3
     attn = patcher.model.diffusion_model.transformer_blocks[0].attn1
     sizes = upstream.NAME, attn.heads, attn.dim_head, BF16, device
-    equal = [found[0].qk.name for found in forms.FORMS[True] if not any(one.difference(*sizes) for one in found)]
-    assert equal == ["qk_rms_norm_split_rotary_three_ops" if upstream.BY_KITCHEN else "qk_rms_norm_split_rotary_per_op"]
+    equal = [found[0].qk.name for found in forms.FORMS[split] if not any(one.difference(*sizes) for one in found)]
+    forms_of = {True: ("split_rotary_per_op", "split_rotary_three_ops")}
+    forms_of[False] = ("interleaved_rotary_per_op", "interleaved_rotary_addcmul")
+    assert equal == [f"qk_rms_norm_{forms_of[split][upstream.BY_KITCHEN]}"]
+
+
+def test_interleaved_rotary_embedding():
+    patcher, of = host.load("2.0", rope_type="interleaved"), host.config("2.0", rope_type="interleaved")
+    ours = both(patcher, of, options=Options(strict=True))
+    names = {site.operator for parked in node_of(ours).prepared for site in parked.sites if "attn1" in site.name}
+    assert len(names) == 1
+    assert "interleaved" in names.pop()
 
 
 @pytest.mark.skipif(not upstream.BY_KITCHEN, reason="tables are cos and sin up to 0.27, which may be any")

@@ -3,22 +3,24 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitfuse.core.bits import compare
 from bitfuse.core.operator import Operator
 from bitfuse.hosts.ltx2 import Rotary
 from bitfuse.ops.qk_norm import (
-    QK_INTERLEAVED_FIRST_ROUNDED,
+    QK_INTERLEAVED_ADDCMUL,
     QK_INTERLEAVED_PER_OP,
     QK_SPLIT_PER_OP,
     QK_SPLIT_SECOND_ROUNDED,
     QK_SPLIT_THREE_OPS,
 )
 from bitfuse.ops.rope import (
-    INTERLEAVED_FIRST_ROUNDED,
+    INTERLEAVED_ADDCMUL,
     INTERLEAVED_PER_OP,
     SPLIT_PER_OP,
     SPLIT_SECOND_ROUNDED,
@@ -67,12 +69,36 @@ class Turned:
         return function(*((x, x.clone()) if self._place == 0 else (x.clone(), x)), pe)[self._place]
 
 
+class Pairs(Rotary):
+    """One of comfy-kitchen's interleaved forms: both channels of a pair have one entry in its matrix, so the tables of
+    an operator, which have one for each channel, are compared where the two are equal."""
+
+    __slots__ = ()
+
+    def difference(self, host: str, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        found = _difference_of_pairs(getattr(self.home, self.name), self.apply, self.alone, heads, dtype, device)
+        return None if found is None else f"{self.name} of {host} and bitfuse's reference part here: {found}"
+
+
+@functools.cache
+def _difference_of_pairs(
+    function: Any, apply: Any, rotate: Operator, heads: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    like = torch.empty(2, 5, heads * Turned.HEAD, dtype=dtype, device=device)
+    with torch.no_grad():
+        for family, (x, *tables) in rotate.battery(like, torch.empty_like(like), torch.empty_like(like)):
+            given = (x, *(t[..., ::2].repeat_interleave(2, dim=-1) for t in tables))
+            if mismatch := compare(apply(function, *given), rotate.reference(*given)):
+                return f"{mismatch.sentence}, on the battery's '{family}' inputs"
+    return None
+
+
 def _candidate(split: bool, alone: Operator, qk: Operator) -> list[Rotary]:
     """One operator, and each way in which the host turns queries and keys that it has to equal."""
-    home = upstream.model
-    found = [Rotary(home, "apply_rotary_emb", alone, qk, Turned(split, None), not split)]
+    home, kind = upstream.model, Pairs if upstream.BY_KITCHEN and not split else Rotary
+    found = [kind(home, "apply_rotary_emb", alone, qk, Turned(split, None), not split)]
     if upstream.BY_KITCHEN:
-        found += [Rotary(home, "apply_rotary_emb_qk", alone, qk, Turned(split, i), not split) for i in (0, 1)]
+        found += [kind(home, "apply_rotary_emb_qk", alone, qk, Turned(split, i), not split) for i in (0, 1)]
     return found
 
 
@@ -84,7 +110,7 @@ _KNOWN = {
     ],
     False: [
         (INTERLEAVED_PER_OP, QK_INTERLEAVED_PER_OP),
-        (INTERLEAVED_FIRST_ROUNDED, QK_INTERLEAVED_FIRST_ROUNDED),
+        (INTERLEAVED_ADDCMUL, QK_INTERLEAVED_ADDCMUL),
     ],
 }
 
