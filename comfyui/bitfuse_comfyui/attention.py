@@ -47,7 +47,7 @@ class Forms:
             device = torch.device("cpu")
         key = split, attn.heads, attn.dim_head, dtype, device, _backends()
         if key not in self._found:
-            if ltx2.dispatch_mode_is_on() or upstream.model_management.in_training:
+            if ltx2.dispatch_mode_is_on() or getattr(upstream.model_management, "in_training", False):
                 return None, "the rotary embedding was not compared yet, and can't be under a mode or in training"
             self._found[key] = self._compare(attn, split, dtype, device)
         return self._found[key]

@@ -61,6 +61,18 @@ def _version() -> str:
 VERSION = _version()
 NAME = f"ComfyUI {VERSION}"
 
+_NEEDED = {
+    "av_model": ("BasicAVTransformerBlock", "CompressedTimestep", "LTXAVModel"),
+    "model": ("CrossAttention", "GuideAttentionMask", "apply_rotary_emb"),
+    "attention": ("optimized_attention",),
+    "common_dit": ("rms_norm",),
+    "ops": ("CastWeightBiasOp", "cast_bias_weight", "disable_weight_init", "uncast_bias_weight"),
+}
+for _home, _names in _NEEDED.items():
+    for _one in _names:
+        if not hasattr(globals()[_home], _one):
+            raise ImportError(f"{NAME} has no {_one}: its LTX-2 is none that this pack knows")
+
 # Sources that were read in 0.24.1 to 0.30.0 and are restated here or in the operators' references (`source_hash`).
 READ: dict[str, set[str]] = {
     "BasicAVTransformerBlock.forward": {"efa44766455f47b9"},

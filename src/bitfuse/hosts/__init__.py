@@ -46,7 +46,8 @@ def accelerate(
                   `LTX2VideoTransformer3DModel`, `LTX2TextConnectors` (diffusers 0.37 or newer),
                   `AutoencoderKLLTX2Video` or `LTX2VideoDiffusionDecoderModel` (0.42.1) alone; or an ltx-core
                   `LTXModel`, `X0Model` or video decoder (`VideoDecoder`, in 1.2.0 `ConvVideoDecoder`); or an SGLang
-                  `LTX2VideoTransformer3DModel`
+                  `LTX2VideoTransformer3DModel`; or, with the node pack for it, a ComfyUI `LTXAVModel` or a
+                  ModelPatcher of one
     strict        raise `NotFused` where something would fall back to the PyTorch chain
     cuda_graph    replay the transformer's whole forward as one CUDA graph, from the third call of a shape on
     keep_text     LTX-2.0: keep the text's projections, keys and values from step to step (1.2 GB for a prompt of
