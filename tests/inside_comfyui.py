@@ -6,7 +6,9 @@ is taken back. By hand: python tests/comfyui_host.py 0.30.0 -m pytest tests/insi
 
 from __future__ import annotations
 
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -216,6 +218,48 @@ def test_after_an_error_or_an_interrupt_nothing_is_left(of_2_3, error, monkeypat
     assert standing(patcher) == before
     assert not node_of(ours).prepared[0].under_way
     both(patcher, of)
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_weights_are_freed_with_their_model(cuda_graph):
+    """At once, not when Python's collector finds a cycle: they may be all of a GPU's memory."""
+    of = host.config("2.0")
+    model = upstream.av_model.LTXAVModel(**of, dtype=BF16, device="cpu", operations=upstream.ops.disable_weight_init)
+    for p in model.parameters():
+        p.data.normal_(std=0.1)
+    node = wrapper.Wrapper(Options(cuda_graph=cuda_graph))
+
+    def run(model):
+        x = [t.to(BF16) for t in host.noise(of)]
+        with torch.inference_mode():
+            level, text = torch.tensor([0.7]), torch.randn(1, 9, host.text_channels(of)).to(BF16)
+            node(Executor(model), x, level, text, None, a_timestep=level)
+
+    run(model)
+    assert len(node.prepared) == 1
+    weights = [weakref.ref(p) for p in model.transformer_blocks.parameters()]
+    gc.collect()
+    gc.disable()
+    try:
+        del model, p
+        assert not node.prepared
+        assert not any(reference() is not None for reference in weights)
+    finally:
+        gc.enable()
+
+
+class Executor:
+    """ComfyUI's, of the model's own forward."""
+
+    def __init__(self, model):
+        self._model = weakref.ref(model)
+
+    @property
+    def class_obj(self):
+        return self._model()
+
+    def __call__(self, *args, **kwargs):
+        return self._model()._forward(*args, **kwargs)
 
 
 def test_lora_patches(of_2_3):
@@ -561,7 +605,10 @@ def test_no_graph_for_weights_that_move():
 
     assert why({"prefetch_dynamic_vbars": False, "sigmas": torch.ones(1), "patches": {}}) is None
     assert "dynamic VRAM" in why({"prefetch_dynamic_vbars": True})
-    assert "LoRA" in why({}, [{"weight_function": [None]}])
+    linear = upstream.ops.disable_weight_init.Linear(2, 2)
+    assert why({}, [weakref.ref(linear)]) is None
+    linear.weight_function = [lambda weight: weight]
+    assert "LoRA" in why({}, [weakref.ref(linear)])
     guide = upstream.model.GuideAttentionMask(24, 16, 8, torch.rand(1, 8))
     assert "guide" in graph._why_not({}, guide, [])
 

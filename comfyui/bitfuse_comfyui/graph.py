@@ -36,7 +36,8 @@ def graph_blocks(transformer: Any, ours: Any, shared: Model) -> None:
 
     replay = GraphedForward(transformer, forward, settings=lambda: tuple(shared.reasons().items()))
     shared.handle.add_graph(replay)
-    patched = [vars(module) for module in transformer.modules() if isinstance(module, upstream.ops.CastWeightBiasOp)]
+    casting = upstream.ops.CastWeightBiasOp
+    patched = [weakref.ref(module) for module in transformer.modules() if isinstance(module, casting)]
 
     def run(x: Any, context: Any, attention_mask: Any, timestep: Any, pe: Any, **kwargs: Any) -> Any:
         part: Any = reference()
@@ -53,10 +54,10 @@ def graph_blocks(transformer: Any, ours: Any, shared: Model) -> None:
     shared.handle.on_restore(lambda: (found := retire()) and found("bitfuse was restored"))
 
 
-def _why_not(options: Any, mask: Any, patched: list[dict[str, Any]]) -> str | None:
+def _why_not(options: Any, mask: Any, patched: list[weakref.ref[Any]]) -> str | None:
     """Why the blocks of this forward run without a graph.
 
-    patched    the attributes of each module that a LoRA may patch
+    patched    the modules whose weights a LoRA may patch at each call
     """
     if options.get("prefetch_dynamic_vbars"):
         return "the model's weights are streamed (dynamic VRAM), and their addresses change"
@@ -65,7 +66,7 @@ def _why_not(options: Any, mask: Any, patched: list[dict[str, Any]]) -> str | No
             return f"transformer_options has {name!r}, which a graph would not follow"
     if isinstance(mask, upstream.model.GuideAttentionMask):
         return "a guide's attention mask takes part, which a graph does not follow"
-    if any(found.get("weight_function") or found.get("bias_function") for found in patched):
+    if any(module.weight_function or module.bias_function for one in patched if (module := one()) is not None):
         return "a LoRA is applied to weights at each call"
     return None
 

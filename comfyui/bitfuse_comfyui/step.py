@@ -8,6 +8,7 @@ to each of its 48 blocks. So what is made of them here is kept by the identity o
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
@@ -32,7 +33,7 @@ class Step:
         self.under_way = False
         self._tables: dict[int, tuple[Any, tuple[Tensor, Tensor]]] = {}
         self._rows: dict[tuple[int, Frames | None], tuple[Any, Tensor]] = {}
-        self._weights: list[dict[str, Any]] = []
+        self._with_weights: list[weakref.ref[Any]] = []  # modules
         self._resident: bool | None = None
 
     @contextlib.contextmanager
@@ -41,8 +42,8 @@ class Step:
         try:
             for one in (table for of_stream in pe for table in of_stream):
                 self._note(one)
-            if not self._weights:
-                self._weights = [module._parameters for module in model.modules() if module._parameters]
+            if not self._with_weights:
+                self._with_weights = [weakref.ref(module) for module in model.modules() if module._parameters]
             self._resident, self.under_way = None, True
             yield
         finally:
@@ -89,7 +90,8 @@ class Step:
         if not self.under_way:
             return False
         if self._resident is None:
-            weights = (t for held in self._weights for t in held.values() if t is not None)
+            modules = (module for reference in self._with_weights if (module := reference()) is not None)
+            weights = (t for module in modules for t in module._parameters.values() if t is not None)
             self._resident = set(map(attrgetter("device"), weights)) == {device}
         return self._resident
 

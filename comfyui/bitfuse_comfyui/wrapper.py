@@ -37,7 +37,7 @@ class Parked(Handle):
     def __init__(self, host: str, options: Options):
         super().__init__(host, options)
         self.around: Any = None
-        self._forwards: list[tuple[dict[str, Any], Forward]] = []
+        self._forwards: list[Forward] = []  # which hold their modules weakly
         self._standing: list[tuple[dict[str, Any], Forward, Any]] = []
         self._inside = 0
         self._counting = threading.Lock()
@@ -46,11 +46,11 @@ class Parked(Handle):
         if isinstance(ours, ModelForward):
             self.around = ours
             return
-        self._forwards.append((vars(module), ours))
-        self._place(vars(module), ours)
+        self._forwards.append(ours)
+        self._place(ours)
 
     def take_back(self, ours: Forward) -> None:
-        self._forwards = [(held, one) for held, one in self._forwards if one is not ours]
+        self._forwards = [one for one in self._forwards if one is not ours]
         for held, one, had in self._standing:
             if one is ours:
                 _take_out(held, one, had)
@@ -62,30 +62,39 @@ class Parked(Handle):
     @contextlib.contextmanager
     def standing(self) -> Iterator[None]:
         """While this block is entered, by any number of threads, the forwards stand in the model."""
-        with self._counting:
-            self._inside += 1
-            first = self._inside == 1
+        entered = False
         try:
+            with self._counting:
+                self._inside += 1
+                entered, first = True, self._inside == 1
             if first:
-                for held, ours in tuple(self._forwards):
-                    self._place(held, ours)
+                for ours in tuple(self._forwards):
+                    self._place(ours)
             yield
         finally:
             with self._counting:
-                self._inside -= 1
+                self._inside -= entered
                 last = self._inside == 0
             if last:
                 self.clear()
 
-    def _place(self, held: dict[str, Any], ours: Forward) -> None:
+    def _place(self, ours: Forward) -> None:
+        module = ours.module
+        held = module.__dict__
         had = held.get(ours.method)
         # An object patch that was taken back leaves a bound method of the class's own, which is what stock runs
-        if had is None or had == bound(ours.module, ours.method):
+        if had is None or had == bound(module, ours.method):
             self._standing.append((held, ours, had))
             held[ours.method] = ours
         else:
             for site in getattr(ours, "sites", ()):
                 site.fall(REPLACED)
+
+    def forget(self) -> None:
+        """Of a model that is gone: let go of what knew its modules, without waiting for Python's collector."""
+        self._forwards.clear()
+        self._standing.clear()
+        self._put.clear()
 
     def clear(self) -> None:
         """Take all forwards of ours out of the model, and put back what was there. Safe to call again."""
@@ -130,6 +139,7 @@ class Wrapper:
         with self._making:
             if (found := self._of.get(model)) is None:
                 found = self._of[model] = _prepared(model, self.options)
+                weakref.finalize(model, found.forget).atexit = False
             return found
 
     @property
