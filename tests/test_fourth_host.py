@@ -8,7 +8,9 @@ the report, `verify --host`, `demo`, `compare`, `explain` and `bench` know of a 
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,22 @@ def test_what_is_replaced_behind_its_back_runs_stock(model_and_step, monkeypatch
         reasons = {reason for site in handle.report().sites for reason in site.reasons}
         assert any("AVBlock.norm was replaced" in reason for reason in reasons)
     assert bitfuse.compare(expected, step()) is None
+
+
+def test_weights_are_freed_with_their_model():
+    """At once, not when Python's collector finds a cycle: they may be all of a GPU's memory."""
+    cpu = torch.device("cpu")
+    geometry, _ = seeded.geometry_for(cpu, 2, "2.0", MADE_UP.name)
+    model = seeded.build(geometry, cpu, 0)
+    bitfuse.accelerate(model)
+    weights = [weakref.ref(p) for p in model.parameters()]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert not any(reference() is not None for reference in weights)
+    finally:
+        gc.enable()
 
 
 def test_code_that_was_not_read_is_left_alone(model_and_step, monkeypatch):
