@@ -6,7 +6,9 @@ is taken back. By hand: python tests/comfyui_host.py 0.30.0 -m pytest tests/insi
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import importlib.util
 import types
 import weakref
 
@@ -454,6 +456,35 @@ def test_a_mask_of_the_videos_attention(of_2_3, kind):
         assert bitfuse.compare(expected, attn(x)) is not None
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_guides(of_2_3, strength):
+    """A keyframe at the end of the video; from a strength other than 1 on the attention has a mask for it."""
+    patcher, of = of_2_3
+    model, masks = patcher.model.diffusion_model, []
+    attend = upstream.model._attention_with_guide_mask
+    generator = torch.Generator().manual_seed(4)
+    latents = [t.to(BF16) for t in host.noise(of, frames=3)]
+    text = torch.randn(1, 9, host.text_channels(of), generator=generator).to(BF16)
+    v_timestep = torch.full((1, 36, 1), 0.7)
+    v_timestep[:, 24:] = 0.0
+    given = {
+        "keyframe_idxs": torch.arange(72.0).reshape(1, 1, 36, 2).expand(1, 3, 36, 2)[:, :, :12],
+        "denoise_mask": (v_timestep > 0).float().view(1, 1, 3, 3, 4),
+        "guide_attention_entries": [{"pre_filter_count": 12, "strength": strength}],
+    }
+
+    @torch.inference_mode()
+    def run():
+        x = [t.clone() for t in latents]
+        return tuple(model(x, (v_timestep, torch.tensor([0.7])), text, transformer_options={}, **given))
+
+    expected = run()
+    with bitfuse.accelerated(patcher, strict=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upstream.model, "_attention_with_guide_mask", lambda *a, **k: masks.append(a) or attend(*a, **k))
+        assert bitfuse.compare(expected, run()) is None
+    assert len(masks) == (2 if strength != 1.0 else 0)
+
+
 @pytest.mark.slow  # the compiler's import
 def test_beside_torch_compile(of_2_3):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -703,6 +734,16 @@ def test_the_nodes(of_2_3):
     (twice,) = nodes.BitfuseLTX2.execute(ours, strict=False, audit=64, cuda_graph=False).args
     assert node_of(twice).options == Options(audit=64)
     assert len(twice.get_all_wrappers("diffusion_model")) == 1
+
+
+def test_the_folder_loads_as_comfyui_loads_one():
+    """By its path, under a name of ComfyUI's making."""
+    file = host.ROOT / "comfyui" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("custom_nodes.bitfuse", file, submodule_search_locations=[])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    extension = asyncio.run(module.comfy_entrypoint())
+    assert asyncio.run(extension.get_node_list()) == [nodes.BitfuseLTX2, nodes.BitfuseReport]
 
 
 def test_every_input_has_a_tooltip():
