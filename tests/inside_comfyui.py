@@ -24,7 +24,7 @@ from bitfuse.run.swap import Forward
 from test_graphs import Stand
 
 adapter = pytest.importorskip("bitfuse_comfyui.adapter")
-from bitfuse_comfyui import block, forms, graph, nodes, seeded, step, upstream, wrapper  # noqa: E402
+from bitfuse_comfyui import attention, block, forms, graph, nodes, seeded, step, upstream, wrapper  # noqa: E402
 
 BF16 = torch.bfloat16
 ATTENTIONS = ("attn1", "audio_attn1", "attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
@@ -527,6 +527,36 @@ def test_interleaved_rotary_embedding():
     names = {site.operator for parked in node_of(ours).prepared for site in parked.sites if "attn1" in site.name}
     assert len(names) == 1
     assert "interleaved" in names.pop()
+
+
+def test_the_first_call_of_each_shape_is_compared(of_2_3, monkeypatch):
+    """A compiled function may choose its way by a shape: one that differs for some shape only is found out there."""
+    name = "apply_rotary_emb_qk" if upstream.BY_KITCHEN else "apply_rotary_emb"
+    function, shapes = getattr(upstream.model, name), []
+
+    def other(x, *more):
+        out = function(x, *more)
+        shapes.append(tuple(x.shape))
+        if x.shape[1] == 24:
+            first = out[0] if isinstance(out, tuple) else out
+            first.view(torch.int16)[0, 0, 0] ^= 1
+        return out
+
+    forms_of = attention.Forms()
+    patcher, _ = of_2_3
+    attn = patcher.model.diffusion_model.transformer_blocks[0].attn1
+    form, _ = forms_of.of(attn, True, BF16, torch.device("cpu"))
+    monkeypatch.setattr(upstream.model, name, other)
+    for tokens in (23, 24):
+        q, k = (torch.randn(1, tokens, 256).to(BF16) for _ in range(2))
+        cos, sin = (torch.randn(1, 4, tokens, 32).to(BF16) for _ in range(2))
+        pe = (forms._matrix(cos, sin, None), True) if upstream.BY_KITCHEN else (cos, sin, True)
+        why = forms_of.why_not_at(form, q, k, (pe, None), [cos, sin, cos, sin])
+        assert (why is None) == (tokens == 23), why
+        seen = len(shapes)
+        assert forms_of.why_not_at(form, q, k, (pe, None), [cos, sin, cos, sin]) == why
+        assert len(shapes) == seen, "once for each shape"
+    assert "for q [1, 24, 256] and k [1, 24, 256] it says otherwise: output 0 differs at [0, 0, 0]" in why
 
 
 @pytest.mark.skipif(not upstream.BY_KITCHEN, reason="tables are cos and sin up to 0.27, which may be any")

@@ -180,12 +180,12 @@ def _look_at_kitchen(device: torch.device) -> tuple[str, str, str, str, str]:
     version = getattr(upstream.kitchen, "__version__", None) or packages.version("comfy-kitchen") or "unknown"
     states = upstream.kitchen.list_backends() if upstream.kitchen is not None else {}
     at_work = [backend for backend, of in states.items() if of["available"] and not of["disabled"]]
-    operator, reason = Forms().of(_Sizes(), True, torch.bfloat16, device)
+    form, reason = Forms().of(_Sizes(), True, torch.bfloat16, device)
     found = f"{version}, backends {', '.join(at_work) or 'none'}"
-    if operator is None:
+    if form is None:
         meaning = f"its rotary embedding equals no operator, and stays: {reason}"
         return name, "note", found, meaning, "norms and all else are fused; a newer bitfuse may know this form"
-    meaning = f"its rotary embedding of a bf16 head of {_Sizes.dim_head} is equal to {operator.name}, tried here"
+    meaning = f"its rotary embedding of a bf16 head of {_Sizes.dim_head} is equal to {form.qk.name}, tried here"
     return name, "ok", found, meaning, "nothing"
 
 

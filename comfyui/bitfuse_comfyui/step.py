@@ -31,6 +31,7 @@ class Step:
 
     def __init__(self) -> None:
         self.under_way = False
+        self.forms: dict[Any, Any] = {}  # what attentions have found for their shapes
         self._tables: dict[int, tuple[Any, tuple[Tensor, Tensor]]] = {}
         self._rows: dict[tuple[int, Frames | None], tuple[Any, Tensor]] = {}
         self._with_weights: list[weakref.ref[Any]] = []  # modules
@@ -48,6 +49,7 @@ class Step:
             yield
         finally:
             self.under_way = False
+            self.forms.clear()
             self._tables.clear()
             self._rows.clear()
 
