@@ -188,7 +188,8 @@ def test_an_unknown_name_is_not_answered():
 
 # -- which way imports run -----------------------------------------------------------------------------------------
 
-# core <- ops <- run <- hosts <- the front door (bitfuse/__init__, moved) <- tools <- cli; each by what it may import
+# core <- ops <- run <- hosts <- the front door (bitfuse/__init__, front, moved) <- tools <- cli; each by what it may
+# import
 MAY_IMPORT = {
     "core": {"core"},
     "ops": {"core", "ops"},
@@ -198,7 +199,10 @@ MAY_IMPORT = {
     "tools": {"core", "ops", "run", "hosts", "front door", "tools"},
     "cli": {"core", "ops", "run", "hosts", "front door", "tools", "cli"},
 }
-ROOMS = {"bitfuse": "front door", "bitfuse.moved": "front door", "bitfuse.cli": "cli", "bitfuse.__main__": "cli"}
+ROOMS = {
+    **dict.fromkeys(("bitfuse", "bitfuse.front", "bitfuse.moved"), "front door"),
+    **dict.fromkeys(("bitfuse.cli", "bitfuse.__main__"), "cli"),
+}
 # SGLang's workers call bitfuse as a user does: the plug-in is theirs
 BESIDE = {
     "hosts/sglang_plugin.py": {"bitfuse"},
