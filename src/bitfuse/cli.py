@@ -440,17 +440,20 @@ def explain(
 
 
 @_command
-def doctor(json_file: JsonFile = None) -> None:
+def doctor(
+    everything: Annotated[bool, typer.Option("--all", help="Also say what each finding means that is ok.")] = False,
+    json_file: JsonFile = None,
+) -> None:
     """Check whether this machine can keep the promise: device, libraries, settings, a stock block, a proof.
 
-    Exit code 0: no failure; 1: bits differ that must be equal; 2: another failure.
+    What is not ok stands first. Exit code 0: no failure; 1: bits differ that must be equal; 2: another failure.
 
     Example: `bitfuse doctor --json doctor.json`
     """
     _work()
     from bitfuse.tools import doctor as examination
 
-    diagnosis = examination.run(Console())
+    diagnosis = examination.run(Console(), everything=everything)
     _write(json_file, diagnosis.as_dict())
     raise typer.Exit(diagnosis.exit_code)
 
