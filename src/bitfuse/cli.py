@@ -74,8 +74,8 @@ def _one_of(option: str, what: str, accepted: Callable[[], tuple[str, ...]], hel
             _refuse(f"{option} {given} is not {what}; accepted: {', '.join(accepted())}")
         return str(given)
 
-    def completed(begun: str) -> list[str]:
-        return [name for name in accepted() if name.startswith(begun)]
+    def completed(incomplete: str) -> list[str]:  # its name is what typer knows it by
+        return [name for name in accepted() if name.startswith(incomplete)]
 
     return typer.Option(option, parser=name, metavar="NAME", help=help, autocompletion=completed)
 
