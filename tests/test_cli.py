@@ -486,6 +486,7 @@ def test_help_and_wrong_calls_import_nothing_that_takes_long(tmp_path):
         ["compare", "owner/name", "--config", str(tmp_path / "nowhere")],
         ["compare", "--random-weights", "2.0", "--layers", "99"],
         ["explain", "owner/name", "--layers", "2"],
+        ["explain", "--random-weights", "2.0", "--host", "sglang", "--dtype", "float32"],
         ["verify", "--deep", "--case", "any"],
         ["verify", "--device", "cuda", "--op", "nope"],
     ]

@@ -14,6 +14,7 @@ import pytest
 import bitfuse
 from bitfuse.core.kernel import EXACT
 from bitfuse.moved import MOVED
+from bitfuse.tools import names
 
 PACKAGE = Path(bitfuse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -179,6 +180,32 @@ for change in (lambda: delattr(bitfuse.proof, "nothing"), lambda: bitfuse.proof.
 print("set")
 """
     assert _python(code) == "set\n"
+
+
+def test_the_command_s_process_has_every_public_name_when_it_is_asked_for(tmp_path):
+    """There `import bitfuse` imports no torch, and nobody else is told apart from before."""
+    script = tmp_path / "bitfuse"  # by which name bitfuse knows its command
+    script.write_text("""
+import sys, warnings
+warnings.simplefilter("ignore")
+import bitfuse
+assert "torch" not in sys.modules and {*bitfuse.__all__} <= {*dir(bitfuse)} and bitfuse.__version__
+from bitfuse import *
+import torch
+from bitfuse.core import operator
+assert Operator is bitfuse.Operator is operator.Operator and bitfuse.contract.Operator is Operator
+assert OPERATORS is operator.OPERATORS and torch.ops.bitfuse.head_gate and not hasattr(bitfuse, "nothing")
+print(len(OPERATORS))
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == (f"{len(names.OPERATORS)}\n", "")
+
+
+@pytest.mark.parametrize("argv", ["sys.argv", "['/usr/bin/bitfuse', 'demo', '--steps', '2']", "[]"])
+def test_another_process_has_all_of_bitfuse_at_once(argv):
+    """Also one that Python starts for a process of the command, and tells the command's arguments."""
+    code = f"import sys; sys.argv = {argv}; import bitfuse, torch; print(torch.ops.bitfuse.head_gate)"
+    assert _python(code) == "bitfuse.head_gate\n"
 
 
 def test_an_unknown_name_is_not_answered():

@@ -421,6 +421,8 @@ def explain(
     if random_weights is not None and names.version(random_weights) is None:
         accepted = ", ".join(f"ltx-{name}" for name in names.VERSIONS)
         _refuse(f"--random-weights {random_weights} is not a version; accepted: {accepted}")
+    if host != "diffusers" and dtype != "bfloat16":
+        _refuse(f"--dtype {dtype} goes with --host diffusers; accepted for {host}: bfloat16")
     _apart({"--json": json_file}, {}, model)
 
     _work()
