@@ -24,6 +24,7 @@ from bitfuse.hosts import diffusers_frames
 from bitfuse.hosts.site import NotFused
 from bitfuse.run.audit import BitfuseWarning
 from bitfuse.tools import seeded
+from bitfuse.tools.bench import run
 from test_ctrl_c import interrupted, lines_of
 
 SITE = "video_processor"
@@ -411,6 +412,21 @@ def test_a_wrapper_around_ours_is_no_other_method(pipe):
         assert site_of(handle).fused == 1
     finally:
         handle.restore()
+
+
+def test_the_clock_of_the_benchmark_puts_ours_back(pipe):
+    """`bitfuse bench --only run` wraps the method in an accelerated pipeline and in a stock one."""
+    clock = SimpleNamespace(enter=lambda stage: None)
+    with bitfuse.accelerated(pipe) as handle:
+        ours = vars(pipe.video_processor)["postprocess_video"]
+        for processor in (pipe.video_processor, VideoProcessor()):
+            before = dict(vars(processor))
+            with contextlib.ExitStack() as undo:
+                run._wrap(undo, processor, "postprocess_video", clock, "postprocess", "rest")
+                processor.postprocess_video(video_of(torch.bfloat16, "cpu"))
+            assert vars(processor) == before
+        assert vars(pipe.video_processor)["postprocess_video"] is ours
+        assert site_of(handle).fused == 1
 
 
 def test_one_that_was_put_back_after_its_restore_makes_room(pipe):
