@@ -30,6 +30,7 @@ COMPARED = ("compare.json", "compare.html", *FILMS)
 HOSTS = ("diffusers", "ltx-core", "sglang")
 OPERATORS = (
     "gated_residual",
+    "gated_residual_addcmul",
     "modulate",
     "layer_norm_modulate",
     "residual_rms_norm_modulate_native",
@@ -37,6 +38,7 @@ OPERATORS = (
     "residual_rms_norm_modulate_twice_native",
     "residual_rms_norm_modulate_twice_composed",
     "residual_rms_norm_modulate_weighted",
+    "residual_addcmul_rms_norm_modulate_native",
     "rms_norm_modulate_native",
     "rms_norm_modulate_composed",
     "qk_rms_norm_grid_rotary",
@@ -52,11 +54,17 @@ OPERATORS = (
     "split_rotary_fp32",
     "interleaved_rotary_per_op",
     "interleaved_rotary_fp32",
+    "split_rotary_three_ops",
+    "split_rotary_second_rounded",
+    "interleaved_rotary_addcmul",
     "qk_rms_norm",
     "qk_rms_norm_split_rotary_per_op",
     "qk_rms_norm_split_rotary_fp32",
     "qk_rms_norm_interleaved_rotary_per_op",
     "qk_rms_norm_interleaved_rotary_fp32",
+    "qk_rms_norm_split_rotary_three_ops",
+    "qk_rms_norm_split_rotary_second_rounded",
+    "qk_rms_norm_interleaved_rotary_addcmul",
     "swiglu",
 )
 
