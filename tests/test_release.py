@@ -132,6 +132,8 @@ def test_verify_and_demo_run_from_a_wheel(unpacked):
 
 # Looked for where it is used, with something to say where it is missing; Pillow comes with diffusers
 OPTIONAL = {"PIL", "ltx_core", "pynvml", "sglang"}
+# Imported where kernels are interpreted, after `verify` has made sure of numpy; else Triton has needed it before
+WITH_NUMPY = {"core/interpreter.py", "tools/prove/planted.py"}
 
 
 def imported(source):
@@ -151,7 +153,7 @@ def not_asked_for(where, source, project):
     always = {Requirement(line).name for line in project["dependencies"]}
     extras = {Requirement(line).name for lines in project["optional-dependencies"].values() for line in lines}
     may = always | extras | OPTIONAL
-    adapter = where.startswith("hosts/")
+    adapter = where.startswith("hosts/") or where in WITH_NUMPY
     return {
         name for name, at_once in imported(source).items() if name not in (may if adapter or not at_once else always)
     }
@@ -172,10 +174,20 @@ def test_what_is_imported_is_asked_for(project):
 
 def test_the_scan_above_finds_what_is_not_asked_for(project):
     """numpy: Triton's interpreter imports it and Triton asks for it in its tests alone, so a bare installation of
-    bitfuse had none and `bitfuse verify` ended there without a GPU (2026-11-29)."""
-    without = {**project, "dependencies": [line for line in project["dependencies"] if line != "numpy"]}
-    assert not_asked_for("core/interpreter.py", "import numpy as np", without) == {"numpy"}
+    bitfuse has none, and `bitfuse verify` says how to get it."""
+    assert not_asked_for("run/memo.py", "import numpy as np", project) == {"numpy"}
     assert not_asked_for("core/interpreter.py", "import numpy as np", project) == set()
     assert not_asked_for("tools/page.py", "import jinja2.x", project) == {"jinja2"}
     assert not_asked_for("tools/page.py", "def f():\n    import jinja2, nothing", project) == {"nothing"}
     assert not_asked_for("hosts/diffusers.py", "from diffusers.models import x", project) == set()
+
+
+def test_verify_says_how_to_get_numpy(monkeypatch):
+    from rich.console import Console
+
+    from bitfuse.tools import packages
+    from bitfuse.tools.prove import verify
+
+    monkeypatch.setattr(packages, "installed", lambda module: module != "numpy")
+    with pytest.raises(packages.CannotRun, match=r"verify needs numpy, .*pip install 'bitfuse\[verify\]'"):
+        verify.run(Console(), ["head_gate"], "cpu", None, False, None)
