@@ -591,18 +591,18 @@ def accelerate(model: Any, handle: Handle) -> None:
         )
 
 
-def accelerate_pipeline(target: Any, handle: Handle) -> list[Site]:
-    """Take over what a pipeline does with its decoded video; the sites of that, which are not in the handle yet."""
+def besides(target: Any) -> list[Any]:
+    """What a pipeline has besides its models that can be accelerated: its video processor."""
     processor = getattr(target, "video_processor", None)
-    module = sys.modules.get("diffusers.video_processor")
-    if module is None or not isinstance(processor, module.VideoProcessor):
-        return []
+    module = sys.modules.get("diffusers.video_processor")  # not imported: then nothing can be of it
+    return [processor] if module is not None and isinstance(processor, module.VideoProcessor) else []
+
+
+def accelerate_besides(processor: Any, handle: Handle) -> Site:
+    """Take over what brings a pipeline's decoded video to the CPU; its site, which is not in the handle yet."""
     from bitfuse.hosts import diffusers_frames  # only here: it needs PIL, as pipelines do
 
-    if isinstance(vars(processor).get(diffusers_frames.PostprocessVideo.method), diffusers_frames.PostprocessVideo):
-        return []
-    shared = Model(handle, {"frames": diffusers_frames.LEFT_OUT})
-    return [diffusers_frames.accelerate(processor, shared, NAME)]
+    return diffusers_frames.accelerate(processor, handle, NAME)
 
 
 def _with_coordinates(model: Any, given: dict[str, Any]) -> dict[str, Any]:
