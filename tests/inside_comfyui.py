@@ -11,6 +11,7 @@ import gc
 import importlib.util
 import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -220,6 +221,26 @@ def test_after_an_error_or_an_interrupt_nothing_is_left(of_2_3, error, monkeypat
     assert standing(patcher) == before
     assert not node_of(ours).prepared[0].under_way
     both(patcher, of)
+
+
+def test_two_threads_run_one_model(of_2_3):
+    """As ComfyUI runs the two samples of guidance on two GPUs, were it on one: right bits, and nothing left."""
+    patcher, of = of_2_3
+    model, node = patcher.model.diffusion_model, wrapper.Wrapper(Options())
+    level = torch.tensor([0.7])
+    texts = [torch.randn(1, 9, host.text_channels(of)).to(BF16) for _ in range(4)]
+
+    def run(text, call):
+        with torch.inference_mode():
+            x = [t.to(BF16) for t in host.noise(of)]
+            return tuple(call(x, level, text, None, a_timestep=level))
+
+    expected = [run(text, model._forward) for text in texts]
+    before = standing(patcher)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda text: run(text, lambda *a, **k: node(Executor(model), *a, **k)), texts * 4))
+    assert all(bitfuse.compare(a, b) is None for a, b in zip(expected * 4, found, strict=True))
+    assert standing(patcher) == before
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])

@@ -66,17 +66,15 @@ class Parked(Handle):
         try:
             with self._counting:
                 self._inside += 1
-                entered, first = True, self._inside == 1
-            if first:
-                for ours in tuple(self._forwards):
+                entered = True
+                for ours in tuple(self._forwards) if self._inside == 1 else ():
                     self._place(ours)
             yield
         finally:
             with self._counting:
                 self._inside -= entered
-                last = self._inside == 0
-            if last:
-                self.clear()
+                if self._inside == 0:
+                    self.clear()
 
     def _place(self, ours: Forward) -> None:
         module = ours.module
