@@ -695,6 +695,26 @@ def test_no_graph_for_weights_that_move():
     assert "guide" in graph._why_not({}, guide, [])
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_a_graph_gets_weights_that_stay(of_2_3, cuda_graph, known, monkeypatch):
+    """Of a model with dynamic VRAM: a clone without that, where ComfyUI knows the file. On a CPU it has none."""
+    patcher, asked = of_2_3[0].clone(), []
+    clone = type(patcher).clone
+
+    def noting(self, **options):
+        asked.append(options)
+        if options and not known:
+            raise RuntimeError("Cannot create non-dynamic delegate: cached_patcher_init is not initialized.")
+        return clone(self)
+
+    monkeypatch.setattr(type(patcher), "clone", noting)
+    monkeypatch.setattr(type(patcher), "is_dynamic", lambda self: True)
+    assert node_of(wrapper.attach(patcher, Options(cuda_graph=cuda_graph)))
+    assert asked[0] == ({"disable_dynamic": True} if cuda_graph else {})
+    assert len(asked) == (2 if cuda_graph and not known else 1)
+
+
 def test_graphs_are_given_back_when_the_model_is_unloaded(graphed):
     ours, of, replay = graphed
     host.sample(ours, of, host.noise(of), steps=4)

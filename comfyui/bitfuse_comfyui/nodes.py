@@ -56,7 +56,8 @@ class BitfuseLTX2(io.ComfyNode):
                     default=False,
                     tooltip="Replay the transformer's blocks as one CUDA graph from the third step of a size on: "
                     "faster for short or small videos, where the CPU sets the pace; it takes more memory. Only where "
-                    "the whole model fits on the GPU; else steps run as without it, and the report says why.",
+                    "the whole model fits on the GPU; else steps run as without it, and the report says why. A model "
+                    "of dynamic VRAM is loaded anew without that, as for ComfyUI's torch.compile node.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with bitfuse. Clones of it have it, too.")],

@@ -176,6 +176,18 @@ def _prepared(model: Any, options: Options) -> Parked:
     return parked
 
 
+def _clone(patcher: Any, *, fixed: bool) -> Any:
+    """A clone of the patcher; `fixed`: whose weights keep their places, where that can be had.
+
+    By default ComfyUI streams the weights of a model (dynamic VRAM), and no graph can hold their addresses. What it
+    loads for its own torch.compile node is a model without that, from the same file.
+    """
+    if fixed and getattr(patcher, "is_dynamic", bool)():
+        with contextlib.suppress(RuntimeError):  # it does not know the file; then a report says why there is no graph
+            return patcher.clone(disable_dynamic=True)
+    return patcher.clone()
+
+
 def attach(patcher: Any, options: Options) -> Any:
     """A clone of the patcher whose forwards run with bitfuse. ValueError where it is no LTX-2 model's."""
     import comfy.patcher_extension as extension
@@ -183,7 +195,7 @@ def attach(patcher: Any, options: Options) -> Any:
     model = patcher.model.diffusion_model
     if not isinstance(model, upstream.av_model.LTXAVModel):
         raise ValueError(f"model is a {type(model).__name__}; accepted: an LTX-2 model, whose class is LTXAVModel")
-    clone, wrapper = patcher.clone(), Wrapper(options)
+    clone, wrapper = _clone(patcher, fixed=options.cuda_graph), Wrapper(options)
     kind, when = extension.WrappersMP.DIFFUSION_MODEL, extension.CallbacksMP.ON_DETACH
     clone.remove_wrappers_with_key(kind, KEY)  # of a node before this one
     clone.remove_callbacks_with_key(when, KEY)
