@@ -396,6 +396,7 @@ def explain(
     Example: `bitfuse explain Lightricks/LTX-2`, or without a model: `bitfuse explain --random-weights ltx-2.3`
     """
     from bitfuse.tools import explain as explanation
+    from bitfuse.tools import parts
 
     if (model is None) == (random_weights is None):
         _refuse("accepted: MODEL (a folder or a Hub id) or --random-weights VERSION, one of the two")
@@ -404,15 +405,16 @@ def explain(
     if model is not None and host != "diffusers":
         _refuse(f"--host {host} goes with --random-weights; a MODEL is diffusers'")
     _apart({"--json": json_file}, {}, model)
-    geometry = None
+    geometry, further = None, []
     if model is not None:
         name, built = model, explanation.from_config(model, explanation.DTYPES[dtype])
+        further = list(parts.of_pipeline(model, explanation.DTYPES[dtype]))
     else:
         layers = 48 if layers is None else layers
         name = f"{random_weights}, {layers} layers"
         geometry = explanation.of_version(str(random_weights), layers, host)
         built = explanation.from_geometry(geometry, explanation.DTYPES[dtype])
-    found = explanation.explain(built, tokens, image_to_video, name, geometry)
+    found = explanation.explain(built, tokens, image_to_video, name, geometry, further)
     explanation.show(Console(), found)
     _write(json_file, found.as_dict())
 

@@ -244,7 +244,9 @@ class VideoDecoder(Part):
         if not isinstance(x, Tensor) or x.ndim != 5:
             return f"{given} is no tensor of five dimensions"
         reason = self.why_not_given(decoder, x) or why_gradient(decoder, args, kwargs)
-        reason = reason or next(runnable({given: x}), None) or self._why_not_own(decoder)
+        if not x.is_meta:  # where nothing is computed, and each site tells what would be (`bitfuse explain`)
+            reason = reason or next(runnable({given: x}), None)
+        reason = reason or self._why_not_own(decoder)
         return reason or self._why_not_as_it_was(decoder) or self.refused.get(x.shape)
 
     def _why_not_as_it_was(self, decoder: Any) -> str | None:

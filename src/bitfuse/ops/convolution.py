@@ -50,7 +50,8 @@ class Convolution:
     (y,) where there is none, as the host's own call has added it. With its bias, y has the bits of `conv3d`.
     """
 
-    name = "convolution"
+    name, tier = "convolution", "channels last"
+    source = "torch.nn.Conv3d, computed by cuDNN"
 
     def __init__(self) -> None:
         self._verdicts: dict[tuple, str | None] = {}  # by signature: why not, or None
@@ -62,7 +63,7 @@ class Convolution:
 
     def routed(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, padding: Sides) -> Route:
         signature = _signature(x, weight, bias, stride, padding)
-        reason = _why_stock(x, weight)
+        reason = _why_elsewhere(x) or next(self.why_not(x, weight, bias, stride, padding), None)
         if reason is None and signature not in self._verdicts:
             if capturing(x):
                 return Route(_stock, "this layout is not decided yet and a CUDA graph is being captured")
@@ -74,7 +75,16 @@ class Convolution:
         reason = reason or self._verdicts[signature]
         if reason is not None:
             return Route(_stock, reason)
-        return Route(_channels_last, tier="channels last", signature=signature)
+        return Route(_channels_last, tier=self.tier, signature=signature)
+
+    def why_not(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, padding: Sides) -> Iterator[str]:
+        """Why this convolution is the host's own, on whatever device: for `bitfuse explain`."""
+        if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+            yield f"the volume is {x.dtype} and the weight {weight.dtype}; accepted: torch.bfloat16"
+        if not torch.backends.cudnn.enabled:
+            yield "cuDNN is switched off"
+        if torch.backends.cudnn.benchmark:
+            yield "torch.backends.cudnn.benchmark is on: cuDNN chooses its kernels by the time that they take"
 
     def rehearse(self, take: Any, args: tuple[Any, ...]) -> None:
         """Nothing is compiled for a convolution."""
@@ -103,16 +113,8 @@ def _stock(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, paddin
     return (conv3d(x, weight, bias, stride, padding).contiguous(memory_format=CHANNELS_LAST),)
 
 
-def _why_stock(x: Tensor, weight: Tensor) -> str | None:
-    if not x.is_cuda:
-        return f"the volume is on {x.device}, where PyTorch adds the bias before it rounds"
-    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
-        return f"the volume is {x.dtype} and the weight {weight.dtype}; accepted: torch.bfloat16"
-    if not torch.backends.cudnn.enabled:
-        return "cuDNN is switched off"
-    if torch.backends.cudnn.benchmark:
-        return "torch.backends.cudnn.benchmark is on: cuDNN chooses its kernels by the time that they take"
-    return None
+def _why_elsewhere(x: Tensor) -> str | None:
+    return None if x.is_cuda else f"the volume is on {x.device}, where PyTorch adds the bias before it rounds"
 
 
 def _signature(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, padding: Sides) -> tuple:
