@@ -78,6 +78,8 @@ class Route:
     tier           the name of the operator's tier that the calls are fused by
     passed_over    why the tiers before that one were not taken
     signature      of the kernel that the calls are fused by (`Plan.signature`): what was proved, and may be condemned
+    lasts          whether the next call of this layout goes the same way. Not where an error of the moment stood in the
+                   way of a proof, or somebody watches PyTorch's ops just now
     """
 
     run: Callable[..., Any]
@@ -86,6 +88,7 @@ class Route:
     tier: str | None = None
     passed_over: tuple[str, ...] = ()
     signature: tuple | None = None
+    lasts: bool = True
 
     @property
     def fused(self) -> bool:
@@ -168,14 +171,14 @@ class Operator:
             return Route(self.reference, _replaced(replaced))
         # before anything is asked of a tensor
         if conditions.watched() and (reason := next(around(), None)) is not None:
-            return Route(self.reference, reason)
+            return Route(self.reference, reason, lasts=False)
         key = _layout(args)
         return self._routes.get(key) or self._decided(key, args)
 
     def routed(self, *args: Any) -> Route:
         """`route`, without a look at `originals`: a host's forward has looked at those of all its operators at once."""
         if conditions.watched() and (reason := next(around(), None)) is not None:
-            return Route(self.reference, reason)
+            return Route(self.reference, reason, lasts=False)
         key = _layout(args)
         return self._routes.get(key) or self._decided(key, args)
 
@@ -189,6 +192,7 @@ class Operator:
         while True:
             routes = self._routes
             route, keep = self._decide(args)
+            route.lasts = keep
             if keep and key is not None:
                 proof.remember(routes, key, route, _ROUTES_KEPT)
             if routes is self._routes:

@@ -12,7 +12,8 @@ diffusers and ltx-core have this decoder, with other names and other ops around 
 
 from __future__ import annotations
 
-from collections import Counter
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitfuse.core import proof
 from bitfuse.core.conditions import runnable
+from bitfuse.core.originals import rerouted
 from bitfuse.hosts.ltx2 import why_gradient
 from bitfuse.hosts.part import Model, Part, compiled_sentence
 from bitfuse.hosts.rehearsal import Rehearsal
@@ -40,6 +43,7 @@ from bitfuse.run.swap import compiled, hooked, named
 
 # Height and width of the volume on which kernels are compiled: 512 positions, added up by ATen as in larger volumes
 _SMALL = (16, 32)
+_SHAPES_KEPT = 1024  # of latents that are the host's own forward's
 _OPERATORS = (PIXEL_NORM_SILU_PAD, RESIDUAL_PIXEL_NORM_SILU_PAD, RESIDUAL_PAD, UPSAMPLE, UNPATCHIFY)
 
 # The functions of PyTorch that a decoder's forward leaves out, or calls with other arguments than the host does, and
@@ -117,15 +121,46 @@ class LaidOtherwise(Exception):
     """The host's own volumes would not be contiguous after the first convolution: why."""
 
 
+@dataclass
+class DecoderSite(Site):
+    """A site of a decoder.
+
+    here    what its sites share: `falls`, in the thread of a decode, lists (reason, `Route.lasts`) of each operator's
+            call in it that ran PyTorch's chain
+    """
+
+    here: Any = None
+
+    def fall(self, reason: str, lasts: bool = True) -> None:
+        super().fall(reason, lasts)
+        falls = getattr(self.here, "falls", None)
+        if falls is not None and self.operator != CONVOLUTION.name:  # one that is the host's own costs little
+            falls.append((reason, lasts))
+
+
+@dataclass
+class Refusal:
+    """That the host's own forward runs for latents of a shape, since an operator was not fused: why, and until when.
+
+    Beside fused operators the PyTorch chain of one costs more than the host's own decoder, for the changes of layout.
+
+    state       what the operators' answers hang on (`VideoDecoder._state`): where that has changed they are asked again
+    patience    when to ask again in any case, as an error of the moment stood in the way (no memory); None: never
+    """
+
+    reason: str
+    state: tuple[Any, ...]
+    patience: proof.Patience | None = None
+
+
 class VideoDecoder(Part):
     """Base of what stands in place of the forward of a host's decoder.
 
     named_sites    its sites by their names in it
-    refused        by shape of the latents: why the host's own forward runs for them, since an operator was not fused.
-                   Beside the fused ones its PyTorch chain costs more than the host's own, for the changes of layout
+    refused        by shape of the latents: why the host's own forward runs for them
     """
 
-    __slots__ = ("_rehearsed", "named_sites", "refused")
+    __slots__ = ("_here", "_rehearsed", "named_sites", "refused")
     kind = "decoder"
     names: Names
     whose: str  # "diffusers'"
@@ -133,7 +168,8 @@ class VideoDecoder(Part):
     def __init__(self, decoder: Any, model: Model, sites: dict[str, Site]):
         super().__init__(decoder, model, tuple(sites.values()))
         self.named_sites, self._rehearsed = sites, False
-        self.refused: dict[torch.Size, str] = {}
+        self._here = next((site.here for site in sites.values() if isinstance(site, DecoderSite)), threading.local())
+        self.refused: dict[torch.Size, Refusal] = {}
 
     # -- what a host says of its own decoder --
 
@@ -233,7 +269,10 @@ class VideoDecoder(Part):
         if reason is not None:
             shared.handle.sites.append(Site("decoder", PIXEL_NORM_SILU_PAD.name, reason))
             return
-        sites = {name: Site(f"decoder.{name}", operator) for name, operator in cls.sites_of(decoder)}
+        here = threading.local()
+        sites: dict[str, Site] = {
+            name: DecoderSite(f"decoder.{name}", operator, here=here) for name, operator in cls.sites_of(decoder)
+        }
         shared.handle.sites += sites.values()
         shared.handle.put(decoder, cls(decoder, shared, sites))
 
@@ -247,7 +286,25 @@ class VideoDecoder(Part):
         if not x.is_meta:  # where nothing is computed, and each site tells what would be (`bitfuse explain`)
             reason = reason or next(runnable({given: x}), None)
         reason = reason or self._why_not_own(decoder)
-        return reason or self._why_not_as_it_was(decoder) or self.refused.get(x.shape)
+        return reason or self._why_not_as_it_was(decoder) or self._why_refused(decoder, x, args, kwargs)
+
+    def _why_refused(self, decoder: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        refusal = self.refused.get(x.shape)
+        if refusal is None:
+            return None
+        waits = refusal.patience is None or refusal.patience.waiting
+        return refusal.reason if waits and refusal.state == self._state(decoder, args, kwargs) else None
+
+    def _state(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """What the way that an operator's call goes may hang on: arguments, weights, settings and hooks. 3 ms."""
+        given = [*args, *(kwargs[name] for name in sorted(kwargs))]
+        modules = tuple(
+            (id(module), hooked(module), _form(getattr(module, "eps", None)), module.training)
+            for module in decoder.modules()
+        )
+        found = (*decoder.named_parameters(remove_duplicate=False), *decoder.named_buffers(remove_duplicate=False))
+        weights = tuple((name, _form(weight)) for name, weight in found)
+        return (tuple(map(_form, given)), modules, weights, rerouted(True), rerouted(False))
 
     def _why_not_as_it_was(self, decoder: Any) -> str | None:
         """The decoder may have more resnets by now than it had when it was taken over."""
@@ -336,13 +393,10 @@ class VideoDecoder(Part):
         if not self._rehearsed:
             self._rehearsed = True
             self._rehearse(module, *args, **kwargs)
-        before = self._fallen()
+        falls: list[tuple[str, bool]] = []
+        self._here.falls, start, found = falls, time.perf_counter(), None
         try:
             found = self.decoded(module, *args, **kwargs)
-            if (fallen := self._fallen() - before).total():
-                because = f"partly fused, the decoder is slower than {self.whose} own; not fused: {next(iter(fallen))}"
-                self.refused[self._given(args, kwargs).shape] = because
-            return found
         except LaidOtherwise as otherwise:
             reason = str(otherwise)
         except torch.OutOfMemoryError:
@@ -350,19 +404,33 @@ class VideoDecoder(Part):
                 raise
             # a proof holds more at once than the host's own forward does
             reason = "the device ran out of memory in the fused decoder"
+            falls[:] = [(reason, False)]
+        finally:
+            self._here.falls = None
+        self._refuse(module, args, kwargs, falls, time.perf_counter() - start)
+        if found is not None:
+            return found
         self.fall(reason)
         return self.stock(*args, **kwargs)
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[0] if args else kwargs.get(self.names.given)
 
-    def _fallen(self) -> Counter[str]:
-        """Calls of operators that ran PyTorch's chain so far, by the reason. A convolution that does costs little."""
-        sites = [site for site in self.sites if site.operator != CONVOLUTION.name]
-        found: Counter[str] = Counter()
-        for site in sites:
-            found.update(site.fallen)
-        return found
+    def _refuse(
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], falls: list[tuple[str, bool]], seconds: float
+    ) -> None:
+        """Note whether the host's own forward runs for latents of this shape, given what fell just now, and how long
+        that decode took."""
+        shape = self._given(args, kwargs).shape
+        earlier = self.refused.pop(shape, None)
+        if not falls:
+            return
+        because = f"partly fused, the decoder is slower than {self.whose} own; not fused: {falls[0][0]}"
+        refusal = Refusal(because, self._state(decoder, args, kwargs))
+        if not all(lasts for _, lasts in falls):
+            refusal.patience = (earlier and earlier.patience) or proof.Patience()
+            refusal.patience.failed(proof.Verdict(False, because, seconds=seconds, final=False))
+        proof.remember(self.refused, shape, refusal, _SHAPES_KEPT)
 
     def _rehearse(self, decoder: Any, *args: Any, **kwargs: Any) -> None:
         """Compile the kernels side by side, as they are found in a decode of one small frame of zeros.
@@ -447,6 +515,16 @@ class VideoDecoder(Part):
 
     def _call(self, name: str, operator: Any, *args: Any) -> Any:
         return self.named_sites[name].call(operator, *args)
+
+
+def _form(value: Any) -> Any:
+    """Of a tensor what a layout holds of it; of anything else its class, and a plain value itself."""
+    if not isinstance(value, Tensor):
+        return type(value), value if isinstance(value, (bool, int, float, str)) else None
+    try:
+        return type(value), value.dtype, value.device, value.shape, value.stride(), value.data_ptr() % 16
+    except (RuntimeError, NotImplementedError):  # it has no memory of its own
+        return type(value), value.dtype, value.device, value.shape
 
 
 def _why_called(name: str, module: Any, kind: type) -> str | None:

@@ -66,12 +66,14 @@ class Convolution:
         reason = _why_elsewhere(x) or next(self.why_not(x, weight, bias, stride, padding), None)
         if reason is None and signature not in self._verdicts:
             if capturing(x):
-                return Route(_stock, "this layout is not decided yet and a CUDA graph is being captured")
+                reason = "this layout is not decided yet and a CUDA graph is being captured"
+                return Route(_stock, reason, lasts=False)
             try:
                 with torch.no_grad():
                     self._verdicts[signature] = _difference(x, weight, bias, stride, padding)
             except torch.OutOfMemoryError:  # of the moment: a later call tries again
-                return Route(_stock, "the device ran out of memory while the convolution was being proved")
+                reason = "the device ran out of memory while the convolution was being proved"
+                return Route(_stock, reason, lasts=False)
         reason = reason or self._verdicts[signature]
         if reason is not None:
             return Route(_stock, reason)

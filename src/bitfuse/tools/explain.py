@@ -388,13 +388,15 @@ def _form(t: Tensor) -> str:
 
 # -- what is printed -------------------------------------------------------------------------------------------------
 
+_BLOCKS = "transformer_blocks."
 _COLOURS = {FUSED: "green", CHAIN: "yellow", LEFT_ALONE: "yellow", NOT_CALLED: "dim", UNSEEN: "dim"}
 
 
 def show(console: Console, found: Explanation) -> None:
     """Print an explanation as a table, one row for sites that differ in their block's number only."""
+    of_blocks = all(kind.name.startswith(_BLOCKS) for kind in found.kinds)
     table = Table(
-        Column("sites", overflow="fold"),
+        Column(f"sites of {_BLOCKS}*" if of_blocks else f"sites; the first ones of {_BLOCKS}*", overflow="fold"),
         Column("operator, first argument", overflow="fold"),
         "what would happen, and why",
         title=cell(found.model),
@@ -402,7 +404,7 @@ def show(console: Console, found: Explanation) -> None:
     for kind in found.kinds:
         first = next(iter(kind.arguments.items()), None)
         operator = kind.operator if first is None else f"{kind.operator}\n{first[0]} {first[1]}"
-        name = f"{kind.count} x {kind.name}"
+        name = f"{kind.count} x {kind.name.removeprefix(f'{_BLOCKS}*.')}"
         table.add_row(cell(name), Text(visible(operator, "\n")), cell(_verdict(kind), _COLOURS[kind.state]))
     console.print(table)
     sources = {kind.operator: kind.source for kind in found.kinds}
