@@ -16,14 +16,25 @@ nothing is evicted from them, so that another thread's verdict, found at the sam
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from bitfuse.core.bits import Mismatch, Outputs, Outside, as_tuple, compare, form_mismatch, of_output
+from bitfuse.core.bits import (
+    Mismatch,
+    Outputs,
+    Outside,
+    Part,
+    as_tuple,
+    compare,
+    compare_parts,
+    form_mismatch,
+    of_output,
+)
 from bitfuse.core.launch import Plan
 from bitfuse.core.lines import error_line
 
@@ -258,13 +269,28 @@ def run_battery(
     return Verdict(True, "equal", families, elements, time.perf_counter() - start)
 
 
-def compare_live(reference: Callable[..., Outputs], run: Any, args: tuple[Any, ...]) -> Mismatch | None:
-    """The call that asked for a proof, as further evidence: kernel against reference on the user's own tensors."""
+def compare_live(
+    reference: Callable[..., Outputs],
+    run: Any,
+    args: tuple[Any, ...],
+    parts: Callable[..., Iterator[Part]] | None = None,
+    needed: bool = False,
+) -> Mismatch | None:
+    """The call that asked for a proof, as further evidence: kernel against reference on the user's own tensors.
+
+    parts     the reference piece by piece (`Evidence.parts`); `run` then gives a tuple, witnesses before outputs. What
+              is large in the reference is made, and let go of, before that makes its outputs
+    needed    raise where there is no memory for it: the layout by itself has no other proof
+    """
     try:
         with torch.no_grad():
-            return compare(reference(*args), run(*args))
+            if parts is None:
+                return compare(reference(*args), run(*args))
+            pieces = parts(*args)
+            first = next(pieces, None)
+            return None if first is None else compare_parts(itertools.chain((first,), pieces), run(*args))
     except Exception as error:
-        if of_the_moment(error):  # the battery has passed; a full device is no mismatch
+        if of_the_moment(error) and not needed:  # the battery has passed; a full device is no mismatch
             return None
         raise
 

@@ -1,10 +1,10 @@
 """The convolutional decoder of LTX-2's video autoencoder: what its convolutions do not do themselves.
 
 The decoder is a row of resnets and upsamplers, each a convolution or two with elementwise ops around it. Between two
-convolutions stands one operator (`ops/pixel_norm.py`), and from the first to the last of them all volumes lie in
-channels_last_3d, as cuDNN's kernels take them (`ops/convolution.py`). Weights stay as and where they are. None of the
-decoder's modules is called but its first convolution and the embedders of a timestep, so the host's own forward runs
-where one of them has a hook, or is not the host's own.
+convolutions stands one operator (`ops/pixel_norm.py`, `depth_to_space.py`), and from the first to the last of them all
+volumes lie in channels_last_3d, as cuDNN's kernels take them (`convolution.py`). Weights stay as and where they are.
+None of the decoder's modules is called but its first convolution and the embedders of a timestep, so the host's own
+forward runs where one of them has a hook, or is not the host's own.
 
 diffusers and ltx-core have this decoder, with other names and other ops around it: `diffusers_vae.py` and
 `ltx_core_vae.py` derive from `VideoDecoder`.
@@ -25,20 +25,15 @@ from torch import Tensor
 from bitfuse.core import proof
 from bitfuse.core.conditions import runnable
 from bitfuse.core.originals import rerouted
+from bitfuse.core.volumes import laid
 from bitfuse.hosts.ltx2 import why_gradient
 from bitfuse.hosts.part import Model, Part, compiled_sentence
 from bitfuse.hosts.rehearsal import Rehearsal
 from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import Entry, calls_of, of_operators
 from bitfuse.ops.convolution import CONVOLUTION
-from bitfuse.ops.pixel_norm import (
-    PIXEL_NORM_SILU_PAD,
-    RESIDUAL_PAD,
-    RESIDUAL_PIXEL_NORM_SILU_PAD,
-    UNPATCHIFY,
-    UPSAMPLE,
-    laid,
-)
+from bitfuse.ops.depth_to_space import UNPATCHIFY, UPSAMPLE
+from bitfuse.ops.pixel_norm import PIXEL_NORM_SILU_PAD, RESIDUAL_PAD, RESIDUAL_PIXEL_NORM_SILU_PAD
 from bitfuse.run.swap import compiled, hooked, named
 
 # Height and width of the volume on which kernels are compiled: 512 positions, added up by ATen as in larger volumes
