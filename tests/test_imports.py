@@ -362,7 +362,7 @@ def test_the_package_imports_every_operator_file():
 def test_core_and_operators_do_not_grow():
     """Without evidence: what somebody reads who wants to know how a call is decided and computed. 3,000 lines is what
     it should be; it had 5,060 before it had folders (and since then perturbed_attention.py, `rerouted`, grid_rotary.py,
-    swiglu.py, and for the video decoder pixel_norm.py, depth_to_space.py, convolution.py, volume_mean.py and volumes.py,
+    swiglu.py, and for the video decoder pixel_norm.py, depth_to_space.py, convolution.py, volume_mean.py, volumes.py
     and proofs of large volumes in pieces)."""
     paths = [path for path in FILES if _room(_name(path)) in ("core", "ops") and not _is_evidence(_name(path))]
     assert not any(path.stem.endswith(("_common", "_cases")) for path in paths)

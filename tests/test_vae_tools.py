@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 
 import pytest
 import torch
+from torch import Tensor
 
 import bitfuse
 import tiny
 from bitfuse import OPERATORS, BitfuseWarning
+from bitfuse.core import proof
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator
 from bitfuse.hosts.rehearsal import Rehearsal
@@ -315,9 +318,110 @@ def test_a_lora_that_is_merged_for_good_is_fused():
 
 
 @pytest.fixture
-def compiled(monkeypatch):
-    """The signature of each kernel that a rehearsal compiles: in the interpreter there is nothing to compile."""
+def compiled(monkeypatch, fresh_routes):
+    """The kernels that a rehearsal compiles, by what a signature has of them: here there is nothing to compile."""
     found = []
-    monkeypatch.setattr(Rehearsal, "_compiles", lambda self: True)
-    monkeypatch.setattr(Plan, "compile", lambda plan, args: found.append(plan.signature(args)))
+    monkeypatch.setattr(Rehearsal, "compiles", lambda self: True)
+
+    def compile(plan, args):
+        assert sum(a.numel() for a in args if isinstance(a, Tensor)) <= 16 * len(args)
+        assert all(out.shape == (1,) for out in plan.outputs)
+        found.append(kernel_of(plan.signature(args)))
+
+    monkeypatch.setattr(Plan, "compile", compile)
     return found
+
+
+def kernel_of(signature):
+    """Which compiled kernel a signature is of: its source and constants, dtypes, alignment, and classes of numbers."""
+    kernel, _, _, pointers, extras, _, scalars = signature
+    return kernel, tuple(None if p is None else p[:2] for p in pointers), extras, scalars
+
+
+@pytest.mark.parametrize("config", ["2.0", "2.3", "2.0, not causal, zeros at the edges"])
+def test_every_kernel_of_a_size_is_compiled_before_its_first_decode(config, compiled):
+    vae = make(config)
+    sizes = [latents(), latents(frames=1, height=3, width=4)]
+    expected = [decoded(vae, z) for z in sizes]
+    handle = bitfuse.accelerate(vae)
+    for z, right in zip(sizes, expected, strict=True):
+        assert bitfuse.compare(right, decoded(vae, z)) is None
+        tiers = {name: operator.tiers[0].name for name, operator in OPERATORS.items()}
+        proved = {kernel_of(signature) for name, tier, signature in proof.verdicts() if tier == tiers[name]}
+        assert set(compiled) == proved
+        assert len(compiled) == len(set(compiled)), "each once"
+    before = len(compiled)
+    for z, right in zip(sizes, expected, strict=True):
+        assert bitfuse.compare(right, decoded(vae, z)) is None
+    assert len(compiled) == before
+    assert {site.fused for site in elementwise(handle)} == {4}, "nothing counts but decodes"
+    assert_fused(handle)
+
+
+@pytest.mark.parametrize("config", ["timestep", "noise"])
+def test_no_rehearsal_where_modules_would_be_called_or_numbers_drawn_twice(config, compiled):
+    vae = make(config)
+    expected = decoded(vae)
+    bitfuse.accelerate(vae)
+    assert bitfuse.compare(expected, decoded(vae)) is None
+    assert compiled == []
+
+
+@pytest.mark.parametrize("use", [lora("conv_in.conv")], ids=["a LoRA on the first convolution"])
+def test_a_rehearsal_with(use, compiled):
+    pytest.importorskip("peft")
+    vae = make()
+    use(vae)
+    expected = decoded(vae)
+    bitfuse.accelerate(vae)
+    assert bitfuse.compare(expected, decoded(vae)) is None
+    assert compiled
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, ValueError])
+def test_a_rehearsal_that_fails_fails_no_decode(error, compiled, monkeypatch):
+    vae = make()
+    expected = decoded(vae)
+    handle = bitfuse.accelerate(vae)
+
+    def fails(*_):
+        raise error("no memory is left")
+
+    monkeypatch.setattr(Operator, "dry", fails)
+    assert bitfuse.compare(expected, decoded(vae)) is None
+    assert_fused(handle)
+
+
+def test_while_one_thread_rehearses_another_decodes(compiled, monkeypatch):
+    vae, other = make(), latents(frames=1)
+    expected = [decoded(vae), decoded(vae, other)]
+    bitfuse.accelerate(vae)
+    decoded(vae, other)
+    dry, begun, found = Operator.dry, [], []
+
+    def slow(operator, *args):
+        if not begun:
+            begun.append(True)
+            thread = threading.Thread(target=lambda: found.append(decoded(vae, other)))
+            thread.start()
+            thread.join()
+        return dry(operator, *args)
+
+    monkeypatch.setattr(Operator, "dry", slow)
+    assert bitfuse.compare(expected[0], decoded(vae)) is None
+    assert bitfuse.compare(expected[1], found[0]) is None
+
+
+def test_an_interrupt_in_a_rehearsal_leaves_nothing_behind(compiled, monkeypatch):
+    vae = make()
+    expected = decoded(vae)
+    bitfuse.accelerate(vae)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(Operator, "dry", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decoded(vae)
+    assert bitfuse.compare(expected, decoded(vae)) is None

@@ -44,7 +44,7 @@ from bitfuse.core import conditions, library, proof
 from bitfuse.core.bits import Mismatch, Outputs, as_tuple
 from bitfuse.core.conditions import around, described
 from bitfuse.core.kernel import interpreting
-from bitfuse.core.launch import Plan, on_device
+from bitfuse.core.launch import Plan, few_bytes, on_device
 from bitfuse.core.originals import Originals, called_by, rerouted
 
 if TYPE_CHECKING:
@@ -419,6 +419,17 @@ class Operator:
                 _, small = next(iter(self.battery(*args)))
                 if isinstance(plan := tier.plan(*small), Plan):
                     take(plan, small)
+
+    def dry(self, take: Callable[[Plan, tuple[Any, ...]], object], *args: Any) -> Any:
+        """What a call with these arguments returns, without values: nothing is launched. ValueError where it would run
+        the reference. `take` is given the kernel that `route` would prove for them, as a launch on a few bytes."""
+        if (reason := next(self._reasons(args), None)) is not None:
+            raise ValueError(f"{self.name}: {reason}")
+        plan, tier = self.plan(*args), self.tiers[0]
+        if isinstance(first := tier.plan(*args), Plan) and proof.known(self, tier, first.signature(args)) is None:
+            take(first.on_few_bytes(), tuple(few_bytes(a) if isinstance(a, Tensor) else a for a in args))
+        outs = plan.empty(args[0].device)[len(plan.witnesses) :]
+        return outs[0] if len(outs) == 1 else outs
 
     def _runner(self, plan: Plan, args: tuple[Any, ...]) -> Callable[..., Any]:
         """run(*args) for calls of this layout: new outputs, one launch; the witnesses are dropped."""

@@ -44,7 +44,7 @@ def channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Out:
     return Out(tuple(shape), (frame * frames, 1, frame, row, pixel), dtype)
 
 
-_PIECE = 1 << 25  # elements
+_PIECE = 1 << 26  # elements
 
 
 def pieces(volume: Tensor) -> Iterator[slice]:

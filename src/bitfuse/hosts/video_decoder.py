@@ -12,6 +12,7 @@ diffusers and ltx-core have this decoder, with other names and other ops around 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitfuse.core import proof
-from bitfuse.core.conditions import runnable
+from bitfuse.core.conditions import around, runnable
 from bitfuse.core.originals import rerouted
 from bitfuse.core.volumes import laid
 from bitfuse.hosts.ltx2 import why_gradient
@@ -36,9 +37,9 @@ from bitfuse.ops.depth_to_space import UNPATCHIFY, UPSAMPLE
 from bitfuse.ops.pixel_norm import PIXEL_NORM_SILU_PAD, RESIDUAL_PAD, RESIDUAL_PIXEL_NORM_SILU_PAD
 from bitfuse.run.swap import compiled, hooked, named
 
-# Height and width of the volume on which kernels are compiled: 512 positions, added up by ATen as in larger volumes
-_SMALL = (16, 32)
-_SHAPES_KEPT = 1024  # of latents that are the host's own forward's
+_log = logging.getLogger("bitfuse")
+
+_SHAPES_KEPT = 1024  # that are known to be the host's own forward's, or to have their kernels
 _OPERATORS = (PIXEL_NORM_SILU_PAD, RESIDUAL_PIXEL_NORM_SILU_PAD, RESIDUAL_PAD, UPSAMPLE, UNPATCHIFY)
 
 # The functions of PyTorch that a decoder's forward leaves out, or calls with other arguments than the host does, and
@@ -120,8 +121,8 @@ class LaidOtherwise(Exception):
 class DecoderSite(Site):
     """A site of a decoder.
 
-    here    what its sites share: `falls`, in the thread of a decode, lists (reason, `Route.lasts`) of each operator's
-            call in it that ran PyTorch's chain
+    here    what its sites share, for each thread: `falls`, in a decode, lists (reason, `Route.lasts`) of each call in
+            it of an operator that ran PyTorch's chain; `dry`, in a decode without values, stands in for the calls
     """
 
     here: Any = None
@@ -162,7 +163,8 @@ class VideoDecoder(Part):
 
     def __init__(self, decoder: Any, model: Model, sites: dict[str, Site]):
         super().__init__(decoder, model, tuple(sites.values()))
-        self.named_sites, self._rehearsed = sites, False
+        self.named_sites = sites
+        self._rehearsed: dict[torch.Size, bool] = {}  # shapes of the first volume whose kernels were compiled
         self._here = next((site.here for site in sites.values() if isinstance(site, DecoderSite)), threading.local())
         self.refused: dict[torch.Size, Refusal] = {}
 
@@ -385,9 +387,6 @@ class VideoDecoder(Part):
     # -- the forward --
 
     def fused(self, module: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._rehearsed:
-            self._rehearsed = True
-            self._rehearse(module, *args, **kwargs)
         falls: list[tuple[str, bool]] = []
         self._here.falls, start, found = falls, time.perf_counter(), None
         try:
@@ -427,17 +426,28 @@ class VideoDecoder(Part):
             refusal.patience.failed(proof.Verdict(False, because, seconds=seconds, final=False))
         proof.remember(self.refused, shape, refusal, _SHAPES_KEPT)
 
-    def _rehearse(self, decoder: Any, *args: Any, **kwargs: Any) -> None:
-        """Compile the kernels side by side, as they are found in a decode of one small frame of zeros.
+    def _rehearse(self, decoder: Any, volume: Tensor, causal: bool) -> None:
+        """Compile the kernels for a volume of this shape side by side, found in a decode without values.
 
-        One after the other 15 kernels took 8 s (H200, 2026-11-29). None of the decoder's modules is called.
+        One after the other 19 kernels took 11 s (121 frames of 1536x1024, H200, 2026-11-29). None of the decoder's
+        modules is called, nothing is launched but a copy of the first volume, and it holds what a fused decode does.
         """
-        given, strict = self._given(args, kwargs), any(site.strict for site in self.sites)
-        if not given.is_cuda or strict or self.conditioned(decoder) or self.draws(decoder):
+        if volume.shape in self._rehearsed or self.conditioned(decoder) or self.draws(decoder):
             return
-        shape = 1, decoder.conv_in.conv.out_channels, 1, *_SMALL
-        small, causal = given.new_zeros(shape, dtype=torch.bfloat16), self.causal(decoder, *args, **kwargs)
-        Rehearsal(decoder, self.sites)(lambda: self.after_first(decoder, small, None, causal))
+        proof.remember(self._rehearsed, volume.shape, True, _SHAPES_KEPT)
+        rehearsal = Rehearsal(decoder, ())
+        if next(around(), None) is not None or not rehearsal.compiles():
+            return
+        self._here.dry = rehearsal.dry
+        try:
+            self.after_first(decoder, volume, None, causal)
+        except torch.AcceleratorError:
+            raise
+        except Exception:  # why something can't be fused is said where it is proved, and memory may do for that
+            _log.debug("the kernels of a decoder could not be found beforehand", exc_info=True)
+        finally:
+            self._here.dry = None
+        rehearsal.compile()
 
     def after_first(
         self, decoder: Any, volume: Tensor, timestep: Any, causal: bool, generator: torch.Generator | None = None
@@ -449,6 +459,8 @@ class VideoDecoder(Part):
         """
         if (reason := _why_laid_otherwise(volume)) is not None:
             raise LaidOtherwise(reason)
+        if getattr(self._here, "dry", None) is None:
+            self._rehearse(decoder, volume, causal)
         pending = Pending(laid(volume))
         del volume
         for stage in self.stages(decoder):
@@ -509,7 +521,8 @@ class VideoDecoder(Part):
         return Pending(y, *bias)
 
     def _call(self, name: str, operator: Any, *args: Any) -> Any:
-        return self.named_sites[name].call(operator, *args)
+        dry = getattr(self._here, "dry", None)
+        return self.named_sites[name].call(operator, *args) if dry is None else dry(operator, args)
 
 
 def _form(value: Any) -> Any:
