@@ -91,7 +91,7 @@ def _of_part(expected: Tensor, found: Tensor) -> Mismatch | None:
 
 
 def _alike(expected: Tensor, found: Tensor) -> bool:
-    """Whether all bits are equal, those of NaN too: the quick answer."""
+    """Whether all bits are equal, those of NaN too: the quick answer, of one op where `_difference` has ten."""
     bits = BITS[expected.element_size()]
     return torch.equal(expected.view(bits), found.view(bits))
 
@@ -124,7 +124,7 @@ def _compare(expected: Tensor, found: Tensor) -> Mismatch | None:
         return mismatch
     if BITS.get(expected.element_size()) is None:
         raise TypeError(f"expected and found are of {expected.dtype}; accepted: dtypes of 1, 2, 4 or 8 bytes")
-    return _difference(expected, found)
+    return None if _alike(expected, found) else _difference(expected, found)
 
 
 def _difference(expected: Tensor, found: Tensor) -> Mismatch | None:

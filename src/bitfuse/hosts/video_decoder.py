@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitfuse.core import proof
-from bitfuse.core.conditions import around, runnable
+from bitfuse.core.conditions import around, capturing, runnable
 from bitfuse.core.originals import rerouted
 from bitfuse.core.volumes import laid
 from bitfuse.hosts.ltx2 import why_gradient
@@ -227,7 +227,7 @@ class VideoDecoder(Part):
         raise NotImplementedError
 
     def draws(self, decoder: Any) -> bool:
-        """Whether it draws random numbers, which would be others if it were begun again."""
+        """Whether it draws random numbers."""
         resnets = (module for stage in self.stages(decoder) for _, module in stage.steps)
         return any(getattr(module, "per_channel_scale1", None) is not None for module in resnets)
 
@@ -388,15 +388,14 @@ class VideoDecoder(Part):
 
     def fused(self, module: Any, *args: Any, **kwargs: Any) -> Tensor:
         falls: list[tuple[str, bool]] = []
+        states = self._random_states(module, args, kwargs)
         self._here.falls, start, found = falls, time.perf_counter(), None
         try:
             found = self.decoded(module, *args, **kwargs)
         except LaidOtherwise as otherwise:
             reason = str(otherwise)
         except torch.OutOfMemoryError:
-            if self.draws(module):  # the random numbers of another try would be others
-                raise
-            # a proof holds more at once than the host's own forward does
+            # the chain of an operator that is not fused holds more at once than the host's own forward does
             reason = "the device ran out of memory in the fused decoder"
             falls[:] = [(reason, False)]
         finally:
@@ -404,8 +403,21 @@ class VideoDecoder(Part):
         self._refuse(module, args, kwargs, falls, time.perf_counter() - start)
         if found is not None:
             return found
+        for generator, state in states:  # the host's own forward draws the same numbers again
+            generator.set_state(state)
         self.fall(reason)
         return self.stock(*args, **kwargs)
+
+    def _random_states(
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[tuple[torch.Generator, Tensor]]:
+        """What this decode may draw numbers from, and the states before it. A graph's capture has states of its own."""
+        x = self._given(args, kwargs)
+        if not self.draws(decoder) or capturing(x):
+            return []
+        own = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)]
+        return [(generator, generator.get_state()) for generator in (own, *given)]
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[0] if args else kwargs.get(self.names.given)

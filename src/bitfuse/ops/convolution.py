@@ -14,7 +14,7 @@ Where it does not hold, the host's own call runs, and the reason says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,22 +62,22 @@ class Convolution:
         return (y,) if bias is None else (y, bias)
 
     def routed(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, padding: Sides) -> Route:
-        signature = _signature(x, weight, bias, stride, padding)
-        reason = _why_elsewhere(x) or next(self.why_not(x, weight, bias, stride, padding), None)
+        signature, args = _signature(x, weight, bias, stride, padding), (x, weight, bias, stride, padding)
+        reason, result = _why_elsewhere(x) or next(self.why_not(*args), None), None
         if reason is None and signature not in self._verdicts:
             if capturing(x):
                 reason = "this layout is not decided yet and a CUDA graph is being captured"
                 return Route(_stock, reason, lasts=False)
             try:
                 with torch.no_grad():
-                    self._verdicts[signature] = _difference(x, weight, bias, stride, padding)
+                    self._verdicts[signature], result = _difference(*args)
             except torch.OutOfMemoryError:  # of the moment: a later call tries again
                 reason = "the device ran out of memory while the convolution was being proved"
                 return Route(_stock, reason, lasts=False)
         reason = reason or self._verdicts[signature]
         if reason is not None:
             return Route(_stock, reason)
-        return Route(_channels_last, tier=self.tier, signature=signature)
+        return Route(_channels_last if result is None else _given(result), tier=self.tier, signature=signature)
 
     def why_not(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, padding: Sides) -> Iterator[str]:
         """Why this convolution is the host's own, on whatever device: for `bitfuse explain`."""
@@ -119,6 +119,18 @@ def _channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides
     return (y,) if bias is None else (y, bias)
 
 
+def _given(y: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """`_channels_last` of a volume for which that has just been computed. It is held until it is asked for."""
+    held = [y]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, padding: Sides) -> tuple[Tensor, ...]:
+        if not held:
+            return _channels_last(x, weight, bias, stride, padding)
+        return (held.pop(),) if bias is None else (held.pop(), bias)
+
+    return run
+
+
 def _stock(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, padding: Sides) -> tuple[Tensor, ...]:
     return (conv3d(x, weight, bias, stride, padding).contiguous(memory_format=CHANNELS_LAST),)
 
@@ -134,23 +146,26 @@ def _signature(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, pa
     return (x.device, x.dtype, tensors, stride, padding, *switches)
 
 
-def _difference(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, padding: Sides) -> str | None:
-    """Why this convolution must be the host's; None where the bits are equal on the call's volume and on `_probe`.
+def _difference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, padding: Sides
+) -> tuple[str | None, Tensor | None]:
+    """(why this convolution must be the host's, None where the bits are equal on `_probe` and on the call's own volume;
+    the result of that, without the bias, where they are).
 
     The host's own call comes first, with what it needs of memory: that is the most that is held here.
     """
-    expected = conv3d(x, weight, bias, stride, padding)
-    found = F.conv3d(x, weight, None, stride, padding)
-    reason = _parting(expected, found, bias, "the call's own volume")
-    if reason is not None:
-        return reason
-    del expected, found
     volume, weights = _probe(x, weight)
     expected = conv3d(volume, weights, bias, stride, padding)
     ours = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(volume)
     del volume
     found = F.conv3d(ours, weights, None, stride, padding)
-    return _parting(expected, found, bias, "sums whose large terms cancel")
+    if (reason := _parting(expected, found, bias, "sums whose large terms cancel")) is not None:
+        return reason, None
+    del ours, weights, expected, found
+    expected = conv3d(x, weight, bias, stride, padding)
+    found = F.conv3d(x, weight, None, stride, padding)
+    reason = _parting(expected, found, bias, "the call's own volume")
+    return (None, found) if reason is None else (reason, None)
 
 
 def _parting(expected: Tensor, found: Tensor, bias: Tensor | None, what: str) -> str | None:
