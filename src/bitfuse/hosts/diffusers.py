@@ -555,7 +555,7 @@ def accelerate(model: Any, handle: Handle) -> None:
     if vae is not None and isinstance(model, vae.AutoencoderKLLTX2Video):
         from bitfuse.hosts import diffusers_vae
 
-        shared = Model(handle, {"decoder": diffusers_vae.LEFT_OUT})
+        shared = Model(handle, diffusers_vae.LEFT_OUT)
         diffusers_vae.accelerate(model, shared, NAME)
         shared.take_over_is_done()
         return

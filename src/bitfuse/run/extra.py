@@ -59,5 +59,9 @@ class Extras:
         default_factory=lambda: Extra("GELU in place", "the widest tensor of these feed-forwards was held twice")
     )
 
+    tiles: Extra = field(
+        default_factory=lambda: Extra("tiles blended at once", "the host blended a decode's tiles row by row")
+    )
+
     def __iter__(self) -> Iterator[Extra]:
-        return iter((self.graph, self.second_stream, self.text, self.gelu))
+        return iter((self.graph, self.second_stream, self.text, self.gelu, self.tiles))
