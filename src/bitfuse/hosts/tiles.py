@@ -20,7 +20,6 @@ from torch import Tensor
 
 from bitfuse.core.bits import compare
 from bitfuse.core.conditions import HALVES, around, capturing
-from bitfuse.core.values import every_16_bit_pattern
 from bitfuse.hosts.part import Model, Part
 
 _MOST = 1 << 10  # rows of an overlap
@@ -62,6 +61,8 @@ def _weights(extent: int, dim: int, ndim: int, device: torch.device) -> tuple[Te
 @functools.lru_cache(256)
 def difference(extent: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why this extent is blended row by row, None where `blended` has the bits of that here."""
+    from bitfuse.core.values import every_16_bit_pattern  # only here: a process without tiles needs none
+
     with torch.no_grad():
         every = every_16_bit_pattern(dtype, device).view(1, 256, 256)
         a = every.expand(extent, -1, -1)
