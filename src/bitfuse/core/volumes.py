@@ -44,13 +44,13 @@ def channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Out:
     return Out(tuple(shape), (frame * frames, 1, frame, row, pixel), dtype)
 
 
-_PIECE = 1 << 26  # elements
+_PIECE, _PIECES = 1 << 26, 12  # elements, or a twelfth of the frames where that is more: each piece takes 30 ops
 
 
 def pieces(volume: Tensor) -> Iterator[slice]:
     """Its frames, some at a time: as many as are computed at once where all at once would take too much memory."""
     batch, channels, frames, height, width = volume.shape
-    some = max(1, _PIECE // max(1, batch * channels * height * width))
+    some = max(1, _PIECE // max(1, batch * channels * height * width), frames // _PIECES)
     yield from (slice(first, min(first + some, frames)) for first in range(0, frames, some))
 
 
