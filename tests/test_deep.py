@@ -141,7 +141,8 @@ def test_an_operator_has_the_steps_that_its_arguments_and_its_instructions_show(
         assert ("sqrt.rn.f32" in counted) == ("root" in steps)
         assert ("ex2.approx.f32" in counted) == ("silu" in steps)
         return
-    assert ("modulation" in steps, "residual" in steps) == ("scale" in names, "y" in names)
+    assert ("modulation" in steps, bool(steps & {"residual", "addcmul"})) == ("scale" in names, "y" in names)
+    assert ("addcmul" in steps) == ("y" in names and "fma.rn.f32" in counted)
     assert ("rsqrt" in steps, "sigmoid" in steps) == ("rsqrt.approx.f32" in counted, "ex2.approx.ftz.f32" in counted)
     # a mean's divisor is one number for all rows: counts of elements are converted for it
     divides = "div.rn.f32" in counted and "cvt.rn.f32.s64" not in counted

@@ -176,7 +176,7 @@ def test_a_pipelines_decoder_and_connectors_are_explained_as_they_are_done(folde
     with bitfuse.accelerated(pipe) as handle:
         call = {**tiny.CALL, **tiny.UNGUIDED, "generator": torch.Generator().manual_seed(0)}
         pipe(prompt="a red fox", output_type="pt", **call)
-        done = {kind["name"]: kind for kind in handle.report().kinds()}
+        done = {kind["name"]: kind for kind in handle.report().kinds() if kind["name"] != "video_processor"}
     assert set(kinds) == set(done)
     for name, kind in kinds.items():
         assert kind.operator == done[name]["operator"]
@@ -184,7 +184,7 @@ def test_a_pipelines_decoder_and_connectors_are_explained_as_they_are_done(folde
             assert (kind.state, kind.tier) == (sites.FUSED, "channels last")
         else:
             assert STATES[kind.state] == done[name]["state"], name
-    assert found.seen == len(handle.sites)
+    assert found.seen == sum(site.name != "video_processor" for site in handle.sites)
     assert any(name.startswith("decoder.") for name in kinds)
     assert any(name.startswith("connectors.") for name in kinds)
     assert "a prompt of 1024 tokens; a decode of latents [1, 16, 16, 16, 24]" in found.geometry

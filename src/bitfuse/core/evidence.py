@@ -20,10 +20,12 @@ from bitfuse.core.kernel import EXACT, Kernel
 from bitfuse.core.launch import Plan
 from bitfuse.core.reduction import LAYER_NORM
 
-STEPS = ("residual", "norm", "modulation", "rsqrt", "quotient", "sigmoid", "bias", "summands", "root", "silu")
-"""What a kernel may do: add a residual; norm rows, so that one element shows in all of its row; modulate; call
-`reciprocal_root`; `divide` a sum by the width; compute 1 / (1 + e^-x); and of volumes: add a bias; what else stands
-between two convolutions, in the lines that share it; divide by `square_root`; call `silu`."""
+STEPS = (
+    "residual", "addcmul", "norm", "modulation", "rsqrt", "quotient", "sigmoid", "bias", "summands", "root", "silu",
+)  # fmt: skip
+"""What a kernel may do: add a residual, or do it by one addcmul; norm rows, so that one element shows in all of its
+row; modulate; call `reciprocal_root`; `divide` a sum by the width; compute 1 / (1 + e^-x); and of volumes: add a bias;
+what else stands between two convolutions, in the lines that share it; divide by `square_root`; call `silu`."""
 
 
 @dataclass(frozen=True)

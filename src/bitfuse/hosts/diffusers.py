@@ -591,6 +591,20 @@ def accelerate(model: Any, handle: Handle) -> None:
         )
 
 
+def besides(target: Any) -> list[Any]:
+    """What a pipeline has besides its models that can be accelerated: its video processor."""
+    processor = getattr(target, "video_processor", None)
+    module = sys.modules.get("diffusers.video_processor")  # not imported: then nothing can be of it
+    return [processor] if module is not None and isinstance(processor, module.VideoProcessor) else []
+
+
+def accelerate_besides(processor: Any, handle: Handle) -> Site:
+    """Take over what brings a pipeline's decoded video to the CPU; its site, which is not in the handle yet."""
+    from bitfuse.hosts import diffusers_frames  # only here: it needs PIL, as pipelines do
+
+    return diffusers_frames.accelerate(processor, handle, NAME)
+
+
 def _with_coordinates(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The coordinates that upstream's forward would make on the CPU, from where a CUDA graph can't copy them."""
     found: dict[str, Any] = {}
