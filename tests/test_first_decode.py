@@ -255,3 +255,28 @@ def test_a_layout_that_there_is_no_memory_to_compare_is_not_fused(monkeypatch):
     again = operator.route(*args)
     assert again.lasts
     assert not any("memory" in sentence for sentence in again.passed_over)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_first_decode_holds_no_more_than_stocks(device):
+    """As counted on the meta device; with every bit, and every kernel compiled beforehand."""
+    vae = real().to_empty(device=device)
+    with torch.no_grad():
+        for parameter in vae.decoder.parameters():
+            parameter.normal_(std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
+        z = torch.randn(1, 128, 4, 16, 24, device=device).to(torch.bfloat16)
+
+        def decoded():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            video = vae.decode(z, return_dict=False)[0]
+            return video, torch.cuda.max_memory_allocated() - before
+
+        expected, of_stock = decoded()
+        handle = bitfuse.accelerate(vae)
+        for most in (1.0, 0.7):
+            found, held = decoded()
+            assert compare(expected, found) is None
+            assert held <= most * of_stock
+        assert {site.state for site in handle.sites} == {"fused"}, handle.report()
