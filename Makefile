@@ -43,7 +43,7 @@ $(READY): pyproject.toml constraints.txt tests/sglang.txt
 	-$(INSTALL) --no-deps -r tests/sglang.txt
 	@# Python compiles each module at its first import, 25 s of the processor's time for those of the tests. Here two
 	@# processes share it; in the tests each worker would do it all
-	-$(VENV)/bin/python tests/sglang_host.py -m bitfuse --help > $(VENV)/first.log 2>&1 & \
+	-$(VENV)/bin/python tests/sglang_host.py -m bitfuse.tools.prove.ptx --help > $(VENV)/first.log 2>&1 & \
 	$(VENV)/bin/python -c "import torch._dynamo, torch._inductor.utils, diffusers.pipelines.ltx2, peft, ltx_core" \
 		>> $(VENV)/first.log 2>&1; wait
 	touch $@

@@ -14,6 +14,7 @@ import pytest
 import bitfuse
 from bitfuse.core.kernel import EXACT
 from bitfuse.moved import MOVED
+from bitfuse.tools import names
 
 PACKAGE = Path(bitfuse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -181,6 +182,32 @@ print("set")
     assert _python(code) == "set\n"
 
 
+def test_the_command_s_process_has_every_public_name_when_it_is_asked_for(tmp_path):
+    """There `import bitfuse` imports no torch, and nobody else is told apart from before."""
+    script = tmp_path / "bitfuse"  # by which name bitfuse knows its command
+    script.write_text("""
+import sys, warnings
+warnings.simplefilter("ignore")
+import bitfuse
+assert "torch" not in sys.modules and {*bitfuse.__all__} <= {*dir(bitfuse)} and bitfuse.__version__
+from bitfuse import *
+import torch
+from bitfuse.core import operator
+assert Operator is bitfuse.Operator is operator.Operator and bitfuse.contract.Operator is Operator
+assert OPERATORS is operator.OPERATORS and torch.ops.bitfuse.head_gate and not hasattr(bitfuse, "nothing")
+print(len(OPERATORS))
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == (f"{len(names.OPERATORS)}\n", "")
+
+
+@pytest.mark.parametrize("argv", ["sys.argv", "['/usr/bin/bitfuse', 'demo', '--steps', '2']", "[]"])
+def test_another_process_has_all_of_bitfuse_at_once(argv):
+    """Also one that Python starts for a process of the command, and tells the command's arguments."""
+    code = f"import sys; sys.argv = {argv}; import bitfuse, torch; print(torch.ops.bitfuse.head_gate)"
+    assert _python(code) == "bitfuse.head_gate\n"
+
+
 def test_an_unknown_name_is_not_answered():
     assert importlib.util.find_spec("bitfuse.no_such_module") is None
     assert importlib.util.find_spec("bitfuse.contract") is not None
@@ -188,7 +215,8 @@ def test_an_unknown_name_is_not_answered():
 
 # -- which way imports run -----------------------------------------------------------------------------------------
 
-# core <- ops <- run <- hosts <- the front door (bitfuse/__init__, moved) <- tools <- cli; each by what it may import
+# core <- ops <- run <- hosts <- the front door (bitfuse/__init__, front, moved) <- tools <- cli; each by what it may
+# import
 MAY_IMPORT = {
     "core": {"core"},
     "ops": {"core", "ops"},
@@ -198,7 +226,10 @@ MAY_IMPORT = {
     "tools": {"core", "ops", "run", "hosts", "front door", "tools"},
     "cli": {"core", "ops", "run", "hosts", "front door", "tools", "cli"},
 }
-ROOMS = {"bitfuse": "front door", "bitfuse.moved": "front door", "bitfuse.cli": "cli", "bitfuse.__main__": "cli"}
+ROOMS = {
+    **dict.fromkeys(("bitfuse", "bitfuse.front", "bitfuse.moved"), "front door"),
+    **dict.fromkeys(("bitfuse.cli", "bitfuse.__main__"), "cli"),
+}
 # SGLang's workers call bitfuse as a user does: the plug-in is theirs
 BESIDE = {
     "hosts/sglang_plugin.py": {"bitfuse"},

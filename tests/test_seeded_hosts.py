@@ -290,8 +290,8 @@ def test_a_host_that_is_not_installed(command, missing, monkeypatch, tmp_path):
     [
         (["demo", "--host", "comfyui"], "--host comfyui is not a host; accepted: diffusers, ltx-core, sglang"),
         (["verify", "--host", "comfyui"], "--host comfyui is not a host"),
-        (["explain", "x", "--host", "sglang"], "--host sglang goes with --random-weights"),
-        (["compare", "x", "--host", "ltx-core"], "--host ltx-core goes with --random-weights"),
+        (["explain", "owner/name", "--host", "sglang"], "--host sglang goes with --random-weights"),
+        (["compare", "owner/name", "--host", "ltx-core"], "--host ltx-core goes with --random-weights"),
         (["bench", "--host", "sglang"], "--host sglang goes with --only model"),
         (["bench", "--host", "sglang", *ONLY_MODEL, "--only", "overhead"], "--host sglang goes with --only model"),
         (["verify", "--host", "sglang", "--check", "x"], "--check reads a document and runs nothing"),

@@ -84,15 +84,16 @@ class Diagnosis:
         return {"machine": machine(), "exit_code": self.exit_code, "findings": [asdict(f) for f in self.findings]}
 
 
-def run(console: Console | None = None, device: str | None = None) -> Diagnosis:
-    """Make every check, print a table, and return what was found.
+def run(console: Console | None = None, device: str | None = None, everything: bool = False) -> Diagnosis:
+    """Make every check, print what was found, and return it.
 
-    device    where kernels are tried: "cuda" or "cpu" (Triton's interpreter); default: cuda if there is one
+    device        where kernels are tried: "cuda" or "cpu" (Triton's interpreter); default: cuda if there is one
+    everything    print what each finding means, also of those that are ok and of notes
     """
     console = console or Console()
     with console.status("looking at this machine; nothing is changed"):
         diagnosis = Diagnosis(list(examine(device)))
-    _print(console, diagnosis)
+    _print(console, diagnosis, everything)
     return diagnosis
 
 
@@ -721,17 +722,21 @@ def _tail(where: str) -> str:
 _COLOURS = {OK: "green", NOTE: "cyan", WARNING: "yellow", FAILURE: "bold red"}
 
 
-def _print(console: Console, diagnosis: Diagnosis) -> None:
-    table = Table(
-        Column("", no_wrap=True),
-        Column("check", overflow="fold"),
-        Column("found", overflow="fold"),
-        "what it means, and what to do",
-        title="Can this machine keep the promise?",
-    )
-    for f in diagnosis.findings:
-        do = Text(" Nothing to do.", "dim") if f.advice == NOTHING else Text("\n") + cell(f"Do: {f.advice}.", "bold")
-        table.add_row(cell(f.state, _COLOURS[f.state]), cell(f.name), cell(f.found), cell(f"{f.meaning}.") + do)
+def _print(console: Console, diagnosis: Diagnosis, everything: bool) -> None:
+    """What is not ok first, the worst of it at the top. Of what is ok only names and of notes only what was found,
+    but with `everything`: where all is well it is then less than a screen."""
+    console.print(Text("Can this machine keep the promise?", "bold"))
+    table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
+    worst_first = sorted(diagnosis.findings, key=lambda f: (FAILURE, WARNING, NOTE, OK).index(f.state))
+    shown = [f for f in worst_first if everything or f.state != OK]
+    for f in shown:
+        text = cell(f.name, "bold") + cell(f": {f.found}")
+        if everything or f.state != NOTE:
+            text += Text("\n") + cell(f"{f.meaning}.", "dim" if f.state == OK else "")
+            text += Text() if f.advice == NOTHING else Text("\n") + cell(f"Do: {f.advice}.", "bold")
+        table.add_row(cell(f.state, _COLOURS[f.state]), text)
+    if rest := [f.name for f in diagnosis.findings if f not in shown]:
+        table.add_row(cell(OK, _COLOURS[OK]), cell("; ".join(rest)))
     console.print(table)
     states = [f.state for f in diagnosis.findings]
     counts = ", ".join(f"{states.count(state)} {state}" for state in (OK, NOTE, WARNING, FAILURE))
@@ -740,4 +745,5 @@ def _print(console: Console, diagnosis: Diagnosis) -> None:
         1: "Bits differ here that must be equal: see above.",
         2: "This machine can't keep the promise as it is: see the failures above.",
     }[diagnosis.exit_code]
-    console.print(f"{counts}. {verdict}", highlight=False)
+    more = "" if everything else " What each of them means: bitfuse doctor --all"
+    console.print(f"{counts}. {verdict}{more}", highlight=False)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,18 +30,17 @@ from bitfuse.core.conditions import runnable
 from bitfuse.core.lines import error_line, visible
 from bitfuse.core.operator import OPERATORS, Tier
 from bitfuse.ops.convolution import CONVOLUTION
-from bitfuse.tools import seeded
+from bitfuse.tools import names, seeded
 from bitfuse.tools.machine import machine
+from bitfuse.tools.names import MAX_LAYERS, MAX_TOKENS
 from bitfuse.tools.parts import Part, built, read
 from bitfuse.tools.text import cell, say
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MAX_TOKENS, MAX_LAYERS = 1 << 18, 512
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in names.DTYPES}
 
 FUSED, CHAIN, LEFT_ALONE, NOT_CALLED = "to be fused", "PyTorch chain", "left alone", "not called"
 UNSEEN = "not looked at"
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CLASS = "LTX2VideoTransformer3DModel"
 _SIZES = (
     "num_layers",
@@ -138,9 +136,9 @@ def from_version(version: str, layers: int, dtype: torch.dtype = torch.bfloat16)
 
 def of_version(version: str, layers: int, host: str = "diffusers") -> seeded.Geometry:
     """The real sizes of LTX-2.0, 2.3 or 2.5 (also written ltx-2.0), with so many layers. ValueError for any other."""
-    named = version.removeprefix("ltx-")
-    if named not in seeded.VERSIONS:
-        accepted = ", ".join(f"ltx-{name}" for name in seeded.VERSIONS)
+    named = names.version(version)
+    if named is None:
+        accepted = ", ".join(f"ltx-{name}" for name in names.VERSIONS)
         raise ValueError(f"--random-weights {version} is not a version; accepted: {accepted}")
     if not 1 <= layers <= MAX_LAYERS:
         raise ValueError(f"--layers is {layers}; accepted: 1 to {MAX_LAYERS}")
@@ -185,7 +183,7 @@ def _read_folder(path: Path) -> dict[str, Any]:
 
 
 def _read_hub(cls: Any, model: str) -> dict[str, Any]:
-    if not _HUB_ID.fullmatch(model):
+    if not names.is_hub_id(model):
         raise ValueError(
             f"MODEL {model} is no folder here; accepted: a pipeline's or transformer's folder, or a Hub id"
         )

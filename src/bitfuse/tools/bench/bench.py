@@ -54,10 +54,9 @@ from bitfuse.tools.bench.measure import (
     with_peak,
 )
 from bitfuse.tools.machine import machine
+from bitfuse.tools.names import LATENTS, PARTS
 from bitfuse.tools.seeded import pipeline
 from bitfuse.tools.text import cell, say
-
-PARTS = ("operators", "overhead", "model", "audit", "first-step", "run")
 
 
 def run(
@@ -250,9 +249,6 @@ def overhead(console: Console) -> dict[str, Any]:
 
 
 # -- a whole step --------------------------------------------------------------------------------------------------
-
-# Latent frames, height and width by video tokens: 768x512x25, 768x512x121, 1536x1024x121, 1920x1088x121.
-LATENTS = {1536: (4, 16, 24), 6144: (16, 16, 24), 24576: (16, 32, 48), 32640: (16, 34, 60)}
 
 _ROUNDS, _FEWEST_ROUNDS, _ENOUGH = 4, 2, 18.0  # at most and at least; seconds after which no more are begun
 _TURN = 1.5  # seconds in which one way steps on end, in every round
