@@ -8,10 +8,10 @@ Parts, in this order, and FILE is written after each, so that a run that is cut 
     trial    every kernel on small shapes, in a process of its own that is ended where it hangs; who fails sits out
     gelu     all 65,536 values through GELU, in several spellings
     core     the model of the tensor core (`bitfuse.core.tensor_core`) against wgmma and cuBLAS
-    orders   where cuBLAS adds along K as one chain (`bitfuse.tools.prove.summation`), M from 1 to 300, K to 16384
     shapes   the layers of an LTX-2 step: each way's outputs compared with stock's in every bit, then timed
     chain    feed-forwards of four blocks end to end, in one CUDA graph a way, by turns
     step     a whole step of a seeded transformer of diffusers, with the ways that the chain found fastest
+    orders   where cuBLAS adds along K as one chain (`bitfuse.tools.prove.summation`), M from 1 to 300, K to 16384
 
 A way whose bits differ gets no time. Times are of CUDA graphs, milliseconds, medians over rounds in which all ways
 take turns on random data.
@@ -45,7 +45,7 @@ from bitfuse.core.tensor_core import HOPPER
 from bitfuse.ops.adaln import GATED_RESIDUAL, RMS_NORM_MODULATE_COMPOSED
 from bitfuse.tools.prove.summation import difference
 
-PARTS = ("trial", "gelu", "core", "orders", "shapes", "chain", "step")
+PARTS = ("trial", "gelu", "core", "shapes", "chain", "step", "orders")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16 = torch.bfloat16
 EPILOGUES = {"plain": lt.PLAIN, "gelu": lt.GELU, "gated": lt.GATED}
@@ -479,22 +479,21 @@ def step(run: Run) -> dict[str, Any]:
     model = seeded.build(geometry, DEVICE, seed=0)
     inputs = seeded.make_inputs(model, geometry, DEVICE, seed=0)
     wanted = seeded.one_step(model, inputs)()
-    up, down = (TINY[0], TINY[1]) if run.tiny else (fastest(run, "up"), fastest(run, "down"))
-    pairs = {
-        "today": (None, None),
-        "today again": (None, None),
-        "up": (up, None),
-        "down": (None, down),
-        "both": (up, down),
-    }
-    found: dict[str, Any] = {"up": up and up.name, "down": down and down.name, "layers": geometry.layers}
+    up, down, out = (*TINY, TINY[0]) if run.tiny else (fastest(run, "up"), fastest(run, "down"), fastest(run, "out"))
+    chosen = {"today": {}, "today again": {}, "up": {"up": up}, "down": {"down": down}, "out": {"out": out}}
+    chosen |= {"up, down": {"up": up, "down": down}, "all": {"up": up, "down": down, "out": out}}
+    found: dict[str, Any] = {name: way and way.name for name, way in (("up", up), ("down", down), ("out", out))}
+    found["layers"] = geometry.layers
     calls: dict[str, Call] = {}
-    for name, chosen in pairs.items():
+    for name, ways in chosen.items():
         twin = seeded.twin(model)
+        if "out" in ways:
+            _hand_over(twin)
         handle = bitfuse.accelerate(twin, cuda_graph=DEVICE.type == "cuda")
         call = seeded.one_step(twin, inputs)
-        with patched(*chosen):
-            for _ in range(4):
+        call()  # in which the first block runs stock
+        with patched(**ways):
+            for _ in range(3):
                 got = call()
         found[f"{name}, graphs"] = handle.report().as_dict()["graphs"]
         differ = [unequal(a, b) for a, b in zip(got, wanted, strict=True)]
@@ -502,6 +501,7 @@ def step(run: Run) -> dict[str, Any]:
             found[f"{name}, milliseconds"] = f"{differ} elements differ"
         else:
             calls[name] = call
+        run.keep("step", found)
     names, times = list(calls), {name: [] for name in calls}
     for index in range(1 if run.tiny else 14):
         for name in names[index % len(names) :] + names[: index % len(names)]:
@@ -512,21 +512,51 @@ def step(run: Run) -> dict[str, Any]:
 
 
 def fastest(run: Run, which: str) -> Way | None:
-    """Of the ways that the chain tried at 6144 tokens."""
-    for case, row in run.results.get("chain", {}).items():
-        if case.startswith("6144"):
-            times = [(row.get(f"{which} {way.name}"), i) for i, way in enumerate(LARGE)]
-            return min(((t, LARGE[i]) for t, i in times if isinstance(t, float)), default=(0.0, None))[1]
-    return None
+    """Of the ways that were tried at 6144 tokens: in the chain, an attention's last layer by itself."""
+    rows = {
+        "up": run.results.get("chain", {}).get("6144 tokens, 4 feed-forwards", {}),
+        "out": run.results.get("shapes", {}).get("6144 x 4096 x 4096, gated", {}),
+    }
+    row, prefix = (rows["out"], "") if which == "out" else (rows["up"], f"{which} ")
+    times = [(t, way) for way in LARGE if isinstance(t := row.get(prefix + way.name), float)]
+    return min(times, key=lambda pair: pair[0])[1] if times else None
+
+
+class _Later(NamedTuple):
+    """What an attention's last layer is still to be applied to."""
+
+    x: Tensor
+    linear: torch.nn.Linear
+
+
+class _LastLayer(torch.nn.Module):
+    """An attention's last layer, left to the residual add that follows while `handing_over`."""
+
+    handing_over = False
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Any:
+        return _Later(x, self.linear) if _LastLayer.handing_over else self.linear(x)
+
+
+def _hand_over(model: torch.nn.Module) -> None:
+    """The last layers of the video's self-attentions and of those from audio to video, which have a gate."""
+    for block in model.transformer_blocks:
+        for attn in (block.attn1, block.audio_to_video_attn):
+            attn.to_out = torch.nn.ModuleList([_LastLayer(attn.to_out[0]), torch.nn.Identity()])
 
 
 @contextlib.contextmanager
-def patched(up: Way | None, down: Way | None) -> Iterator[None]:
-    """Within this block the video's feed-forwards run by these kernels in a transformer that bitfuse accelerates."""
+def patched(up: Way | None = None, down: Way | None = None, out: Way | None = None) -> Iterator[None]:
+    """Within this block the video's layers run by these kernels, in a transformer that bitfuse accelerates."""
     from bitfuse.hosts import diffusers as adapter
     from bitfuse.hosts import ltx2
 
-    fused, feed_forward = adapter.GELU.fused, ltx2.Stream.feed_forward
+    fused, feed_forward, add = adapter.GELU.fused, ltx2.Stream.feed_forward, ltx2.Stream.add
+    add_and_norm = ltx2.Stream._add_and_norm
 
     def by_kernel(
         way: Way, x: Tensor, linear: torch.nn.Linear, epilogue: str, residual: Tensor, gate: Tensor
@@ -540,12 +570,12 @@ def patched(up: Way | None, down: Way | None) -> Iterator[None]:
     def wide(x: Tensor) -> bool:
         return x.shape[-2] >= 1024 or DEVICE.type == "cpu"
 
-    def gelu(self: Any, activation: Any, hidden: Tensor) -> Tensor:
+    def by_gelu(self: Any, activation: Any, hidden: Tensor) -> Tensor:
         if up is None or not wide(hidden):
             return fused(self, activation, hidden)
         return by_kernel(up, hidden, activation.proj, "gelu", hidden, activation.proj.bias)
 
-    def after(self: Any, module: Any) -> None:
+    def by_feed_forward(self: Any, module: Any) -> None:
         if down is None or not wide(self.x):
             feed_forward(self, module)
             return
@@ -554,11 +584,29 @@ def patched(up: Way | None, down: Way | None) -> Iterator[None]:
         gate, gate_table = ada[5]
         self.x = by_kernel(down, module.net[0](n), module.net[2], "gated", self.x, (gate_table + gate).view(-1))
 
-    adapter.GELU.fused, ltx2.Stream.feed_forward = gelu, after
+    def by_add(self: Any, y: Any, gate: tuple[Any, Any] = ltx2.UNGATED, mask: Tensor | None = None) -> None:
+        if isinstance(y, _Later):
+            assert out is not None
+            assert mask is None
+            self.x = by_kernel(out, y.x, y.linear, "gated", self.x, (gate[1] + gate[0]).view(-1))
+        else:
+            add(self, y, gate, mask)
+
+    def by_add_and_norm(self: Any, site: str, *modulations: Any) -> list[Tensor]:
+        if self.pending is None and modulations == (ltx2.ABSENT,):  # n * (1 + 0) + -0 is n
+            zero = torch.zeros(1, 1, self.x.shape[-1], dtype=self.x.dtype, device=self.x.device)
+            modulations = ((zero, -zero, None, None),)
+        return add_and_norm(self, site, *modulations)
+
+    adapter.GELU.fused, ltx2.Stream.feed_forward, ltx2.Stream.add = by_gelu, by_feed_forward, by_add
+    ltx2.Stream._add_and_norm = by_add_and_norm
+    _LastLayer.handing_over = out is not None
     try:
         yield
     finally:
-        adapter.GELU.fused, ltx2.Stream.feed_forward = fused, feed_forward
+        adapter.GELU.fused, ltx2.Stream.feed_forward, ltx2.Stream.add = fused, feed_forward, add
+        ltx2.Stream._add_and_norm = add_and_norm
+        _LastLayer.handing_over = False
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
