@@ -72,29 +72,30 @@ def difference(linear: Linear, m: int, n: int, k: int, device: torch.device | st
 
 def _order(m: int, n: int, k: int, device: torch.device, core: TensorCore) -> Iterator[Probe]:
     size, runs = core.products, k // core.products
-    run = torch.arange(runs, device=device)
-    column = torch.arange(n, device=device)
     half = size // 2
+    run = torch.arange(runs, device=device)
+    column, row = torch.arange(n, device=device), torch.arange(m, device=device)
     for parity, name in ((0, "even"), (1, "odd")):
         # Ends of pairs stand at places of one parity, where every weight is 1; witnesses at the others.
-        w = torch.zeros(n, runs, size, dtype=torch.bfloat16, device=device)
-        w[:, :, parity::2] = 1
-        witness = column % runs
-        w[column, witness, (1 - parity) + 2 * ((column + column // runs) % half)] = 1
-        beside = torch.stack([run[:-1], (run[:-1] % half) * 2 + parity, run[1:], (run[1:] * 3 % half) * 2 + parity], 1)
+        beside = torch.stack([run[:-1], run[:-1] % half * 2 + parity, run[1:], run[1:] * 3 % half * 2 + parity], 1)
         place = run % (half - 1) * 2 + parity
         within = torch.stack([run, place, run, place + 2], 1)
-        for what, ends in (("neighbouring runs", beside), ("one run", within)):
-            for some in ends.split(m):
-                x = torch.zeros(m, runs, size, dtype=torch.bfloat16, device=device)
-                x[:, :, 1 - parity :: 2] = 1
-                row = torch.arange(m, device=device) % len(some)  # the rows that are left repeat the first ones
-                first, at, last, to = some[row].unbind(1)
-                each = torch.arange(m, device=device)
-                x[each, first, at] = _LARGE
-                x[each, last, to] = -_LARGE
-                right = (witness[None, :] > last[:, None]).to(torch.float32)
-                yield Probe(f"order, pairs in {what} at {name} places", x.view(m, k), w.view(n, k), right)
+        # As many witnesses as it takes: one of each run to tell runs apart, all to tell that a run is one sum.
+        for what, ends, needed in (("neighbouring runs", beside, runs), ("one run", within, runs * half)):
+            for first in range(0, needed, n):
+                witness = (column + first) % (runs * half)
+                of_run = witness % runs
+                w = torch.zeros(n, runs, size, dtype=torch.bfloat16, device=device)
+                w[:, :, parity::2] = 1
+                w[column, of_run, 1 - parity + (witness // runs + of_run) % half * 2] = 1
+                for some in ends.split(m):
+                    x = torch.zeros(m, runs, size, dtype=torch.bfloat16, device=device)
+                    x[:, :, 1 - parity :: 2] = 1
+                    start, at, last, to = some[row % len(some)].unbind(1)  # rows that are left repeat the first ones
+                    x[row, start, at] = _LARGE
+                    x[row, last, to] = -_LARGE
+                    right = (of_run[None, :] > last[:, None]).to(torch.float32)
+                    yield Probe(f"order, pairs in {what} at {name} places", x.view(m, k), w.view(n, k), right)
 
 
 def _truncation(m: int, n: int, k: int, device: torch.device, core: TensorCore) -> Iterator[Probe]:
