@@ -99,7 +99,7 @@ def today(given: Layer, epilogue: str) -> Tensor:
 class Way(NamedTuple):
     """One kernel in one configuration."""
 
-    kind: str  # of the launch: "persistent", "once", "deferred"
+    kind: str  # "persistent" or "once" in Triton; "deferred" in Gluon, or "halves", of which each has warps of its own
     tile: tuple[int, int, int]
     warps: int
     stages: int
@@ -115,12 +115,12 @@ class Way(NamedTuple):
     def call(self, given: Layer, epilogue: str) -> Call:
         """Prepared: compiled at the first call."""
         arguments = (given.x, given.w, given.bias, given.y, given.residual, given.gate, EPILOGUES[epilogue])
-        if self.kind == "deferred":
+        if self.kind in ("deferred", "halves"):
             import linear_gluon as lg
 
-            kernel, grid, args, options = lg.deferred(
-                *arguments, self.tile, self.stages, group=self.group, programs=multiprocessors()
-            )
+            parts = 1 if self.kind == "deferred" else 2
+            how = {"parts": parts, "group": self.group, "programs": multiprocessors()}
+            kernel, grid, args, options = lg.deferred(*arguments, self.tile, self.stages, **how)
             run = functools.partial(kernel[grid], *args, **options)
         else:
             form = getattr(lt, self.kind)
@@ -145,12 +145,13 @@ def multiprocessors() -> int:
 
 
 LARGE = (
+    Way("halves", (128, 256, 64), 4, 3),
+    Way("halves", (128, 256, 64), 4, 3, 16),
+    Way("halves", (128, 256, 32), 4, 6),
+    Way("halves", (128, 128, 64), 4, 5),
     Way("deferred", (128, 256, 64), 8, 3),
-    Way("deferred", (128, 256, 64), 8, 3, 16),
     Way("deferred", (128, 256, 32), 8, 6),
-    Way("deferred", (128, 128, 64), 8, 5),
     Way("persistent", (128, 256, 64), 8, 3),
-    Way("persistent", (128, 256, 64), 8, 3, 16),
     Way("once", (128, 256, 64), 8, 4),
     Way("once", (128, 128, 64), 4, 3),
     Way("once", (128, 128, 64), 8, 3),
