@@ -10,7 +10,9 @@ Parts, in this order, and FILE is written after each, so that a run that is cut 
     core     the model of the tensor core (`bitfuse.core.tensor_core`) against wgmma and cuBLAS
     shapes   the layers of an LTX-2 step: each way's outputs compared with stock's in every bit, then timed
     chain    feed-forwards of four blocks end to end, in one CUDA graph a way, by turns
-    step     a whole step of a seeded transformer of diffusers, with the ways that the chain found fastest
+    steady   one layer again and again for a second: at the power limit time is energy, which turns of milliseconds hide
+    steps    whole steps of a seeded transformer of diffusers, five of a way at a time
+    proof    what `bitfuse.tools.prove.linear` says of these kernels at the sizes of a step, and how long it takes
     orders   where cuBLAS adds along K as one chain (`bitfuse.tools.prove.summation`), M from 1 to 300, K to 16384
 
 A way whose bits differ gets no time. Times are of CUDA graphs, milliseconds, medians over rounds in which all ways
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -43,9 +46,10 @@ from bitfuse.core.bits import differing
 from bitfuse.core.kernel import interpreting
 from bitfuse.core.tensor_core import HOPPER
 from bitfuse.ops.adaln import GATED_RESIDUAL, RMS_NORM_MODULATE_COMPOSED
+from bitfuse.tools.prove.linear import difference as linear_difference
 from bitfuse.tools.prove.summation import difference
 
-PARTS = ("trial", "gelu", "core", "shapes", "chain", "step", "orders")
+PARTS = ("trial", "gelu", "core", "shapes", "chain", "steady", "steps", "proof", "orders")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16 = torch.bfloat16
 EPILOGUES = {"plain": lt.PLAIN, "gelu": lt.GELU, "gated": lt.GATED}
@@ -155,6 +159,7 @@ LARGE = (
     Way("once", (128, 256, 64), 8, 4),
     Way("once", (128, 128, 64), 4, 3),
     Way("once", (128, 128, 64), 8, 3),
+    Way("deferred", (128, 128, 64), 8, 5),
 )
 SMALL = (
     Way("once", (64, 64, 64), 4, 4),
@@ -242,8 +247,7 @@ def every_gelu(run: Run) -> dict[str, Any]:
     """Of all values of bf16: how many differ from ATen's GELU, by spelling."""
     x = torch.arange(-(1 << 15), 1 << 15, device=DEVICE).to(torch.int16).view(BF16)
     wanted, found = F.gelu(x, approximate="tanh"), {}
-    names = ("as in the kernels", "tanh by its far branch", "the cubic's sum fused", "both")
-    for form, name in enumerate(names):
+    for form, name in enumerate(lt.GELU_FORMS):
         out = torch.empty_like(x)
         lt.gelu_forms[(64, 1, 1)](x, out, form)
         where = differing(wanted, out).nonzero().flatten()
@@ -471,56 +475,153 @@ def chain(run: Run) -> dict[str, Any]:
     return found
 
 
-def step(run: Run) -> dict[str, Any]:
-    """Milliseconds of a whole step by turns, each way a CUDA graph of its own; every output compared with stock's."""
+def steady(run: Run) -> dict[str, Any]:
+    """By shape and way, of one CUDA graph replayed for a second: milliseconds and millijoules a call, watts."""
+    found: dict[str, Any] = {}
+    for m, n, k in ((70, 96, 48),) if run.tiny else _STEP[:6]:
+        epilogue = "gelu" if n > k else "gated"
+        given = layer(m, n, k, exact=run.tiny)
+        wanted = stock(given, epilogue)
+        calls: dict[str, Call] = {
+            "F.linear": lambda given=given: F.linear(given.x, given.w, given.bias),
+            "stock": lambda given=given, epilogue=epilogue: stock(given, epilogue),
+            "today": lambda given=given, epilogue=epilogue: today(given, epilogue),
+        }
+        row: dict[str, Any] = {}
+        for way in TINY if run.tiny else LARGE:
+            if way.fits(n, k) and run.works(way):
+                call = way.call(given, epilogue)
+                if count := unequal(call(), wanted):
+                    row[way.name] = f"{count} elements differ"
+                else:
+                    calls[way.name] = call
+        for name, call in calls.items():
+            row[name] = sustained(call)
+        found[f"{m} x {n} x {k}, {epilogue}"] = row
+        run.keep("steady", found)
+        del given, wanted, calls
+        free()
+    return found
+
+
+def sustained(call: Call, seconds: float = 0.5) -> dict[str, float]:
+    """Of one call: `ms`, `mJ`, and the power meanwhile."""
+    if DEVICE.type != "cuda":
+        return {"ms": round(1e3 * _seconds(call), 3)}
+    replay, repeats = graphed(call, 20.0)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    replay()
+    end.record()
+    torch.cuda.synchronize()
+    ms = start.elapsed_time(end)
+    for _ in range(round(200 / ms)):
+        replay()
+    torch.cuda.synchronize()
+    replays = max(2, round(1e3 * seconds / ms))
+    before = millijoules()
+    start.record()
+    for _ in range(replays):
+        replay()
+    end.record()
+    torch.cuda.synchronize()
+    spent, took = millijoules() - before, start.elapsed_time(end)
+    each = replays * repeats
+    return {"ms": round(took / each, 4), "mJ": round(spent / each, 1), "W": round(spent / took, 1)}
+
+
+# What is tried in whole steps, by tokens: the way of each of the video's layers. Names of `LARGE` by their places.
+_TRIED: dict[int, dict[str, dict[str, int]]] = {
+    6144: {
+        "up halves": {"up": 0},
+        "up deferred": {"up": 4},
+        "up once": {"up": 8},
+        "down halves": {"down": 0},
+        "down deferred": {"down": 4},
+        "out halves": {"out": 0},
+        "out deferred": {"out": 4},
+        "all halves": {"up": 0, "down": 0, "out": 0},
+        "all deferred": {"up": 4, "down": 4, "out": 4},
+    },
+    1536: {
+        "up halves": {"up": 0},
+        "up once": {"up": 8},
+        "down small halves": {"down": 3},
+        "out small halves": {"out": 3},
+        "down, out small halves": {"down": 3, "out": 3},
+        "down, out small deferred": {"down": 10, "out": 10},
+    },
+    24576: {
+        "up halves": {"up": 0},
+        "all halves": {"up": 0, "down": 0, "out": 0},
+    },
+}
+
+
+def steps(run: Run) -> dict[str, Any]:
+    """By tokens and way: milliseconds and joules of a step, each way a CUDA graph, five steps a turn of which the
+    first warms up; every output compared with stock's."""
     import bitfuse
     from bitfuse.tools import seeded
+    from bitfuse.tools.bench.bench import _geometry
 
-    geometry, _ = seeded.geometry_for(DEVICE, 1 if run.tiny else run.layers)
-    model = seeded.build(geometry, DEVICE, seed=0)
-    inputs = seeded.make_inputs(model, geometry, DEVICE, seed=0)
-    wanted = seeded.one_step(model, inputs)()
-    up, down, out = (*TINY, TINY[0]) if run.tiny else (fastest(run, "up"), fastest(run, "down"), fastest(run, "out"))
-    chosen = {"today": {}, "today again": {}, "up": {"up": up}, "down": {"down": down}, "out": {"out": out}}
-    chosen |= {"up, down": {"up": up, "down": down}, "all": {"up": up, "down": down, "out": out}}
-    found: dict[str, Any] = {name: way and way.name for name, way in (("up", up), ("down", down), ("out", out))}
-    found["layers"] = geometry.layers
-    calls: dict[str, Call] = {}
-    for name, ways in chosen.items():
-        twin = seeded.twin(model)
-        if "out" in ways:
-            _hand_over(twin)
-        handle = bitfuse.accelerate(twin, cuda_graph=DEVICE.type == "cuda")
-        call = seeded.one_step(twin, inputs)
-        call()  # in which the first block runs stock
-        with patched(**ways):
-            for _ in range(3):
-                got = call()
-        found[f"{name}, graphs"] = handle.report().as_dict()["graphs"]
-        differ = [unequal(a, b) for a, b in zip(got, wanted, strict=True)]
-        if any(differ):
-            found[f"{name}, milliseconds"] = f"{differ} elements differ"
+    found: dict[str, Any] = {}
+    model = None
+    for tokens, tried in {48: {"both": {"up": 0, "out": 1}}}.items() if run.tiny else _TRIED.items():
+        if run.tiny:
+            geometry, _ = seeded.geometry_for(DEVICE, 1)
         else:
-            calls[name] = call
-        run.keep("step", found)
-    names, times = list(calls), {name: [] for name in calls}
-    for index in range(1 if run.tiny else 14):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            began = seeded.now(DEVICE)
-            calls[name]()
-            times[name].append(1e3 * (seeded.now(DEVICE) - began))
-    return found | {f"{name}, milliseconds": round(statistics.median(t[2:] or t), 3) for name, t in times.items()}
+            geometry = _geometry(DEVICE, tokens, run.layers, "2.0", image_to_video=False)
+        model = seeded.build(geometry, DEVICE, seed=0) if model is None else model
+        inputs = seeded.make_inputs(model, geometry, DEVICE, seed=0)
+        wanted = seeded.one_step(model, inputs)()
+        row: dict[str, Any] = {"layers": geometry.layers}
+        calls: dict[str, Call] = {}
+        for name, places in {"today": {}, "today again": {}, **tried}.items():
+            ways = {layer: (TINY if run.tiny else LARGE)[place] for layer, place in places.items()}
+            if any(not run.works(way) for way in ways.values()):
+                row[name] = "a kernel sits out"
+                continue
+            twin = seeded.twin(model)
+            if "out" in ways:
+                _hand_over(twin)
+            handle = bitfuse.accelerate(twin, cuda_graph=DEVICE.type == "cuda")
+            call = seeded.one_step(twin, inputs)
+            call()  # in which the first block runs stock
+            with patched(**ways):
+                for _ in range(3):
+                    got = call()
+            differ = [unequal(a, b) for a, b in zip(got, wanted, strict=True)]
+            if any(differ):
+                row[name] = f"{differ} elements differ"
+            elif DEVICE.type == "cuda" and not handle.report().as_dict()["graphs"][0]["captures"]:
+                row[name] = "no graph was captured"
+            else:
+                calls[name] = call
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+        names = list(calls)
+        for index in range(1 if run.tiny else 2 if tokens > 20000 else 4):
+            for name in names[index % len(names) :] + names[: index % len(names)]:
+                times[name].append(_turn(calls[name], 5))
+        for name, turns in times.items():
+            ms, joules = (statistics.median(values) for values in zip(*turns, strict=True))
+            row[name] = {"ms": round(ms, 3), "J": round(joules, 2), "turns": [round(t, 2) for t, _ in turns]}
+        found[f"{tokens} tokens"] = row
+        run.keep("steps", found)
+        del calls, inputs, wanted, twin, call, got, handle
+        free()
+    return found
 
 
-def fastest(run: Run, which: str) -> Way | None:
-    """Of the ways that were tried at 6144 tokens: in the chain, an attention's last layer by itself."""
-    rows = {
-        "up": run.results.get("chain", {}).get("6144 tokens, 4 feed-forwards", {}),
-        "out": run.results.get("shapes", {}).get("6144 x 4096 x 4096, gated", {}),
-    }
-    row, prefix = (rows["out"], "") if which == "out" else (rows["up"], f"{which} ")
-    times = [(t, way) for way in LARGE if isinstance(t := row.get(prefix + way.name), float)]
-    return min(times, key=lambda pair: pair[0])[1] if times else None
+def _turn(call: Call, count: int) -> tuple[float, float]:
+    """Milliseconds and joules of each of `count` calls but the first."""
+    call()
+    _synchronize()
+    before, began = millijoules(), time.perf_counter()
+    for _ in range(count - 1):
+        call()
+    _synchronize()
+    return 1e3 * (time.perf_counter() - began) / (count - 1), (millijoules() - before) / 1e3 / (count - 1)
 
 
 class _Later(NamedTuple):
@@ -610,13 +711,51 @@ def patched(up: Way | None = None, down: Way | None = None, out: Way | None = No
         _LastLayer.handing_over = False
 
 
+def proof(run: Run) -> dict[str, Any]:
+    """By shape: "" where the kernel may stand in for the host's chain, else why not; and the seconds that it takes."""
+    found: dict[str, Any] = {}
+    way = TINY[0] if run.tiny else LARGE[0]
+    for m, n, k in ((40, 32, 32),) if run.tiny else (*_STEP[:6], (126, 16384, 4096)):
+        for following in ("gelu", "gated"):
+            y = torch.empty(m, n, dtype=BF16, device=DEVICE)
+
+            def kernel(given: Any, following: str = following, y: Tensor = y) -> Tensor:
+                return way.call(Layer(given.x, given.w, given.bias, given.residual, given.gate, y), following)()
+
+            seconds = []
+            for _ in range(2):  # the first time compiles
+                began = time.perf_counter()
+                text = linear_difference(kernel, following, m, n, k, DEVICE)
+                _synchronize()
+                seconds.append(round(time.perf_counter() - began, 3))
+            found[f"{m} x {n} x {k}, {following}"] = {"difference": text, "seconds": seconds}
+    return found
+
+
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
 def free() -> None:
+    _synchronize()
     if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.empty_cache()
+
+
+def graphed(call: Call, span: float) -> tuple[Call, int]:
+    """A replay of one CUDA graph of so many calls that it takes some `span` milliseconds, and their number."""
+    call()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    repeats = max(1, round(span / max(start.elapsed_time(end) / 2, 0.005)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            call()
+    return graph.replay, repeats
 
 
 def by_turns(calls: dict[str, Call], span: float = 25.0, rounds: int = 7) -> dict[str, float]:
@@ -624,34 +763,43 @@ def by_turns(calls: dict[str, Call], span: float = 25.0, rounds: int = 7) -> dic
     many calls that it runs `span` milliseconds. The order of the ways turns from round to round."""
     if DEVICE.type != "cuda":
         return {name: round(1e3 * _seconds(call), 3) for name, call in calls.items()}
-    repeats, replays = {}, {}
-    for name, call in calls.items():
-        call()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        repeats[name] = max(1, round(span / max(start.elapsed_time(end) / 2, 0.005)))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeats[name]):
-                call()
-        replays[name] = graph
+    replays = {name: graphed(call, span) for name, call in calls.items()}
     names, times = list(calls), {name: [] for name in calls}
     for index in range(rounds + 1):  # the first one warms up
         events = []
         for name in names[index % len(names) :] + names[: index % len(names)]:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            replays[name].replay()
+            replays[name][0]()
             end.record()
             events.append((name, start, end))
         torch.cuda.synchronize()
         for name, start, end in events if index else ():
-            times[name].append(start.elapsed_time(end) / repeats[name])
+            times[name].append(start.elapsed_time(end) / replays[name][1])
     return {name: round(statistics.median(t), 4) for name, t in times.items()}
+
+
+@functools.cache
+def _nvml() -> tuple[Any, Any] | None:
+    """NVML and its handle of the first GPU; None where there is none."""
+    with contextlib.suppress(OSError, AttributeError):
+        library, handle = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_void_p()
+        if not library.nvmlInit_v2() and not library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle)):
+            return library, handle
+    return None
+
+
+def millijoules() -> float:
+    """What the first GPU has used since its driver was loaded; NaN where NVML does not tell."""
+    spent = ctypes.c_ulonglong()
+    if (known := _nvml()) is None or known[0].nvmlDeviceGetTotalEnergyConsumption(known[1], ctypes.byref(spent)):
+        return float("nan")
+    return float(spent.value)
+
+
+def _synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _seconds(call: Call) -> float:
@@ -698,7 +846,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: a dry run, on a CPU in Triton's interpreter")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--layers", type=int, default=48, help="of the transformer whose steps are timed")
+    parser.add_argument("--layers", type=int, default=24, help="of the transformer whose steps are timed")
     parser.add_argument("--try", dest="ways", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if DEVICE.type != "cuda" and not (given.tiny and interpreting()):
@@ -717,7 +865,7 @@ def main() -> None:
             "shapes": shapes,
             "chain": chain,
         }
-        functions["step"] = step
+        functions |= {"steady": steady, "steps": steps, "proof": proof}
         seconds: dict[str, float] = {}
         for part in given.parts:
             began = time.perf_counter()
@@ -734,7 +882,12 @@ def main() -> None:
     print(json.dumps(summary, indent=1)[:3000])
     for case, rows in run.results.get("core", {}).items():
         print(case, {name: row["differ"] for name, row in rows.items()})
-    print(json.dumps({name: run.results[name] for name in run.results if name == "step" or "failed" in name}, indent=1))
+    for part in ("steady", "steps", "proof"):
+        for case, row in run.results.get(part, {}).items():
+            print(case)
+            for name, figures in row.items():
+                print(f"    {name:36} {figures}")
+    print({name: run.results[name] for name in run.results if "failed" in name})
     for case, row in run.results.get("orders", {}).items():
         print(case, list(row.get("no chain", {})) or row.get("difference", "all one chain"), row.get("seconds", ""))
 

@@ -3,9 +3,8 @@
 One warp loads (TMA), eight multiply (wgmma), two do what follows. A tile's sum gets its bias and its one rounding in
 the warps that multiplied, as `F.linear` has them; the rounded tile goes through shared memory, two bytes an element, to
 the two that apply GELU, or gate and residual, and store it, while the next tile is multiplied. That handing-over is
-cheap because ATen's chain rounds there anyhow. Two warps suffice (ptxas counts 31 instructions an element of GELU, and
-a tile takes 65,000 cycles at K 4096), and more would leave the eight fewer than the 154 registers that ptxas wants at
-the kernel's entry for a wgmma of 64 x 256.
+cheap because ATen's chain rounds there anyhow. More than two would leave the eight fewer than the 154 registers that
+ptxas wants at the kernel's entry for a wgmma of 64 x 256.
 
 Compiled for sm_90 by Triton 3.6 and 3.7. There is no interpreter for Gluon: only a GPU can show that it is right.
 """
@@ -92,36 +91,17 @@ def _multiply(
         done += 1  # noqa: SIM113  (Triton has no enumerate)
 
 
-# CUDA's tanhf with both of its branches computed and one chosen: the same instructions, so the same bits. With
-# branches, each element of a thread waits for the one before.
-_TANH = gl.constexpr("""{
-.reg .f32 a, far, square, near; .reg .pred q;
-abs.ftz.f32 a, $1;
-mul.rn.f32 far, a, 0f4038AA3B;
-ex2.approx.ftz.f32 far, far;
-add.rn.f32 far, far, 0f3F800000;
-rcp.approx.ftz.f32 far, far;
-fma.rn.ftz.f32 far, far, 0fC0000000, 0f3F800000;
-setp.ge.f32 q, a, 0f41102CB4;
-selp.f32 far, 0f3F800000, far, q;
-copysign.f32 far, $1, far;
-mul.rn.f32 square, $1, $1;
-fma.rn.ftz.f32 near, square, 0f3C80F082, 0fBD563CAE;
-fma.rn.ftz.f32 near, near, square, 0f3E085941;
-fma.rn.ftz.f32 near, near, square, 0fBEAAA9ED;
-fma.rn.ftz.f32 near, near, square, 0f00000000;
-fma.rn.ftz.f32 near, near, $1, $1;
-setp.ltu.f32 q, a, 0f3F19999A;
-selp.f32 $0, near, far, q;
-}""")
-
-
 @gluon.jit
 def _gelu(v):
-    """ATen's GELU with tanh: every operation rounded to fp32 on its own; CUDA's tanh."""
-    inner = 0.7978845608028654 * (v + 0.044715 * (v * v * v))
-    tanh = gl.inline_asm_elementwise(_TANH, "=f,f", [inner], dtype=gl.float32, is_pure=True, pack=1)
-    return 0.5 * v * (1.0 + tanh)
+    """`linear_triton.gelu`."""
+    twice = v * gl.fma(v * v, gl.full_like(v, -0.1029432395800235), gl.full_like(v, -2.302208198144325))
+    power = gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [twice], dtype=gl.float32, is_pure=True, pack=1
+    )
+    logistic = gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return v * ((logistic + 0.25) - 0.25)
 
 
 @gluon.jit

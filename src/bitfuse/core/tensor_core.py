@@ -11,8 +11,8 @@ rounded); the sum of what is left is exact, and loses what fp32 can't hold, agai
 This is the published model MMA-Sim (P. Xie, Y. Wang, F. Yang, M. Yang, arXiv 2511.10909, 2025-11; for `mma`, `wgmma`
 and `tcgen05` with operands of fp16 or bf16 and an fp32 sum), written anew here. Of a product the exponent is the sum of
 its factors' exponents, so a product may be as large as just below four times that power; subnormal operands keep the
-smallest exponent of their format. The accumulator always takes part in the alignment, as 2^-126 where it is zero or
-subnormal; a product that is zero does not. NaN and infinities are IEEE 754's; the sum of nothing but zeros is +0.
+smallest exponent of their format, and so does a subnormal accumulator. What is zero takes no part in the alignment. NaN
+and infinities are IEEE 754's; the sum of nothing but zeros is +0.
 
 Limits: fp8 (13 fractional bits on Hopper) and tf32 are not modelled; which products share a sum, and in which order the
 sums follow each other along K, is the matmul's and not the instruction's: `linear` takes them in the order of K, one
@@ -29,6 +29,7 @@ from torch import Tensor
 _FRACTION = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}  # bits after the point
 _SMALLEST = {torch.bfloat16: -126, torch.float16: -14, torch.float32: -126}  # exponent of subnormals
 _NAN = 0x7FFFFFFF
+_NOTHING = -1 << 20  # exponent of what takes no part
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class TensorCore:
             )
         (sa, ea), (sb, eb), (st, et) = _split(a), _split(b), _split(total)
         product, exponent = sa * sb, ea + eb
-        largest = torch.where(product == 0, torch.iinfo(torch.int64).min, exponent).amax(-1)
-        largest = torch.maximum(largest, et)
+        largest = torch.where(product == 0, _NOTHING, exponent).amax(-1)
+        largest = torch.maximum(largest, torch.where(st == 0, _NOTHING, et))
         kept = self.fractional_bits
         aligned = _shift(product, kept - 2 * _FRACTION[a.dtype] + exponent - largest[..., None]).sum(-1)
         aligned = aligned + _shift(st, kept - _FRACTION[torch.float32] + et - largest)
