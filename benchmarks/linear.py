@@ -46,6 +46,7 @@ from bitfuse.core.bits import differing
 from bitfuse.core.kernel import interpreting
 from bitfuse.core.tensor_core import HOPPER
 from bitfuse.ops.adaln import GATED_RESIDUAL, RMS_NORM_MODULATE_COMPOSED
+from bitfuse.tools.machine import machine
 from bitfuse.tools.prove.linear import difference as linear_difference
 from bitfuse.tools.prove.summation import difference
 
@@ -811,15 +812,6 @@ def _seconds(call: Call) -> float:
 # -- the program -------------------------------------------------------------------------------------------------------
 
 
-def environment() -> dict[str, Any]:
-    import triton
-
-    found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__, "device": str(DEVICE)}
-    if DEVICE.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(DEVICE), "cublas": _cublas()}
-    return found
-
-
 def _cublas() -> str | None:
     with contextlib.suppress(Exception):
         from importlib.metadata import version
@@ -856,7 +848,12 @@ def main() -> None:
         if given.ways:
             try_out([Way(kind, tuple(tile), *rest) for kind, tile, *rest in json.loads(given.ways)], given.tiny)
             return
-        run = Run(given.tiny, given.layers, {"environment": environment()}, given.out)
+        run = Run(
+            given.tiny,
+            given.layers,
+            {"what": "linears with what follows them", "machine": machine(DEVICE) | {"cublas": _cublas()}},
+            given.out,
+        )
         functions = {
             "trial": trial,
             "gelu": every_gelu,
@@ -876,6 +873,8 @@ def main() -> None:
             seconds[part] = round(time.perf_counter() - began, 1)
             run.keep("seconds", seconds)
             print(part, seconds[part], "s", flush=True)
+    failed = [name for name in run.results if "failed" in name]
+    run.keep("exit_code", 1 if failed else 0)
     for line in table(run.results):
         print(line)
     summary = {part: run.results.get(part) for part in ("trial", "gelu") if part in run.results}
@@ -887,7 +886,7 @@ def main() -> None:
             print(case)
             for name, figures in row.items():
                 print(f"    {name:36} {figures}")
-    print({name: run.results[name] for name in run.results if "failed" in name})
+    print({name: run.results[name] for name in failed})
     for case, row in run.results.get("orders", {}).items():
         print(case, list(row.get("no chain", {})) or row.get("difference", "all one chain"), row.get("seconds", ""))
 
