@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMPATIBILITY = ROOT / "benchmarks" / "compatibility.json"
 STACKING = ROOT / "benchmarks" / "stacking.json"
 COMPILED = ROOT / "benchmarks" / "compiled.json"
-PAGES = ("README.md", "docs/bench.md", "docs/decode.md", "docs/hosts.md", "docs/stacking.md")
+PAGES = ("README.md", "docs/bench.md", "docs/decode.md", "docs/hosts.md", "docs/linear.md", "docs/stacking.md")
 SHOWN = ([1, 6144, 4096], [1, 24576, 4096], [1, 6144, 2048], [1, 126, 2048])  # the others are in the JSON
 
 
@@ -455,6 +455,82 @@ def decoder(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"The least of two turns. {_sources([document], '../')}"])
 
 
+def linear_orders(document: dict[str, Any]) -> str:
+    """At which numbers of rows cuBLAS adds along K otherwise than in one chain: rows of the probes of `orders`."""
+    lines = ["| N x K | rows at which it does not, without a bias | with one |", "| --- | --- | --- |"]
+    for sides, row in document["orders"].items():
+        if "tried" in row:
+            cells = (
+                _spans([m for m in row["tried"] if f"{m}{bias}" in row["no chain"]], row["tried"]) for bias in _BIAS
+            )
+            lines.append(f"| {sides} | {' | '.join(cells)} |")
+    tried = next(row["tried"] for row in document["orders"].values() if "tried" in row)
+    whole = [sides for sides, row in document["orders"].items() if "difference" in row]
+    wrong = [sides for sides in whole if document["orders"][sides]["difference"]]
+    said = f"all but {', '.join(wrong)} are one chain" if wrong else "all are one chain"
+    lines += [
+        "",
+        f"Tried with {', '.join(map(str, tried))} rows; of the larger layers of a step ({', '.join(whole)}) {said}.",
+    ]
+    return "\n".join([*lines, _sources([document], "../")])
+
+
+_BIAS = ("", " with bias")
+
+
+def _spans(some: list[int], tried: list[int]) -> str:
+    """Numbers, those that follow each other in `tried` as "1 to 48"."""
+    spans: list[list[int]] = []
+    for m in some:
+        if spans and tried.index(m) == tried.index(spans[-1][-1]) + 1:
+            spans[-1].append(m)
+        else:
+            spans.append([m])
+    return ", ".join(str(s[0]) if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in spans) or "none"
+
+
+def linear_layers(turns: dict[str, Any], held: dict[str, Any]) -> str:
+    """Single layers: by turns of milliseconds, and of a way for half a second, the fastest kernel of each."""
+    lines = [
+        "| M x N x K, and what follows | `F.linear` alone | today | the fastest kernel by turns | today, held "
+        "| the fastest kernel, held |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for case, row in held["steady"].items():
+        before = turns["shapes"].get(case)
+        if before is None:
+            continue
+        lines.append(
+            f"| {case} | {before['F.linear']:.3f} ms | {before['today']:.3f} ms | "
+            f"{_fastest({name: t for name, t in before.items() if isinstance(t, float)}, before['today'])} | "
+            f"{row['today']['ms']:.3f} ms, {row['today']['mJ']:.0f} mJ | "
+            f"{_fastest({name: t['ms'] for name, t in row.items() if isinstance(t, dict)}, row['today']['ms'])} |"
+        )
+    return "\n".join([*lines, "", _sources([turns, held], "../")])
+
+
+def _fastest(times: dict[str, float], today: float) -> str:
+    kernels = {name: t for name, t in times.items() if name not in ("F.linear", "stock", "today")}
+    name = min(kernels, key=lambda name: kernels[name])
+    return f"{kernels[name]:.3f} ms, {today / kernels[name]:.2f}x: {name}"
+
+
+def linear_steps(document: dict[str, Any]) -> str:
+    """Whole steps: milliseconds and joules of each way, and against the mean of today's two."""
+    lines = ["| tokens | way | a step | energy | over today |", "| --- | --- | --- | --- | --- |"]
+    for case, row in document["steps"].items():
+        ways = {name: found for name, found in row.items() if isinstance(found, dict)}
+        today = (ways["today"]["ms"] + ways["today again"]["ms"]) / 2
+        for name, found in ways.items():
+            cells = f"{found['ms']:.2f} ms | {found['J']:.1f} J | {today / found['ms']:.3f}x"
+            lines.append(f"| {case.removesuffix(' tokens')} | {name} | {cells} |")
+    layers = next(row["layers"] for row in document["steps"].values())
+    said = (
+        f"{layers} layers of LTX-2.0's size, a CUDA graph a way, medians; every output equal to stock's in every bit."
+    )
+    return "\n".join([*lines, "", said, _sources([document], "../")])
+
+
 def _sources(documents: list[dict[str, Any]], up: str = "") -> str:
     machines = dict.fromkeys(_machine(document["machine"]) for document in documents)
     links = ", ".join(f"[{Path(document['path']).name}]({up}{document['path']})" for document in documents)
@@ -494,6 +570,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "hosts table": lambda: hosts(newest_of_each("model"), newest_of_each("ranks")),
     "stacking times table": lambda: stacking_times(newest("stacking")),
     "compiled table": lambda: compiled(json.loads(COMPILED.read_text()), newest_or_none("compiled")),
+    "linear orders table": lambda: linear_orders(newest("linear-turns")),
+    "linear layers table": lambda: linear_layers(newest("linear-turns"), newest("linear")),
+    "linear steps table": lambda: linear_steps(newest("linear")),
     "stacking table": lambda: stacking(json.loads(STACKING.read_text())),
     "compatibility table": lambda: compatibility(json.loads(COMPATIBILITY.read_text())),
 }
