@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from bitfuse.core.kernel import kernel
-from bitfuse.core.numerics import round_to
+from bitfuse.core.numerics import gelu, round_to
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -84,19 +84,6 @@ def reciprocal(value):
     return tl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
     )
-
-
-@kernel
-def gelu(v):
-    """ATen's `gelu(approximate="tanh")` in fp32, of a value of bf16 and to be rounded to it: 9 instructions, not 31.
-
-    0.5 * v * (1 + tanh(u)) is v times the logistic function of 2u. ATen's factor 1 + tanh(u), where that is small, is a
-    difference of numbers next to 1 and so a multiple of 2^-24, and half of it one of 2^-25; adding and taking away 1/4
-    rounds to that. A function of one value of bf16 can be tried on all: equal to ATen's on all 65,536.
-    """
-    twice = v * tl.fma(v * v, tl.full(v.shape, -0.1029432395800235, tl.float32), -2.302208198144325)  # -2u / ln 2
-    logistic = reciprocal(1.0 + power(twice))
-    return v * ((logistic + 0.25) - 0.25)
 
 
 @kernel
