@@ -31,6 +31,8 @@ def _battery(x: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
     yield of("every value", values.every_16_bit_pattern(x.dtype, device))
     (live,) = values.live([x.dtype], n, generator)
     yield of("live", live)
+    (any_bits,) = values.uniform_bits([x.dtype], n, generator)
+    yield of("uniform bits", any_bits)
     yield of("specials", values.specials(x.dtype, device))
 
 
