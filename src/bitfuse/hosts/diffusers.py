@@ -465,12 +465,17 @@ class GELU(Part):
         if not alone(projected):
             self.fall(_NOT_ALONE if type(projected) is Tensor else f"the projection gave a {type(projected).__name__}")
             return activation.gelu(projected)
-        if activation.approximate == "tanh" and (projected.is_cuda or interpreting()):
+        if activation.approximate == "tanh" and projected.dtype == torch.bfloat16 and _kernels_run(projected):
             route = GELU_TANH.routed(projected)
             if route.fused:
                 return in_place(projected)
             self._short.fall(str(route.reason))
         return torch.ops.aten.gelu_(projected, approximate=activation.approximate)
+
+
+def _kernels_run(t: Tensor) -> bool:
+    """Else there is nothing to gain, and nothing to say."""
+    return t.is_cuda or interpreting()
 
 
 _NOT_ALONE = "what the projection gave is held by somebody else, or is not dense in memory of PyTorch's"

@@ -2,8 +2,8 @@
 
 Versus whom: diffusers 0.37-0.42.1 (`activations.GELU`), in the feed-forwards of LTX-2's blocks.
 
-One rounding, to bf16: r1. What is computed in fp32 before it is spelled otherwise than ATen spells it, with a quarter
-of the instructions (`gelu` of `core/numerics.py`): it is a function of one value of 16 bits, so the battery tries all
+One rounding, to bf16: r1. What is computed in fp32 before it is spelled otherwise than ATen spells it, with a third of
+the instructions (`gelu` of `core/numerics.py`): it is a function of one value of 16 bits, so the battery tries all
 of them, and the kernel is used where each one is equal. ATen's own has so many instructions that it takes half as long
 again as the memory does (H200, 2026-11-29).
 
