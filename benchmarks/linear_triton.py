@@ -87,14 +87,6 @@ def reciprocal(value):
 
 
 @kernel
-def gelu_in_place(x_ptr, count, BLOCK: tl.constexpr):
-    """By itself, BLOCK values a program. ATen's has too many instructions to keep up with the memory."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    v = tl.load(x_ptr + at, mask=at < count, other=0.0).to(tl.float32)
-    tl.store(x_ptr + at, gelu(v).to(tl.bfloat16), mask=at < count)
-
-
-@kernel
 def gelu_by_tanh(value):
     """The same, op for op."""
     inner = 0.7978845608028654 * (value + 0.044715 * (value * value * value))
