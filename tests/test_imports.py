@@ -362,10 +362,10 @@ def test_the_package_imports_every_operator_file():
 def test_core_and_operators_do_not_grow():
     """Without evidence: what somebody reads who wants to know how a call is decided and computed. 3,000 lines is what
     it should be; it had 5,060 before it had folders (and since then perturbed_attention.py, `rerouted`, grid_rotary.py,
-    swiglu.py, for the video decoder pixel_norm.py, convolution.py and volume_mean.py, and tensor_core.py)."""
+    swiglu.py, for the video decoder pixel_norm.py, convolution.py and volume_mean.py, tensor_core.py, gelu.py)."""
     paths = [path for path in FILES if _room(_name(path)) in ("core", "ops") and not _is_evidence(_name(path))]
     assert not any(path.stem.endswith(("_common", "_cases")) for path in paths)
-    assert sum(len(path.read_text().splitlines()) for path in paths) < 5790
+    assert sum(len(path.read_text().splitlines()) for path in paths) < 5930
 
 
 # -- what may not stand in the package -----------------------------------------------------------------------------
