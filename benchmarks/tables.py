@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMPATIBILITY = ROOT / "benchmarks" / "compatibility.json"
 STACKING = ROOT / "benchmarks" / "stacking.json"
 COMPILED = ROOT / "benchmarks" / "compiled.json"
-PAGES = ("README.md", "docs/bench.md", "docs/decode.md", "docs/hosts.md", "docs/stacking.md")
+PAGES = ("README.md", "docs/bench.md", "docs/decode.md", "docs/hosts.md", "docs/linear.md", "docs/stacking.md")
 SHOWN = ([1, 6144, 4096], [1, 24576, 4096], [1, 6144, 2048], [1, 126, 2048])  # the others are in the JSON
 
 
@@ -486,6 +486,83 @@ def diffusion_decoder(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def linear_orders(document: dict[str, Any]) -> str:
+    """At which numbers of rows cuBLAS adds along K otherwise than in one chain: rows of the probes of `orders`."""
+    lines = ["| N x K | rows at which it does not, without a bias | with one |", "| --- | --- | --- |"]
+    for sides, row in document["orders"].items():
+        if "tried" in row:
+            cells = (
+                _spans([m for m in row["tried"] if f"{m}{bias}" in row["no chain"]], row["tried"]) for bias in _BIAS
+            )
+            lines.append(f"| {sides} | {' | '.join(cells)} |")
+    tried = next(row["tried"] for row in document["orders"].values() if "tried" in row)
+    whole = [sides for sides, row in document["orders"].items() if "difference" in row]
+    wrong = [sides for sides in whole if document["orders"][sides]["difference"]]
+    said = f"all but {', '.join(wrong)} are one chain" if wrong else "all are one chain"
+    lines += [
+        "",
+        f"Tried with {', '.join(map(str, tried))} rows; of the larger layers of a step ({', '.join(whole)}) {said}.",
+    ]
+    return "\n".join([*lines, _sources([document], "../")])
+
+
+_BIAS = ("", " with bias")
+
+
+def _spans(some: list[int], tried: list[int]) -> str:
+    """Numbers, those that follow each other in `tried` as "1 to 48"."""
+    spans: list[list[int]] = []
+    for m in some:
+        if spans and tried.index(m) == tried.index(spans[-1][-1]) + 1:
+            spans[-1].append(m)
+        else:
+            spans.append([m])
+    return ", ".join(str(s[0]) if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in spans) or "none"
+
+
+def linear_turns(document: dict[str, Any]) -> str:
+    """Single layers by turns, and the fastest kernel of each."""
+    lines = [
+        "| M x N x K, and what follows | `F.linear` alone | today | the fastest kernel |",
+        "| --- | --- | --- | --- |",
+    ]
+    for case, row in document["shapes"].items():
+        times = {name: t for name, t in row.items() if isinstance(t, float)}
+        kernels = {name: t for name, t in times.items() if name not in ("F.linear", "stock", "today")}
+        name = min(kernels, key=lambda name: kernels[name])
+        best = f"{kernels[name]:.4f} ms, {times['today'] / kernels[name]:.3f}x: {name}"
+        lines.append(f"| {case} | {times['F.linear']:.4f} ms | {times['today']:.4f} ms | {best} |")
+    return "\n".join([*lines, "", _sources([document], "../")])
+
+
+def linear_one_step(document: dict[str, Any]) -> str:
+    """A whole step with the kernels that were the fastest by turns."""
+    step, end = document["step"], ", milliseconds"
+    ms = {name.removesuffix(end): found for name, found in step.items() if name.endswith(end)}
+    today = (ms["today"] + ms["today again"]) / 2
+    lines = ["| a step with these layers by a kernel | time | over today |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {t:.1f} ms | {today / t:.3f}x |" for name, t in ms.items()]
+    kinds = ", ".join(f"{name}: {step[name]}" for name in ("up", "down", "out"))
+    said = f"6144 tokens, {step['layers']} layers, a CUDA graph a way, every output equal to stock's; {kinds}."
+    return "\n".join([*lines, "", said, _sources([document], "../")])
+
+
+def linear_steps(document: dict[str, Any]) -> str:
+    """Whole steps: milliseconds and joules of each way, and against the mean of today's two."""
+    lines = ["| tokens | way | a step | energy | over today |", "| --- | --- | --- | --- | --- |"]
+    for case, row in document["steps"].items():
+        ways = {name: found for name, found in row.items() if isinstance(found, dict)}
+        today = (ways["today"]["ms"] + ways["today again"]["ms"]) / 2
+        for name, found in ways.items():
+            cells = f"{found['ms']:.2f} ms | {found['J']:.1f} J | {today / found['ms']:.3f}x"
+            lines.append(f"| {case.removesuffix(' tokens')} | {name} | {cells} |")
+    layers = next(row["layers"] for row in document["steps"].values())
+    said = (
+        f"{layers} layers of LTX-2.0's size, a CUDA graph a way, medians; every output equal to stock's in every bit."
+    )
+    return "\n".join([*lines, "", said, _sources([document], "../")])
+
+
 def _sources(documents: list[dict[str, Any]], up: str = "") -> str:
     machines = dict.fromkeys(_machine(document["machine"]) for document in documents)
     links = ", ".join(f"[{Path(document['path']).name}]({up}{document['path']})" for document in documents)
@@ -526,6 +603,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "hosts table": lambda: hosts(newest_of_each("model"), newest_of_each("ranks")),
     "stacking times table": lambda: stacking_times(newest_of_each("stacking")),
     "compiled table": lambda: compiled(json.loads(COMPILED.read_text()), newest_or_none("compiled")),
+    "linear orders table": lambda: linear_orders(newest("linear-turns")),
+    "linear turns table": lambda: linear_turns(newest("linear-turns")),
+    "linear step table": lambda: linear_one_step(newest("linear-turns")),
     "stacking table": lambda: stacking(json.loads(STACKING.read_text())),
     "compatibility table": lambda: compatibility(json.loads(COMPATIBILITY.read_text())),
 }

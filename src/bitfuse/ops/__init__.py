@@ -3,6 +3,7 @@
 from bitfuse.ops import (
     adaln,
     depth_to_space,
+    gelu,
     grid_rotary,
     head_gate,
     perturbed_attention,
@@ -15,6 +16,7 @@ from bitfuse.ops import (
 __all__ = [
     "adaln",
     "depth_to_space",
+    "gelu",
     "grid_rotary",
     "head_gate",
     "perturbed_attention",

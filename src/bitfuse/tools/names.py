@@ -43,6 +43,7 @@ OPERATORS = (
     "rms_norm_modulate_composed",
     "upsample",
     "unpatchify",
+    "gelu_tanh",
     "qk_rms_norm_grid_rotary",
     "head_gate",
     "lerp_head_gate",
