@@ -148,7 +148,7 @@ def whole_runs(document: dict[str, Any] | None, least: float = 0.02, up: str = "
     total = row["total"]["ms"]["stock"]["median"]
     longest = [stage for stage in row["stages"] if stage["ms"]["stock"]["median"] >= least * total]
     lines += [_run_line(stage["stage"], stage, stage["bits"]) for stage in (whole, *longest)]
-    for decode in document.get("decode", ()):
+    for decode in () if least else document.get("decode", ()):
         tiled = "tiled decode" if decode["tiled"] else "decode"
         what = f"{tiled} alone, {decode['width']}x{decode['height']}"
         lines.append(_run_line(what, decode, decode["mismatch"] or "equal"))
@@ -450,18 +450,24 @@ def _machine(machine: dict[str, Any]) -> str:
     )
 
 
-def decoder(documents: list[dict[str, Any]]) -> str:
-    """The convolutional video decoder of each host, by kind and size."""
+def decoder(documents: list[dict[str, Any]], run: dict[str, Any]) -> str:
+    """The convolutional video decoder of each host, by kind and size; of those sizes that a whole run has, its rows."""
     lines = ["| LTX, decode | stock | bitfuse | peak beyond the weights | output |", "| --- | --- | --- | --- | --- |"]
+    rows: dict[str, dict[str, Any]] = {}
+    for row in run["decode"]:
+        name = f"2.0 {row['width']}x{row['height']}x{row['frames']}{' tiled' if row['tiled'] else ''}"
+        times = {f"{way}_ms": [row["ms"][way]["median"]] for way in ("stock", "bitfuse")}
+        rows[name] = {**times, "peak_gb": row["peak_gb"], "equal": row["mismatch"] is None}
     for document in documents:
         host = "ltx-core " if "ltx-core" in document["path"] else ""
         for row in document["rows"]:
-            stock, ours = min(row["stock_ms"]), min(row["bitfuse_ms"])
-            peaks = f"{row['peak_gb']['stock']:.1f} to {row['peak_gb']['bitfuse']:.1f} GB"
-            output = "identical in every bit" if row["equal"] else "differs"
-            times = f"{stock:.0f} ms | {ours:.0f} ms, {stock / ours:.2f}x"
-            lines.append(f"| {host}{row['decode']} | {times} | {peaks} | {output} |")
-    return "\n".join([*lines, "", f"The least of two turns. {_sources(documents, '../')}"])
+            rows.setdefault(f"{host}{row['decode']}", row)
+    for name, row in rows.items():
+        stock, ours = min(row["stock_ms"]), min(row["bitfuse_ms"])
+        peaks = f"{row['peak_gb']['stock']:.1f} to {row['peak_gb']['bitfuse']:.1f} GB"
+        output = "identical in every bit" if row["equal"] else "differs"
+        lines.append(f"| {name} | {stock:.0f} ms | {ours:.0f} ms, {stock / ours:.2f}x | {peaks} | {output} |")
+    return "\n".join([*lines, "", f"By turns in one process. {_sources([run, *documents], '../')}"])
 
 
 def diffusion_decoder(document: dict[str, Any]) -> str:
@@ -592,7 +598,7 @@ def _load(path: Path) -> dict[str, Any]:
 TABLES: dict[str, Callable[[], str]] = {
     "run table": lambda: whole_runs(newest_or_none("run")),
     "run stages table": lambda: whole_runs(newest_or_none("run"), least=0.0, up="../"),
-    "decoder table": lambda: decoder([newest("video-decoder"), newest("ltx-core-decoder")]),
+    "decoder table": lambda: decoder([newest("video-decoder"), newest("ltx-core-decoder")], newest("run")),
     "diffusion decoder table": lambda: diffusion_decoder(newest("diffusion-decoder")),
     "rotary table": lambda: rotary(newest("rotary")),
     "operators table": lambda: operators(newest_of_each("operators")),
