@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMPATIBILITY = ROOT / "benchmarks" / "compatibility.json"
 STACKING = ROOT / "benchmarks" / "stacking.json"
 COMPILED = ROOT / "benchmarks" / "compiled.json"
-PAGES = ("README.md", "docs/bench.md", "docs/decode.md", "docs/hosts.md", "docs/stacking.md")
+PAGES = ("README.md", "docs/bench.md", "docs/decode.md", "docs/hosts.md", "docs/linear.md", "docs/stacking.md")
 SHOWN = ([1, 6144, 4096], [1, 24576, 4096], [1, 6144, 2048], [1, 126, 2048])  # the others are in the JSON
 
 
@@ -148,7 +148,7 @@ def whole_runs(document: dict[str, Any] | None, least: float = 0.02, up: str = "
     total = row["total"]["ms"]["stock"]["median"]
     longest = [stage for stage in row["stages"] if stage["ms"]["stock"]["median"] >= least * total]
     lines += [_run_line(stage["stage"], stage, stage["bits"]) for stage in (whole, *longest)]
-    for decode in document.get("decode", ()):
+    for decode in () if least else document.get("decode", ()):
         tiled = "tiled decode" if decode["tiled"] else "decode"
         what = f"{tiled} alone, {decode['width']}x{decode['height']}"
         lines.append(_run_line(what, decode, decode["mismatch"] or "equal"))
@@ -450,18 +450,24 @@ def _machine(machine: dict[str, Any]) -> str:
     )
 
 
-def decoder(documents: list[dict[str, Any]]) -> str:
-    """The convolutional video decoder of each host, by kind and size."""
+def decoder(documents: list[dict[str, Any]], run: dict[str, Any]) -> str:
+    """The convolutional video decoder of each host, by kind and size; of those sizes that a whole run has, its rows."""
     lines = ["| LTX, decode | stock | bitfuse | peak beyond the weights | output |", "| --- | --- | --- | --- | --- |"]
+    rows: dict[str, dict[str, Any]] = {}
+    for row in run["decode"]:
+        name = f"2.0 {row['width']}x{row['height']}x{row['frames']}{' tiled' if row['tiled'] else ''}"
+        times = {f"{way}_ms": [row["ms"][way]["median"]] for way in ("stock", "bitfuse")}
+        rows[name] = {**times, "peak_gb": row["peak_gb"], "equal": row["mismatch"] is None}
     for document in documents:
         host = "ltx-core " if "ltx-core" in document["path"] else ""
         for row in document["rows"]:
-            stock, ours = min(row["stock_ms"]), min(row["bitfuse_ms"])
-            peaks = f"{row['peak_gb']['stock']:.1f} to {row['peak_gb']['bitfuse']:.1f} GB"
-            output = "identical in every bit" if row["equal"] else "differs"
-            times = f"{stock:.0f} ms | {ours:.0f} ms, {stock / ours:.2f}x"
-            lines.append(f"| {host}{row['decode']} | {times} | {peaks} | {output} |")
-    return "\n".join([*lines, "", f"The least of two turns. {_sources(documents, '../')}"])
+            rows.setdefault(f"{host}{row['decode']}", row)
+    for name, row in rows.items():
+        stock, ours = min(row["stock_ms"]), min(row["bitfuse_ms"])
+        peaks = f"{row['peak_gb']['stock']:.1f} to {row['peak_gb']['bitfuse']:.1f} GB"
+        output = "identical in every bit" if row["equal"] else "differs"
+        lines.append(f"| {name} | {stock:.0f} ms | {ours:.0f} ms, {stock / ours:.2f}x | {peaks} | {output} |")
+    return "\n".join([*lines, "", f"By turns in one process. {_sources([run, *documents], '../')}"])
 
 
 def diffusion_decoder(document: dict[str, Any]) -> str:
@@ -484,6 +490,83 @@ def diffusion_decoder(document: dict[str, Any]) -> str:
         f"{published['ratio']:.1f}x. {_sources([document], '../')}",
     ]
     return "\n".join(lines)
+
+
+def linear_orders(document: dict[str, Any]) -> str:
+    """At which numbers of rows cuBLAS adds along K otherwise than in one chain: rows of the probes of `orders`."""
+    lines = ["| N x K | rows at which it does not, without a bias | with one |", "| --- | --- | --- |"]
+    for sides, row in document["orders"].items():
+        if "tried" in row:
+            cells = (
+                _spans([m for m in row["tried"] if f"{m}{bias}" in row["no chain"]], row["tried"]) for bias in _BIAS
+            )
+            lines.append(f"| {sides} | {' | '.join(cells)} |")
+    tried = next(row["tried"] for row in document["orders"].values() if "tried" in row)
+    whole = [sides for sides, row in document["orders"].items() if "difference" in row]
+    wrong = [sides for sides in whole if document["orders"][sides]["difference"]]
+    said = f"all but {', '.join(wrong)} are one chain" if wrong else "all are one chain"
+    lines += [
+        "",
+        f"Tried with {', '.join(map(str, tried))} rows; of the larger layers of a step ({', '.join(whole)}) {said}.",
+    ]
+    return "\n".join([*lines, _sources([document], "../")])
+
+
+_BIAS = ("", " with bias")
+
+
+def _spans(some: list[int], tried: list[int]) -> str:
+    """Numbers, those that follow each other in `tried` as "1 to 48"."""
+    spans: list[list[int]] = []
+    for m in some:
+        if spans and tried.index(m) == tried.index(spans[-1][-1]) + 1:
+            spans[-1].append(m)
+        else:
+            spans.append([m])
+    return ", ".join(str(s[0]) if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in spans) or "none"
+
+
+def linear_turns(document: dict[str, Any]) -> str:
+    """Single layers by turns, and the fastest kernel of each."""
+    lines = [
+        "| M x N x K, and what follows | `F.linear` alone | today | the fastest kernel |",
+        "| --- | --- | --- | --- |",
+    ]
+    for case, row in document["shapes"].items():
+        times = {name: t for name, t in row.items() if isinstance(t, float)}
+        kernels = {name: t for name, t in times.items() if name not in ("F.linear", "stock", "today")}
+        name = min(kernels, key=lambda name: kernels[name])
+        best = f"{kernels[name]:.4f} ms, {times['today'] / kernels[name]:.3f}x: {name}"
+        lines.append(f"| {case} | {times['F.linear']:.4f} ms | {times['today']:.4f} ms | {best} |")
+    return "\n".join([*lines, "", _sources([document], "../")])
+
+
+def linear_one_step(document: dict[str, Any]) -> str:
+    """A whole step with the kernels that were the fastest by turns."""
+    step, end = document["step"], ", milliseconds"
+    ms = {name.removesuffix(end): found for name, found in step.items() if name.endswith(end)}
+    today = (ms["today"] + ms["today again"]) / 2
+    lines = ["| a step with these layers by a kernel | time | over today |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {t:.1f} ms | {today / t:.3f}x |" for name, t in ms.items()]
+    kinds = ", ".join(f"{name}: {step[name]}" for name in ("up", "down", "out"))
+    said = f"6144 tokens, {step['layers']} layers, a CUDA graph a way, every output equal to stock's; {kinds}."
+    return "\n".join([*lines, "", said, _sources([document], "../")])
+
+
+def linear_steps(document: dict[str, Any]) -> str:
+    """Whole steps: milliseconds and joules of each way, and against the mean of today's two."""
+    lines = ["| tokens | way | a step | energy | over today |", "| --- | --- | --- | --- | --- |"]
+    for case, row in document["steps"].items():
+        ways = {name: found for name, found in row.items() if isinstance(found, dict)}
+        today = (ways["today"]["ms"] + ways["today again"]["ms"]) / 2
+        for name, found in ways.items():
+            cells = f"{found['ms']:.2f} ms | {found['J']:.1f} J | {today / found['ms']:.3f}x"
+            lines.append(f"| {case.removesuffix(' tokens')} | {name} | {cells} |")
+    layers = next(row["layers"] for row in document["steps"].values())
+    said = (
+        f"{layers} layers of LTX-2.0's size, a CUDA graph a way, medians; every output equal to stock's in every bit."
+    )
+    return "\n".join([*lines, "", said, _sources([document], "../")])
 
 
 def _sources(documents: list[dict[str, Any]], up: str = "") -> str:
@@ -515,7 +598,7 @@ def _load(path: Path) -> dict[str, Any]:
 TABLES: dict[str, Callable[[], str]] = {
     "run table": lambda: whole_runs(newest_or_none("run")),
     "run stages table": lambda: whole_runs(newest_or_none("run"), least=0.0, up="../"),
-    "decoder table": lambda: decoder([newest("video-decoder"), newest("ltx-core-decoder")]),
+    "decoder table": lambda: decoder([newest("video-decoder"), newest("ltx-core-decoder")], newest("run")),
     "diffusion decoder table": lambda: diffusion_decoder(newest("diffusion-decoder")),
     "rotary table": lambda: rotary(newest("rotary")),
     "operators table": lambda: operators(newest_of_each("operators")),
@@ -526,6 +609,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "hosts table": lambda: hosts(newest_of_each("model"), newest_of_each("ranks")),
     "stacking times table": lambda: stacking_times(newest_of_each("stacking")),
     "compiled table": lambda: compiled(json.loads(COMPILED.read_text()), newest_or_none("compiled")),
+    "linear orders table": lambda: linear_orders(newest("linear-turns")),
+    "linear turns table": lambda: linear_turns(newest("linear-turns")),
+    "linear step table": lambda: linear_one_step(newest("linear-turns")),
     "stacking table": lambda: stacking(json.loads(STACKING.read_text())),
     "compatibility table": lambda: compatibility(json.loads(COMPATIBILITY.read_text())),
 }

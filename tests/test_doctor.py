@@ -563,6 +563,18 @@ def test_a_connectors_source_that_is_not_known(monkeypatch):
 
 
 @needs_diffusers
+def test_the_video_decoder(monkeypatch):
+    from bitfuse.hosts import diffusers_vae as adapter
+
+    found = hosts_found("diffusers")["video decoder"]
+    assert (found.state, found.found) == (OK, "92 of 92 sites before and after convolutions")
+    monkeypatch.setitem(adapter.READ, "LTX2VideoResnetBlock3d.forward", set())
+    found = hosts_found("diffusers")["video decoder"]
+    assert found.state == WARNING
+    assert found.found.startswith("0 of 1 sites before and after convolutions; LTX2VideoResnetBlock3d.forward of")
+
+
+@needs_diffusers
 def test_the_diffusion_decoder_and_where_the_host_itself_cannot_run(monkeypatch):
     pytest.importorskip("diffusers.models.autoencoders.ltx2_diffusion_decoder")
     from bitfuse.hosts import diffusers_diffusion_decoder as adapter
@@ -585,6 +597,8 @@ def test_ltx_core_and_a_source_of_it_that_is_not_known(monkeypatch):
 
     found = hosts_found("ltx-core")
     assert (found["LTX-2.0"].state, found["LTX-2.0"].found) == (OK, "16 of 16 sites of a block")
+    decoder = found["video decoder"]
+    assert (decoder.state, decoder.found) == (OK, "14 of 14 sites before and after convolutions")
     monkeypatch.setitem(adapter.READ, "BasicAVTransformerBlock.forward", set())
     found = hosts_found("ltx-core")
     assert found["LTX-2.0"].state == WARNING

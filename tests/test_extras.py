@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.utils import dlpack
 import bitfuse
 from bitfuse.hosts.ltx2 import SecondStream
 from bitfuse.hosts.report import Report
+from bitfuse.ops.gelu import GELU_TANH, in_place
 from bitfuse.run.alone import alone
 from bitfuse.run.extra import Extras
 from bitfuse.run.swap import ours_in
@@ -307,6 +309,43 @@ def test_an_activation_that_was_not_read_is_named(device, monkeypatch):
     console = Console(file=io.StringIO(), width=400)
     explain.show(console, found)
     assert f"Not used, GELU in place: {reason}" in console.file.getvalue()
+
+
+def test_the_activation_is_the_short_one(device, monkeypatch):
+    from bitfuse.hosts import diffusers as adapter
+
+    seen = []
+    monkeypatch.setattr(adapter, "in_place", lambda x: (seen.append(x.data_ptr()), in_place(x))[1])
+    model, handle, _ = _steps(PLAIN, ORDERS[0], device, count=1)
+    seen.clear()
+    activation = model.transformer_blocks[0].ff.net[0]
+    x = torch.randn(1, 3, activation.proj.in_features, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = F.gelu(activation.proj(x), approximate="tanh")
+        found = activation(x)
+    assert seen == [found.data_ptr()]
+    assert bitfuse.compare(expected, found) is None
+    assert _reasons(handle) == {}
+
+
+def test_where_the_short_gelu_is_not_atens_pytorchs_runs_in_place(device, monkeypatch, fresh_routes):
+    """One value of 65,536 that differs is enough, and the report says so."""
+    tier = GELU_TANH.tiers[0]
+
+    def wrong(x):
+        plan = tier.plan(x)
+        return replace(plan, kernel=plan.kernel.edited(("at < elements", "at < elements - 1")))
+
+    monkeypatch.setattr(GELU_TANH, "tiers", (replace(tier, plan=wrong),))
+    model, handle, _ = _steps(PLAIN, ORDERS[0], device, count=1)
+    activation = model.transformer_blocks[0].ff.net[0]
+    x = torch.randn(1, 3, activation.proj.in_features, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = F.gelu(activation.proj(x), approximate="tanh")
+        assert bitfuse.compare(expected, activation(x)) is None
+    (reason, *_) = _reasons(handle)["short GELU"]
+    assert "(1 of 65536 elements), on the battery's 'live' inputs" in reason
+    assert "GELU in place" not in _reasons(handle)
 
 
 @pytest.mark.usefixtures("launched_as_reference")

@@ -70,7 +70,7 @@ def test_shapes_that_do_not_fit_fail_as_in_a_run(operator):
                 expected = _outcome(operator.reference, *changed)
             assert _outcome(on_meta, operator.reference, *changed) == expected
             failed += isinstance(expected, type)
-    assert failed
+    assert failed or operator.name == "gelu_tanh", "which takes any shape"
 
 
 def test_the_meta_device_answers_for_what_is_not_known_here():

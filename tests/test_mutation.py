@@ -54,7 +54,8 @@ def test_two_hundred_of_twelve_kinds_are_run_and_of_every_operator_each_kind_tha
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda o: o.name)
 def test_every_operator_has_mutants_of_the_kinds_that_any_kernel_has(operator):
     kinds = {site.kind for site in mutation.mutants(operator)}
-    assert {mutation.ROUNDING, MASK, WIDTH, PAST, mutation.LEFT_OUT} <= kinds
+    roundings = set() if operator.name == "gelu_tanh" else {mutation.ROUNDING}  # its one rounding is the store's own
+    assert {*roundings, MASK, WIDTH, PAST, mutation.LEFT_OUT} <= kinds
     if "root" in operator.evidence.steps:  # of a volume: the rules do not read its norm, so these are written by hand
         by_hand = {mutant.name for mutant in operator.mutants}
         assert {"four accumulators added in pairs", "accumulators by neighbours", "the square not rounded"} <= by_hand

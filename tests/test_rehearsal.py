@@ -31,7 +31,7 @@ def compiled(monkeypatch):
     """The signature of each kernel that a rehearsal compiles."""
     found = []
     monkeypatch.setattr(Rehearsal, "MIN_BLOCKS", 1)
-    monkeypatch.setattr(Rehearsal, "_compiles", lambda self: True)
+    monkeypatch.setattr(Rehearsal, "compiles", lambda self: True)
     monkeypatch.setattr(Plan, "compile", lambda plan, args: found.append(plan.signature(args)))
     return found
 
@@ -61,6 +61,7 @@ def test_it_compiles_what_is_then_proved_and_nothing_shows_of_it(host, version, 
         assert counts == {(1, 0, 1)}
         assert handle.report().fused == handle.report().seen
     first = {signature for name, tier, signature in proof.verdicts() if tier == OPERATORS[name].tiers[0].name}
+    first -= {s for name, _, s in proof.verdicts() if name == "gelu_tanh"}  # no site: it compiles where it is called
     assert len(compiled) == len(first) > 5
     assert set(compiled) == first
     with bitfuse.accelerate(model):  # all is proved already

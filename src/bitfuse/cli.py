@@ -427,16 +427,18 @@ def explain(
 
     _work()
     from bitfuse.tools import explain as explanation
+    from bitfuse.tools import parts
 
-    geometry = None
+    geometry, further = None, []
     if model is not None:
         name, built = model, explanation.from_config(model, explanation.DTYPES[dtype])
+        further = list(parts.of_pipeline(model, explanation.DTYPES[dtype]))
     else:
         layers = 48 if layers is None else layers
         name = f"{random_weights}, {layers} layers"
         geometry = explanation.of_version(str(random_weights), layers, host)
         built = explanation.from_geometry(geometry, explanation.DTYPES[dtype])
-    found = explanation.explain(built, tokens, image_to_video, name, geometry)
+    found = explanation.explain(built, tokens, image_to_video, name, geometry, further)
     explanation.show(Console(), found)
     _write(json_file, found.as_dict())
 

@@ -6,9 +6,11 @@ hardware instruction (seen on 3.6.0, 3.7.1 and 3.9.0):
 - fp32 -> bf16 truncates, loses subnormals and turns some NaN into infinity; `cvt.rn.bf16.f32` rounds to
   nearest even and keeps NaN;
 - `tl.fma` on fp32 rounds the product and then the sum before 3.9; `fma.rn.f32` rounds once;
-- bf16 arithmetic works on the bit patterns; kernels here convert to fp32 first, as the hardware does.
+- bf16 arithmetic works on the bit patterns; kernels here convert to fp32 first, as the hardware does;
+- `tl.dot` of bf16 multiplies the bit patterns as integers, and of fp16 it adds as NumPy does; here both add as Hopper's
+  tensor cores do (`bitfuse.core.tensor_core`).
 
-`ExactInterpretedFunction` puts the first two right while one of our kernels runs, and puts Triton back after.
+`ExactInterpretedFunction` puts all but the third right while one of our kernels runs, and puts Triton back after.
 
 It also keeps a launch inside the memory of its tensors (`Memory`): upstream reads and writes at whatever address a
 kernel computes, and a wrong one ends the process.
@@ -23,10 +25,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 import triton.runtime.interpreter as upstream
 
 from bitfuse.core.bits import Outside
+from bitfuse.core.tensor_core import HOPPER
 
 _CANONICAL_NAN = np.uint16(0x7FFF)  # what PTX writes for any NaN in bf16
 _LOCK = threading.RLock()  # the interpreter keeps its grid position in one module-wide object
@@ -75,6 +79,20 @@ def _create_fma(builder, x, y, z, *, otherwise):
     return otherwise(builder, x, y, z)
 
 
+def _create_dot(builder, a, b, d, *rest, otherwise):
+    if a.dtype.scalar not in _OPERANDS or d.dtype.scalar != tl.float32:
+        return otherwise(builder, a, b, d, *rest)
+    dtype = _OPERANDS[a.dtype.scalar]
+    x, w = (
+        torch.from_numpy(np.ascontiguousarray(t).view(np.int16)).view(dtype) for t in (a.data, b.data.swapaxes(-1, -2))
+    )
+    total = HOPPER.chain(x[..., :, None, :], w[..., None, :, :], torch.from_numpy(np.ascontiguousarray(d.data)))
+    return upstream.TensorHandle(total.numpy(), tl.float32)
+
+
+_OPERANDS = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -97,20 +115,22 @@ class Memory:
         self.zones = [_zone(name, t) for name, t in tensors.items() if t.numel()]
         self.fault: str | None = None
 
-    def load(self, builder, ptrs, mask, other, *rest, otherwise):
+    def load(self, builder, ptrs, mask, other, *rest, otherwise, **more):
         """Triton's masked load, without what lies outside; `otherwise` is the interpreter's own."""
         dtype = upstream._get_np_dtype(ptrs.get_element_ty())
         if other is None:
             other = upstream.TensorHandle(np.zeros_like(ptrs.data, dtype=dtype), ptrs.get_element_ty())
-        inside = self.inside(ptrs.data, mask.data, np.dtype(dtype).itemsize, write=False)
-        kept = mask if inside is mask.data else upstream.TensorHandle(inside, tl.int1)
-        return otherwise(builder, ptrs, kept, other, *rest)
+        asked = np.asarray(mask.data)  # a TMA descriptor's mask is an array itself
+        inside = self.inside(ptrs.data, asked, np.dtype(dtype).itemsize, write=False)
+        kept = mask if inside is asked else upstream.TensorHandle(inside, tl.int1)
+        return otherwise(builder, ptrs, kept, other, *rest, **more)
 
-    def store(self, builder, ptrs, value, mask, *rest, otherwise):
+    def store(self, builder, ptrs, value, mask, *rest, otherwise, **more):
         """Triton's masked store, without what lies outside."""
-        inside = self.inside(ptrs.data, mask.data, value.data.itemsize, write=True)
-        kept = mask if inside is mask.data else upstream.TensorHandle(inside, tl.int1)
-        return otherwise(builder, ptrs, value, kept, *rest)
+        asked = np.asarray(mask.data)  # a TMA descriptor's mask is an array itself
+        inside = self.inside(ptrs.data, asked, value.data.itemsize, write=True)
+        kept = mask if inside is asked else upstream.TensorHandle(inside, tl.int1)
+        return otherwise(builder, ptrs, value, kept, *rest, **more)
 
     def inside(self, addresses: np.ndarray, mask: np.ndarray, size: int, write: bool) -> np.ndarray:
         """The mask of what may be touched, of accesses of `size` bytes."""
@@ -161,16 +181,17 @@ def _stand_in(memory: Any) -> None:
     global _before
     builder = upstream.InterpreterBuilder
     convert, fma = upstream._convert_float, builder.create_fma
-    load, store = builder.create_masked_load, builder.create_masked_store
+    load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
     # A helper of Triton's own, `tl.zeros` say, patches its language at each call and leaves it so; ours do not
     owners = (tl, tl.core, tl.math, tl.dtype, tl.core.tensor, tl.core.tensor_descriptor_base)
-    built = {"create_fma": fma, "create_masked_load": load, "create_masked_store": store}
+    built = {"create_fma": fma, "create_dot": dot, "create_masked_load": load, "create_masked_store": store}
     ours = [(upstream, {"_convert_float": convert}), (builder, built)]
     _before = [*ours, *((owner, dict(vars(owner))) for owner in owners)]
     upstream._convert_float = lambda *args: _convert_float(*args, otherwise=convert)
     builder.create_fma = lambda *args: _create_fma(*args, otherwise=fma)
-    builder.create_masked_load = lambda *args: memory.load(*args, otherwise=load)
-    builder.create_masked_store = lambda *args: memory.store(*args, otherwise=store)
+    builder.create_dot = lambda *args: _create_dot(*args, otherwise=dot)
+    builder.create_masked_load = lambda *args, **more: memory.load(*args, otherwise=load, **more)
+    builder.create_masked_store = lambda *args, **more: memory.store(*args, otherwise=store, **more)
 
 
 def _put_back() -> None:
@@ -202,6 +223,7 @@ class ExactInterpretedFunction(upstream.InterpretedFunction):
     def run(self, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
         """Launch; Outside where it reached for memory that is no tensor's of its own."""
         named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        named = {name: getattr(t, "base", t) for name, t in named.items()}  # of a TMA descriptor, its tensor
         memory = Memory({name: t for name, t in named.items() if hasattr(t, "untyped_storage")})
         launch = super().run
         result = exactly(memory, lambda: launch(*args, grid=grid, warmup=warmup, **kwargs))

@@ -133,6 +133,35 @@ def silu(value):
     return value / (1.0 + tl.exp(negate(value)))
 
 
+def _gelu_twin(value):
+    inner = 0.7978845608028654 * (value + 0.044715 * (value * value * value))
+    wide = inner.to(tl.float64)
+    tanh = (1.0 - 2.0 / (1.0 + tl.exp(2.0 * wide))).to(tl.float32)
+    # what ATen calls on a CPU (SLEEF's tanhf of 1 ulp) is 1 from here on
+    tanh = tl.where(tl.abs(inner) > 8.664339742, tl.where(inner < 0.0, -1.0, 1.0), tanh)
+    return 0.5 * value * (1.0 + tanh)
+
+
+@kernel(twin=_gelu_twin)
+def gelu(value):
+    """0.5 * value * (1 + tanh(u)) in fp32, u = sqrt(2 / pi) * (value + 0.044715 * value^3), of a bf16 value and to be
+    rounded to bf16: then it equals ATen's GELU on CUDA, in 9 instructions instead of some 30.
+
+    It is value times the logistic function of 2u. Where ATen's 1 + tanh(u) is small it is a difference of numbers next
+    to 1, and so a multiple of 2^-24, and half of it one of 2^-25: adding and taking away 1/4 rounds to that. Equal of
+    all values of bf16, NaN and infinities among them; without that rounding 150 are not.
+    """
+    # -2 / ln 2 times sqrt(2 / pi), and that times 0.044715
+    exponent = value * tl.fma(value * value, tl.full(value.shape, -0.1029432395800235, tl.float32), -2.302208198144325)
+    power = tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [exponent], dtype=tl.float32, is_pure=True, pack=1
+    )
+    logistic = tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return value * ((logistic + 0.25) - 0.25)
+
+
 @kernel
 def square_root(value):
     """The square root in fp32, rounded to nearest: `sqrt.rn.f32`, as ATen has it."""

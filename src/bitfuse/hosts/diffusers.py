@@ -21,12 +21,14 @@ from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
 from bitfuse.core.conditions import around, watched
+from bitfuse.core.kernel import interpreting
 from bitfuse.hosts import lora, ltx2, offload
 from bitfuse.hosts.handle import Handle
 from bitfuse.hosts.ltx2 import ABSENT, AUDIO, COMPOSED, UNGATED, VIDEO, Ada, Rotary, RotaryTrial, Stream, Tables
 from bitfuse.hosts.part import Model, ModelForward, Part
 from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import Norms, calls_of, entries, functions, of_operators, why_not_stock
+from bitfuse.ops.gelu import GELU_TANH, in_place
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.perturbed_attention import LERP_HEAD_GATE
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_SPLIT_FP32
@@ -105,6 +107,7 @@ _OF_BLOCKS = [
 _OF_ACTIVATIONS = [
     *entries(activations, "GELU.forward", "GELU.gelu"),
     (activations.F, "gelu", "torch.nn.functional.gelu"),
+    *of_operators((GELU_TANH,)),
 ]
 
 
@@ -432,15 +435,16 @@ class Projection(Part):
 class GELU(Part):
     """`GELU.forward`, into the memory of what it activates, where nobody else can hold that.
 
-    Whatever the projection is (a LoRA of peft's, a quantised layer): what it has returned decides.
+    Whatever the projection is (a LoRA of peft's, a quantised layer): what it has returned decides. The kernel that
+    computes it is ours where each value of the dtype was seen to be ATen's, else ATen's.
     """
 
-    __slots__ = ("_extra",)
+    __slots__ = ("_extra", "_short")
     kind = "activation"
 
     def __init__(self, activation: Any, model: Model):
         super().__init__(activation, model)
-        self._extra = model.handle.extras.gelu
+        self._extra, self._short = model.handle.extras.gelu, model.handle.extras.short_gelu
 
     def why_stock(self, activation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if "gelu" in activation.__dict__:
@@ -461,7 +465,17 @@ class GELU(Part):
         if not alone(projected):
             self.fall(_NOT_ALONE if type(projected) is Tensor else f"the projection gave a {type(projected).__name__}")
             return activation.gelu(projected)
+        if activation.approximate == "tanh" and projected.dtype == torch.bfloat16 and _kernels_run(projected):
+            route = GELU_TANH.routed(projected)
+            if route.fused:
+                return in_place(projected)
+            self._short.fall(str(route.reason))
         return torch.ops.aten.gelu_(projected, approximate=activation.approximate)
+
+
+def _kernels_run(t: Tensor) -> bool:
+    """Else there is nothing to gain, and nothing to say."""
+    return t.is_cuda or interpreting()
 
 
 _NOT_ALONE = "what the projection gave is held by somebody else, or is not dense in memory of PyTorch's"
@@ -555,7 +569,7 @@ def accelerate(model: Any, handle: Handle) -> None:
     if vae is not None and isinstance(model, vae.AutoencoderKLLTX2Video):
         from bitfuse.hosts import diffusers_vae
 
-        shared = Model(handle, {"decoder": diffusers_vae.LEFT_OUT})
+        shared = Model(handle, diffusers_vae.LEFT_OUT)
         diffusers_vae.accelerate(model, shared, NAME)
         shared.take_over_is_done()
         return

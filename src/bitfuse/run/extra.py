@@ -58,6 +58,13 @@ class Extras:
     gelu: Extra = field(
         default_factory=lambda: Extra("GELU in place", "the widest tensor of these feed-forwards was held twice")
     )
+    short_gelu: Extra = field(
+        default_factory=lambda: Extra("short GELU", "PyTorch's GELU ran, which takes half as long again")
+    )
+
+    tiles: Extra = field(
+        default_factory=lambda: Extra("tiles blended at once", "the host blended a decode's tiles row by row")
+    )
 
     def __iter__(self) -> Iterator[Extra]:
-        return iter((self.graph, self.second_stream, self.text, self.gelu))
+        return iter((self.graph, self.second_stream, self.text, self.gelu, self.short_gelu, self.tiles))

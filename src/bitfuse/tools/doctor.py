@@ -505,6 +505,8 @@ def _hosts(device: torch.device) -> Iterator[Finding]:
         yield from _models(host) if HOSTS[host].standalone else _sources(HOSTS[host])
         if host == "diffusers":
             yield from _connectors()
+        yield from _video_decoder(host)
+        if host == "diffusers":
             yield from _diffusion_decoder(device)
         if host == "comfyui":
             yield from _comfyui(device)
@@ -543,6 +545,23 @@ def _connectors() -> Iterator[Finding]:
     with torch.device("meta"):
         connectors = LTX2TextConnectors(3840, 49, **of_each, **rope, causal_temporal_positioning=False)
     yield _taken_over("diffusers", connectors, "text connectors", "sites of a block each")
+
+
+def _video_decoder(host: str) -> Iterator[Finding]:
+    if host == "diffusers":
+        from diffusers import AutoencoderKLLTX2Video as kind
+
+        sizes: dict[str, Any] = {}
+    elif host == "ltx-core":
+        from bitfuse.hosts.ltx_core_vae import HOST_CLASS as kind
+
+        blocks = [("res_x", {"num_layers": 1}), ("compress_all", {"residual": True, "multiplier": 2})]
+        sizes = {"decoder_blocks": [*blocks, ("res_x", {"num_layers": 1})]}
+    else:
+        return
+    with torch.device("meta"):
+        decoder = torch.nn.Module.to(kind(**sizes), torch.bfloat16)
+    yield _taken_over(host, decoder, "video decoder", "sites before and after convolutions")
 
 
 def _diffusion_decoder(device: torch.device) -> Iterator[Finding]:

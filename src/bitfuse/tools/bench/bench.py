@@ -34,6 +34,7 @@ from bitfuse.core import proof
 from bitfuse.core.bits import compare
 from bitfuse.core.lines import error_line
 from bitfuse.core.operator import OPERATORS, Operator
+from bitfuse.ops.gelu_evidence import GeluCase
 from bitfuse.ops.pixel_norm_evidence import PixelCase
 from bitfuse.ops.rope import SPLIT_PER_OP
 from bitfuse.ops.rope_evidence import RotaryCase
@@ -122,7 +123,8 @@ def _forget() -> None:
 
 # -- operators -----------------------------------------------------------------------------------------------------
 
-# An operator's real cases are timed whose first argument has one of these shapes, its last dimensions taken as one.
+# An operator's real cases are timed whose first argument has one of these shapes, its last dimensions taken as one; of
+# volumes and of feed-forwards, which are wider, all.
 SIZES = ((1, 6144, 4096), (1, 6144, 2048), (1, 24576, 4096), (1, 126, 2048))
 
 
@@ -151,8 +153,9 @@ def operators(console: Console, names: Iterable[str] | None = None) -> Iterator[
 
 
 def timed_cases(operator: Operator) -> list[Any]:
-    """Those of the sizes above; of volumes all that a decoder has."""
-    return [case for case in operator.cases if case.real and (isinstance(case, PixelCase) or _size(case) in SIZES)]
+    """Those of the sizes above; of volumes and feed-forwards all."""
+    whole = PixelCase, GeluCase
+    return [case for case in operator.cases if case.real and (isinstance(case, whole) or _size(case) in SIZES)]
 
 
 def _size(case: Any) -> tuple[int, int, int]:

@@ -64,7 +64,8 @@ _RAN: set[tuple[str, int]] = set()
 _GIVING = frozenset((
     "round_to", "load_ada", "divide", "reciprocal_root", "exponential", "negate", "multiply_add", "fold", "sum_of_two",
     "mean_square", "mean_square_of_head", "row_rstd", "modulate_row", "add_residual", "turn_neighbours", "turn_pairs",
-    "multiply_add_bf16", "turn_one", "lerp", "norm_head", "rstd_of_head", "silu", "sum_of_products", "weighted_sum",
+    "multiply_add_bf16", "turn_one", "lerp", "norm_head", "rstd_of_head", "gelu", "silu", "sum_of_products",
+    "weighted_sum",
 ))  # fmt: skip
 
 

@@ -1,0 +1,148 @@
+"""benchmarks/linear*.py: the kernels' bits in the interpreter, what the compiler makes of them, and a dry run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitfuse.core import values
+from bitfuse.core.bits import differing
+from bitfuse.core.kernel import interpreting
+from bitfuse.core.tensor_core import HOPPER
+from bitfuse.tools.prove import linear
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BF16 = torch.bfloat16
+needs_interpreter = pytest.mark.skipif(not interpreting(), reason="a GPU is here, so kernels are compiled")
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import linear_triton
+
+        yield linear_triton
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        sys.modules.pop("linear_triton", None)
+
+
+@needs_interpreter
+def test_gelu_of_every_value(kernels):
+    every = values.every_16_bit_pattern(BF16, "cpu")
+    wanted, counts = F.gelu(every, approximate="tanh"), []
+    for form, _ in enumerate(kernels.GELU_FORMS):
+        out = torch.empty_like(every)
+        kernels.gelu_forms[(64, 1, 1)](every, out, form)
+        counts.append(int(differing(wanted, out).sum()))
+    assert counts[0] == 0
+    assert counts[3] > 100, "without the rounding to a multiple of 2^-25 the negative tail differs"
+
+
+@needs_interpreter
+@pytest.mark.parametrize("following", ["plain", *linear.FOLLOWING])
+@pytest.mark.parametrize("form", ["persistent", "once"])
+def test_a_kernel_has_the_bits_of_the_chain(kernels, form, following):
+    """70 rows in tiles of 32, three tiles of 32 columns, three steps along K."""
+    m, n, k = 70, 96, 48
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(BF16)
+
+    x, w, bias, residual, gate = normal(m, k), normal(n, k), normal(n), normal(m, n), normal(n)
+    x[:, 3], x[:, 40] = 2.0**20, -(2.0**20)  # of what is added in between, some bits are lost
+    w[:, 3], w[:, 40] = 1.0, 1.0
+    y = torch.full((m, n), float("nan"), dtype=BF16)
+    epilogue = {"plain": kernels.PLAIN, "gelu": kernels.GELU, "gated": kernels.GATED, "added": kernels.ADDED}[following]
+    given = (x, w, bias, y, residual, gate, epilogue)
+    kernel, grid, args, _ = kernels.launch(getattr(kernels, form), *given, (32, 32, 16), 4, 2, programs=3)
+    kernel[grid](*args)
+    expected = HOPPER.linear(x, w, bias)
+    assert not torch.equal(expected, F.linear(x, w, bias)), "else the chain is not looked at"
+    if following != "plain":
+        expected = linear.follow(expected, linear.Given(x, w, bias, residual, gate), following)
+    assert not differing(expected, y).any()
+
+
+_COMPILE = """
+import json, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.jit import create_function_from_signature
+import linear_gluon, linear_triton
+
+def compiled(jit, arguments, options):
+    target = GPUTarget("cuda", 90, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(jit.signature, jit.params, backend)
+    bound, specialization, options = bind(*arguments, **options)
+    options, signature, constants, attributes = jit._pack_args(backend, options, bound, specialization, options)
+    source = (GluonASTSource if jit.is_gluon() else ASTSource)(jit, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+def empty(*shape): return torch.empty(shape, dtype=torch.bfloat16)
+
+m, n, k = 256, 512, 128
+given = empty(m, k), empty(n, k), empty(n), empty(m, n), empty(m, n), empty(n)
+rows = {}
+for epilogue in (1, 2):
+    for parts in (1, 2):
+        kernel, _, args, options = linear_gluon.deferred(*given, epilogue, (128, 256, 64), 3, parts=parts)
+        rows[f"gluon {parts} {epilogue}"] = compiled(kernel, args, options)
+    for name, tile, warps, stages in (("persistent", (128, 256, 64), 8, 3), ("once", (128, 128, 64), 4, 3)):
+        form = getattr(linear_triton, name)
+        kernel, _, args, options = linear_triton.launch(form, *given, epilogue, tile, warps, stages)
+        rows[f"{name} {epilogue}"] = compiled(kernel.compiled, args, options)
+print(json.dumps({name: {"ptx": c.asm["ptx"], "shared": c.metadata.shared} for name, c in rows.items()}))
+"""
+
+
+@pytest.mark.slow
+def test_what_the_compiler_makes_of_them_for_hopper(triton_cache):
+    """Gluon has no interpreter: that it compiles, and how it rounds, is all that is seen of it without a GPU."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**inherited, "TRITON_CACHE_DIR": str(triton_cache), "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == 8
+    for name, row in rows.items():
+        ptx = row["ptx"]
+        assert "wgmma.mma_async.sync.aligned" in ptx, name
+        assert ".local" not in ptx, name
+        assert row["shared"] <= 227 << 10, f"{name}: a program of Hopper has 227 KiB"
+        assert "cvt.rn.bf16" in ptx, name
+        assert "cvt.rz" not in ptx, name
+        contracted = ptx.count("fma.rn.f32")
+        assert (contracted > 0) == name.endswith("1"), f"{name}: GELU fuses one sum, gate and residual none"
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_a_dry_run(tmp_path):
+    out = tmp_path / "linear.json"
+    command = [sys.executable, str(BENCHMARKS / "linear.py"), "--tiny", "--out", str(out)]
+    done = subprocess.run(
+        [*command, "--parts", "trial", "gelu", "shapes", "chain", "steady"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert not [name for name in found if "failed" in name]
+    assert set(found["trial"].values()) == {"equal"}
+    assert len(found["shapes"]) == 2
+    for part in ("shapes", "chain"):
+        for row in found[part].values():
+            assert all(isinstance(value, float) for value in row.values()), "every way was equal, so each has a time"
