@@ -143,7 +143,9 @@ def test_an_operator_has_the_steps_that_its_arguments_and_its_instructions_show(
         return
     assert ("modulation" in steps, bool(steps & {"residual", "addcmul"})) == ("scale" in names, "y" in names)
     assert ("addcmul" in steps) == ("y" in names and "fma.rn.f32" in counted)
-    assert ("rsqrt" in steps, "sigmoid" in steps) == ("rsqrt.approx.f32" in counted, "ex2.approx.ftz.f32" in counted)
+    # every battery of GELU has all 65,536 values: there is nothing to sweep
+    sigmoid = "ex2.approx.ftz.f32" in counted and operator.name != "gelu_tanh"
+    assert ("rsqrt" in steps, "sigmoid" in steps) == ("rsqrt.approx.f32" in counted, sigmoid)
     # a mean's divisor is one number for all rows: counts of elements are converted for it
     divides = "div.rn.f32" in counted and "cvt.rn.f32.s64" not in counted
     assert ("quotient" in steps) == (divides and "sigmoid" not in steps)
