@@ -9,15 +9,20 @@ is one call of ComfyUI's `apply_model`, with the wrappers of the node as its sam
 timed, the outputs of each way are compared with stock's, video and audio, bit for bit, and after the last round again;
 last ComfyUI's own sampler runs with each. Exit code 1 where a bit differs. What a machine without a network needs is in
 benchmarks/carry-comfyui.txt.
+
+With `--kjnodes FILE` (nodes/ltxv_nodes.py of ComfyUI-KJNodes) the forward that its "LTX2 Attention Tuner Patch" gives a
+block, with its own Triton kernels, takes turns as well; how many elements it has otherwise than stock is counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,9 +71,60 @@ def step_of(patcher: Any, of: dict[str, Any], tokens: int, device: torch.device)
     return step
 
 
-def timed(patchers: dict[str, Any], of: dict[str, Any], tokens: int, device: torch.device, rounds: int) -> dict:
+PEER = "KJNodes"
+_OF_PEER = """\
+import types
+from typing import Tuple
+
+import comfy
+import comfy.ldm.common_dit
+import comfy.ldm.modules.attention as _comfy_attn
+import torch
+from comfy.ldm.lightricks.model import GuideAttentionMask as _GuideAttentionMask
+from comfy.ldm.lightricks.model import _attention_with_guide_mask as _ltx_attn_with_guide_mask
+from comfy.ldm.lightricks.model import apply_rotary_emb as _apply_rope
+
+"""
+
+
+def peer_of(file: Path, folder: str) -> Any:
+    """KJNodes' forward of a block as its node makes it, from that part of its file alone: the rest imports more."""
+    text = file.read_text()
+    part = text[text.index("try:\n    import triton\n") : text.index("class LTX2AttentionTunerPatch")]
+    alone = Path(folder) / "kjnodes_ltx2.py"  # a file, since Triton reads a kernel's source
+    alone.write_text(_OF_PEER + part)
+    spec = importlib.util.spec_from_file_location(alone.stem, alone)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{alone} can't be imported")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.LTX2ForwardPatch(1.0, 1.0, 1.0, 1.0, use_triton=True)
+
+
+def by_peer(step: Callable[[], Any], blocks: Any, patch: Any) -> Callable[[], Any]:
+    """A step in which every block has the peer's forward; nothing of it stays."""
+
+    def call() -> Any:
+        before = [dict(vars(block)) for block in blocks]
+        try:
+            for block in blocks:
+                vars(block)["forward"] = patch.__get__(block, type(block))
+            return step()
+        finally:
+            for block, attributes in zip(blocks, before, strict=True):
+                vars(block).clear()
+                vars(block).update(attributes)
+
+    return call
+
+
+def timed(
+    patchers: dict[str, Any], of: dict[str, Any], tokens: int, device: torch.device, rounds: int, peer: Any = None
+) -> dict:
     on_cuda = device.type == "cuda"
     steps = {way: step_of(patcher, of, tokens, device) for way, patcher in patchers.items()}
+    if peer is not None:
+        steps[PEER] = by_peer(steps["stock"], patchers["stock"].model.diffusion_model.transformer_blocks, peer)
     row: dict[str, Any] = {"tokens": tokens, "layers": of["num_layers"]}
     first = {}
     for way, step in steps.items():
@@ -96,15 +152,18 @@ def timed(patchers: dict[str, Any], of: dict[str, Any], tokens: int, device: tor
     row["differs"] |= compared(outs)
     row["ms"] = {way: {"median": round(statistics.median(t), 3), "min": round(min(t), 3)} for way, t in ms.items()}
     row["speedup"] = {
-        way: round(statistics.median(a / b for a, b in zip(ms["stock"], ms[way], strict=True)), 3) for way in patchers
+        way: round(statistics.median(a / b for a, b in zip(ms["stock"], ms[way], strict=True)), 3) for way in steps
     }
+    if peer is not None:
+        mismatch = bitfuse.compare(outs["stock"], outs[PEER])
+        row["peer_differs"] = "no element" if mismatch is None else mismatch.sentence
     row["peak_gb_of_a_step"] = peak
     return row
 
 
 def compared(outs: dict[str, Any]) -> dict[str, str]:
-    """Ways whose outputs are not stock's, with a sentence each."""
-    found = {way: bitfuse.compare(outs["stock"], out) for way, out in outs.items()}
+    """Ways whose outputs are not stock's, with a sentence each; a peer's need not be."""
+    found = {way: bitfuse.compare(outs["stock"], out) for way, out in outs.items() if way != PEER}
     return {way: mismatch.sentence for way, mismatch in found.items() if mismatch is not None}
 
 
@@ -182,6 +241,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU")
+    parser.add_argument("--kjnodes", type=Path, metavar="FILE", help="nodes/ltxv_nodes.py of ComfyUI-KJNodes")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     host.use(asked.comfyui)
@@ -215,9 +275,12 @@ def main() -> None:
             asked.out.parent.mkdir(parents=True, exist_ok=True)
             asked.out.write_text(json.dumps(found, indent=1) + "\n")
 
+    folder = tempfile.TemporaryDirectory()
+    peer = None if asked.kjnodes is None else peer_of(asked.kjnodes, folder.name)
     before = standing(stock.model.diffusion_model)
     for tokens in asked.tokens or ([24] if tiny else [1536, 6144, 24576]):
-        row = timed(patchers, of, tokens, device, asked.rounds if tokens < 20000 else max(3, asked.rounds // 2))
+        rounds = asked.rounds if tokens < 20000 else max(3, asked.rounds // 2)
+        row = timed(patchers, of, tokens, device, rounds, peer)
         found["rows"].append(row)
         print(json.dumps(row), flush=True)
         save()
@@ -277,6 +340,7 @@ def show(found: dict[str, Any]) -> None:
         print(
             f"{row['tokens']} | {ms['stock']['median']} | "
             + " | ".join(f"{ms[way]['median']} ({row['speedup'][way]}x)" for way in WAYS)
+            + (f" | {PEER} {ms[PEER]['median']}, {row['peer_differs']}" if PEER in ms else "")
             + f" | {row['differs'] or 'none'} | {' to '.join(others)} | {row['peak_gb_of_a_step']}"
         )
     print(f"sampler: {found['sampler_differs'] or 'all bits equal'}; left behind: {found['left_behind'] or 'nothing'}")
