@@ -35,15 +35,18 @@ readme: $(READY)
 # torch goes in first and pinned: asked for by another package, it would be the newest build, gigabytes of CUDA
 # libraries included. Of ltx-core and SGLang only the tests make use, of their transformers alone, so nothing else that
 # they need is installed. SGLang's versions are for Python 3.11; where they can't be had its tests are skipped, and say so.
-$(READY): pyproject.toml constraints.txt tests/sglang.txt
+# So are ComfyUI's, of which two releases are unpacked beside the packages.
+$(READY): pyproject.toml constraints.txt tests/sglang.txt tests/comfyui.txt tests/comfyui.py
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -c constraints.txt torch
 	$(INSTALL) -c constraints.txt -e '.[dev]'
 	$(INSTALL) -c constraints.txt --no-deps ltx-core
 	-$(INSTALL) --no-deps -r tests/sglang.txt
+	-$(INSTALL) --no-deps -r tests/comfyui.txt
 	@# Python compiles each module at its first import, 25 s of the processor's time for those of the tests. Here two
 	@# processes share it; in the tests each worker would do it all
-	-$(VENV)/bin/python tests/sglang_host.py -m bitfuse --help > $(VENV)/first.log 2>&1 & \
+	-$(VENV)/bin/python tests/comfyui.py > $(VENV)/comfyui.log 2>&1 & \
+	$(VENV)/bin/python tests/sglang_host.py -m bitfuse.tools.prove.ptx --help > $(VENV)/first.log 2>&1 & \
 	$(VENV)/bin/python -c "import torch._dynamo, torch._inductor.utils, diffusers.pipelines.ltx2, peft, ltx_core" \
 		>> $(VENV)/first.log 2>&1; wait
 	touch $@

@@ -83,6 +83,10 @@ PLANS = {
         Command("fsdp-ranks", f"{DIFFUSERS_RANKS} --how fsdp --tokens 6144 --json FILE", 180),
         Command("trained", f"{DIFFUSERS_RANKS} --how train --tokens 1536 --layers 8 --json FILE", 180),
     ],
+    "comfyui": [  # what it needs besides is in benchmarks/carry-comfyui.txt
+        Command("comfyui", "python benchmarks/comfyui.py --out FILE", 480),
+        Command("2.3-comfyui", "python benchmarks/comfyui.py --ltx 2.3 --tokens 6144 --out FILE", 240),
+    ],
     "compiled": [Command("compiled", "python benchmarks/compiled.py --layers 8 --out FILE", 400)],
 }
 

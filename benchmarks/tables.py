@@ -148,7 +148,7 @@ def whole_runs(document: dict[str, Any] | None, least: float = 0.02, up: str = "
     total = row["total"]["ms"]["stock"]["median"]
     longest = [stage for stage in row["stages"] if stage["ms"]["stock"]["median"] >= least * total]
     lines += [_run_line(stage["stage"], stage, stage["bits"]) for stage in (whole, *longest)]
-    for decode in document.get("decode", ()):
+    for decode in () if least else document.get("decode", ()):
         tiled = "tiled decode" if decode["tiled"] else "decode"
         what = f"{tiled} alone, {decode['width']}x{decode['height']}"
         lines.append(_run_line(what, decode, decode["mismatch"] or "equal"))
@@ -325,21 +325,26 @@ def stacking(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def stacking_times(document: dict[str, Any]) -> str:
-    """Features on a GPU: a step of stock with the feature, and of bitfuse with it, by turns."""
-    lines = ["| feature | stock | bitfuse | | peak memory, stock and bitfuse |", "| --- | --- | --- | --- | --- |"]
-    for row in document["rows"]:
-        if not row.get("ms"):
-            continue
+def stacking_times(documents: list[dict[str, Any]]) -> str:
+    """Features on a GPU: a step of stock with it, and of bitfuse with it, by turns; of each that of the most layers."""
+    measured = sorted(
+        (row for document in documents for row in document["rows"] if row.get("ms")), key=lambda row: -row["layers"]
+    )
+    lines = ["| feature | layers | stock | bitfuse | | peak memory, stock and bitfuse |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for feature in dict.fromkeys(row["feature"] for row in measured):
+        row = next(row for row in measured if row["feature"] == feature)
         ms, peak = row["ms"], row["peak_gb"]
-        times = " | ".join(f"{ms[way]['median']:.0f} ms" for way in ("stock", "bitfuse"))
+        times = " | ".join(f"{ms[way]['median']:.0f} ms ({ms[way]['min']:.0f})" for way in ("stock", "bitfuse"))
         peaks = ", ".join(f"{peak[way]:.1f} GB" for way in ("stock", "bitfuse"))
-        lines.append(f"| {row['feature']} | {times} | {row['speedup']:.2f}x | {peaks} |")
-    first = document["rows"][0]
+        lines.append(f"| {feature} | {row['layers']} | {times} | {row['speedup']:.2f}x | {peaks} |")
+    versions, tokens = ({row[key] for row in measured} for key in ("version", "tokens"))
+    if len(versions) > 1 or len(tokens) > 1:
+        raise ValueError(f"rows of one version and size, not {versions} and {tokens}")
     lines += [
         "",
-        f"One step of LTX-{first['version']}, {first['tokens']} tokens, {first['layers']} layers, medians by turns; "
-        f"all sites fused and every bit that of stock with the feature. {_sources([document], '../')}",
+        f"One step of LTX-{versions.pop()}, {tokens.pop()} tokens, medians by turns (least in brackets); all sites "
+        f"fused and every bit that of stock with the feature. {_sources(documents, '../')}",
     ]
     return "\n".join(lines)
 
@@ -445,14 +450,46 @@ def _machine(machine: dict[str, Any]) -> str:
     )
 
 
-def decoder(document: dict[str, Any]) -> str:
+def decoder(documents: list[dict[str, Any]], run: dict[str, Any]) -> str:
+    """The convolutional video decoder of each host, by kind and size; of those sizes that a whole run has, its rows."""
     lines = ["| LTX, decode | stock | bitfuse | peak beyond the weights | output |", "| --- | --- | --- | --- | --- |"]
-    for row in document["rows"]:
+    rows: dict[str, dict[str, Any]] = {}
+    for row in run["decode"]:
+        name = f"2.0 {row['width']}x{row['height']}x{row['frames']}{' tiled' if row['tiled'] else ''}"
+        times = {f"{way}_ms": [row["ms"][way]["median"]] for way in ("stock", "bitfuse")}
+        rows[name] = {**times, "peak_gb": row["peak_gb"], "equal": row["mismatch"] is None}
+    for document in documents:
+        host = "ltx-core " if "ltx-core" in document["path"] else ""
+        for row in document["rows"]:
+            rows.setdefault(f"{host}{row['decode']}", row)
+    for name, row in rows.items():
         stock, ours = min(row["stock_ms"]), min(row["bitfuse_ms"])
         peaks = f"{row['peak_gb']['stock']:.1f} to {row['peak_gb']['bitfuse']:.1f} GB"
         output = "identical in every bit" if row["equal"] else "differs"
-        lines.append(f"| {row['decode']} | {stock:.0f} ms | {ours:.0f} ms, {stock / ours:.2f}x | {peaks} | {output} |")
-    return "\n".join([*lines, "", f"The least of two turns. {_sources([document], '../')}"])
+        lines.append(f"| {name} | {stock:.0f} ms | {ours:.0f} ms, {stock / ours:.2f}x | {peaks} | {output} |")
+    return "\n".join([*lines, "", f"By turns in one process. {_sources([run, *documents], '../')}"])
+
+
+def diffusion_decoder(document: dict[str, Any]) -> str:
+    """The operators of LTX-2.5's diffusion decoder at its real sizes, and one of its blocks without its attention."""
+    lines = ["| operator | case | PyTorch chain | fused | | of a plain copy |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in document["operators"]:
+        if not row["equal"]:
+            raise ValueError(f"{row['operator']}, {row['case']}: {row['mismatch'] or row['reason']}")
+        times = " | ".join(f"{row[way] / 1e3:.2f} ms" for way in ("stock_us", "fused_us"))
+        ratio = f"{row['stock_us'] / row['fused_us']:.1f}x | {row['copy_us'] / row['fused_us']:.0%}"
+        lines.append(f"| `{row['operator']}` | {row['case']} | {times} | {ratio} |")
+    block, published = document["block"], document["published"]
+    stock, fused = block["elementwise_ms"]["stock"], block["elementwise_ms"]["fused"]
+    lines += [
+        "",
+        f"Medians with a cold L2, by turns, every bit equal. A block of {block['tokens']} tokens without its "
+        f"attention: {block['ms']['stock']:.1f} to {block['ms']['fused']:.1f} ms, of which linear layers "
+        f"{block['ms']['linears']:.1f}; the rest {stock:.1f} to {fused:.1f} ms, {stock / fused:.1f}x. "
+        f"Published beside it ({published['what']}): {published['stock_ms']:.1f} to {published['fused_ms']:.1f} ms, "
+        f"{published['ratio']:.1f}x. {_sources([document], '../')}",
+    ]
+    return "\n".join(lines)
 
 
 def linear_orders(document: dict[str, Any]) -> str:
@@ -545,7 +582,8 @@ def _load(path: Path) -> dict[str, Any]:
 TABLES: dict[str, Callable[[], str]] = {
     "run table": lambda: whole_runs(newest_or_none("run")),
     "run stages table": lambda: whole_runs(newest_or_none("run"), least=0.0, up="../"),
-    "decoder table": lambda: decoder(newest("video-decoder")),
+    "decoder table": lambda: decoder([newest("video-decoder"), newest("ltx-core-decoder")], newest("run")),
+    "diffusion decoder table": lambda: diffusion_decoder(newest("diffusion-decoder")),
     "rotary table": lambda: rotary(newest("rotary")),
     "operators table": lambda: operators(newest_of_each("operators")),
     **{
@@ -553,7 +591,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for version in ("2.0", "2.3", "2.5")
     },
     "hosts table": lambda: hosts(newest_of_each("model"), newest_of_each("ranks")),
-    "stacking times table": lambda: stacking_times(newest("stacking")),
+    "stacking times table": lambda: stacking_times(newest_of_each("stacking")),
     "compiled table": lambda: compiled(json.loads(COMPILED.read_text()), newest_or_none("compiled")),
     "linear orders table": lambda: linear_orders(newest("linear-turns")),
     "linear turns table": lambda: linear_turns(newest("linear-turns")),

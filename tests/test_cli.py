@@ -23,7 +23,8 @@ import typer
 
 import bitfuse
 from bitfuse import cli
-from bitfuse.tools import doctor, seeded
+from bitfuse.hosts.registry import HOSTS
+from bitfuse.tools import doctor, explain, names, seeded
 from bitfuse.tools.seeded import diffusers as seeded_diffusers
 
 COMMANDS = {command.name or command.callback.__name__: command.callback for command in cli.app.registered_commands}
@@ -419,29 +420,139 @@ def test_version(monkeypatch, capfd):
     assert call("--version", monkeypatch=monkeypatch, capfd=capfd) == (0, f"bitfuse {bitfuse.__version__}\n", "")
 
 
-WITHOUT_THE_FRONT_DOOR = """
-import sys, types
-package = types.ModuleType("bitfuse")
-package.__path__, package.__version__ = [sys.argv[1]], "0"
-sys.modules["bitfuse"] = package
+# -- what is answered at once ------------------------------------------------------------------------------------------
+
+# `bitfuse` with each of these lists of arguments, in one process that cannot import what takes long: whatever asks for
+# one of these modules is told that it is not there, and written down.
+AS_THE_COMMAND = """
+import contextlib, importlib.abc, io, json, sys
+
+HEAVY = {"torch", "triton", "numpy", "diffusers", "transformers", "accelerate", "matplotlib", "jinja2", "jsonschema"}
+asked = []
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in HEAVY:
+            asked.append(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
 from bitfuse import cli
-for call in ("--help", "--version", "bench --help", "bench --nope", "bench --layers x", "verify extra", "nope"):
-    sys.argv = ["bitfuse", *call.split()]
-    try:
-        cli.main()
-    except SystemExit as end:
-        print("exit code", end.code)
-print("torch" in sys.modules)
+
+answers = []
+for args in json.loads(sys.stdin.read()):
+    sys.argv, code = ["bitfuse", *args], 0
+    asked.clear()
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+    answers.append({"code": code, "asked": list(asked), "front": "bitfuse.front" in sys.modules, "out": out.getvalue()})
+print(json.dumps(answers), sorted(HEAVY.intersection(sys.modules)))
 """
 
 
-def test_help_and_wrong_calls_import_no_torch_of_their_own():
-    """What `import bitfuse` imports is another matter: here the package is an empty one in the same place."""
-    command = [sys.executable, "-c", WITHOUT_THE_FRONT_DOOR, str(Path(bitfuse.__file__).parent)]
+def as_the_command(calls, tmp_path):
+    """What the command answers to each call: its exit code, and what it asked for that takes long to import."""
+    script = tmp_path / "bitfuse"  # as pip calls it: bitfuse itself looks at this name
+    script.write_text(AS_THE_COMMAND)
+    done = subprocess.run(
+        [sys.executable, str(script)], input=json.dumps(calls), capture_output=True, text=True, check=True
+    )
+    answers, loaded = done.stdout.rsplit(" [", 1)
+    assert loaded == "]\n"
+    return json.loads(answers)
+
+
+def after_torch(args):
+    """Whether what is wrong with a call is known only to what imports torch: the operators' cases, and their number."""
+    return any(value.startswith("--case=") for value in args[1:])
+
+
+def test_help_and_wrong_calls_import_nothing_that_takes_long(tmp_path):
+    """Every help and each kind of wrong call that is made above: torch alone takes 3 to 7 s to import."""
+    helps = [["--help"], ["--version"], [], *([name, "--help"] for name in COMMANDS)]
+    made = [args for name, callback in COMMANDS.items() for args in wrong_calls(name, callback, tmp_path)]
+    kinds = {tuple(word.split("=")[0] for word in args): args for args in made}  # one value an option
+    wrong = [
+        *kinds.values(),
+        ["nope"],
+        ["--nope"],
+        ["bench", "--tokens", "5"],
+        ["bench", "--host", "sglang"],
+        ["bench", "--only", "run", "--ltx", "2.3"],
+        ["compare", "owner/name", "--frames", "4"],
+        ["compare", "owner/name", "--config", str(tmp_path / "nowhere")],
+        ["compare", "--random-weights", "2.0", "--layers", "99"],
+        ["explain", "owner/name", "--layers", "2"],
+        ["explain", "--random-weights", "2.0", "--host", "sglang", "--dtype", "float32"],
+        ["verify", "--deep", "--case", "any"],
+        ["verify", "--device", "cuda", "--op", "nope"],
+    ]
+    wrong = [args for args in wrong if not after_torch(args)]
+    assert len(wrong) > 120
+    calls = [*helps, *wrong]
+    answers = as_the_command(calls, tmp_path)
+    late = [(args, a["asked"]) for args, a in zip(calls, answers, strict=True) if a["asked"] or a["front"]]
+    assert late == []
+    assert [a["code"] for a in answers] == [0, 0, 2, *[0] * len(COMMANDS), *[2] * len(wrong)]
+
+
+WORK = {
+    "verify": ["--op", "head_gate"],
+    "demo": [],
+    "compare": ["--random-weights", "2.0"],
+    "bench": ["--only", "operators"],
+    "explain": ["--random-weights", "2.0"],
+    "doctor": [],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_with_work_imports_all_of_bitfuse_first(name, tmp_path):
+    """And so every operator, whichever of them a tool itself would import: the front door is the first that asks for
+    torch, and is not there where torch is not."""
+    (answer,) = as_the_command([[name, *WORK[name]]], tmp_path)
+    assert answer["asked"][:1] == ["torch"]
+    assert not answer["front"]
+
+
+def test_as_a_module_it_imports_no_torch_either():
+    command = [sys.executable, "-X", "importtime", "-m", "bitfuse", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    codes = [line for line in done.stdout.splitlines() if line.startswith("exit code")]
-    assert codes == [f"exit code {code}" for code in (0, 0, 0, 2, 2, 2, 2)]
-    assert done.stdout.splitlines()[-1] == "False"
+    imported = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert done.stdout == f"bitfuse {bitfuse.__version__}\n"
+    assert "bitfuse.cli" in imported
+    assert imported.isdisjoint({"torch", "numpy", "triton", "bitfuse.front"})
+
+
+def test_the_names_on_the_command_line_are_those_that_there_are():
+    """Of ours: a test may have made another host or operator in this process."""
+    ours = [
+        name for name, operator in bitfuse.OPERATORS.items() if operator.reference.__module__.startswith("bitfuse.")
+    ]
+    assert list(names.OPERATORS) == ours, "tools/names.py must have every operator, in the order of definition"
+    ours = [name for name, host in HOSTS.items() if host.adapter.startswith("bitfuse.")]
+    assert list(names.HOSTS) == ours, "tools/names.py must have every host, in the order of the registry"
+    assert list(explain.DTYPES) == list(names.DTYPES)
+
+
+def test_a_shell_completes_commands_options_and_names(tmp_path):
+    def completed(line):
+        words = line.split(" ")
+        shell = {"_BITFUSE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+        command = [sys.executable, "-X", "importtime", "-m", "bitfuse"]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **shell})
+        assert not re.search(r"\| +torch\b", done.stderr)
+        return done.stdout.split()
+
+    assert completed("bitfuse ver") == ["verify"]
+    assert "--random-weights" in completed("bitfuse explain --r")
+    assert completed("bitfuse demo --host ") == list(names.HOSTS)
+    assert completed("bitfuse verify --op qk_rms_norm_s") == [
+        n for n in names.OPERATORS if n.startswith("qk_rms_norm_s")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -461,14 +572,6 @@ def test_errors_that_come_up_later(error, line, monkeypatch, capfd):
     monkeypatch.setattr(doctor, "examine", examine)
     code, _, err = call("doctor", monkeypatch=monkeypatch, capfd=capfd)
     assert (code, err) == (2, f"bitfuse: {line}\n")
-
-
-def test_a_switch_that_nobody_knows_gets_one_line(monkeypatch, capfd):
-    sentence = "the environment variable BITFUSE is 'yes'; accepted: 0 (off) or 1 (on, the default)"
-    monkeypatch.setattr("bitfuse.core.conditions.switch_error", sentence, raising=False)
-    for command in ("doctor", "verify"):
-        found = call(command, monkeypatch=monkeypatch, capfd=capfd)
-        assert found == (2, "", f"bitfuse: {sentence}\n")
 
 
 def test_an_interruption_is_no_error(monkeypatch, capfd):

@@ -408,7 +408,7 @@ def _refused(result, printed, *words):
         ({"steps": 1}, ("--steps 1", "a whole number, 2 to 1000")),
         ({"seed": -1}, ("--seed -1 is not accepted",)),
         ({"layers": 2}, ("--layers is accepted with --random-weights only",)),
-        ({"host": "comfyui"}, ("--host comfyui is not a host", "accepted: diffusers, ltx-core, sglang")),
+        ({"host": "invoke"}, ("--host invoke is not a host", "accepted: diffusers, ltx-core, sglang, comfyui")),
         ({"host": "ltx-core"}, ("--host ltx-core goes with --random-weights",)),
         ({"offload": True}, ("--offload", "needs a CUDA device")),
         ({"random_weights": "3", "model": None, "config": None}, ("ltx-2.0, ltx-2.3, ltx-2.5",)),

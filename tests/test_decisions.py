@@ -295,9 +295,10 @@ def test_explain_of_what_is_no_operator():
             bitfuse.explain(given)
 
 
-def test_a_bad_switch_at_the_command_line_is_one_line(monkeypatch):
+@pytest.mark.parametrize("args", [["bitfuse", "--help"], ["bitfuse", "doctor"], ["bitfuse.tools.prove.ptx"]])
+def test_a_bad_switch_at_the_command_line_is_one_line(args, monkeypatch):
     monkeypatch.setenv("BITFUSE", "yes")
-    done = subprocess.run([sys.executable, "-m", "bitfuse", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", *args], capture_output=True, text=True)
     line = "bitfuse: the environment variable BITFUSE is 'yes'; accepted: 0 (off) or 1 (on, the default)\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
 

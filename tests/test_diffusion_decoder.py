@@ -421,8 +421,10 @@ def test_a_pipelines_decoder_is_found_by_its_component(device, launched_as_refer
     stock = frames()
     with bitfuse.accelerated(pipe) as handle:
         same(stock, frames())
-        assert [site.name for site in handle.sites] == NAMES
-        assert set(states(handle).values()) == {"fused"}
+        assert [site.name for site in handle.sites] == [*NAMES, "video_processor"]
+        found = states(handle)
+        assert found.pop("video_processor") == "not called yet"  # of "pt" nothing is brought to the CPU
+        assert set(found.values()) == {"fused"}
     assert [type(model) for model in bitfuse.hosts.HOSTS["diffusers"].load().transformers(pipe)] == [
         upstream.LTX2VideoDiffusionDecoderModel
     ]

@@ -54,7 +54,7 @@ def a_clean_environment(monkeypatch):
 @pytest.fixture(scope="module")
 def whole():
     printed = io.StringIO()
-    return doctor.run(Console(file=printed, width=120), "cpu"), printed.getvalue()
+    return doctor.run(Console(file=printed, width=120), "cpu", everything=True), printed.getvalue()
 
 
 @needs_diffusers
@@ -75,9 +75,43 @@ def test_every_line_says_what_it_means_and_what_to_do(whole):
         assert f.meaning
         assert not f.meaning.endswith("."), "the table ends the sentence"
         assert f.advice == NOTHING or f.state != OK, f"{f.name} is ok, and yet there is something to do"
-        assert f.name.split()[0] in printed
-    assert len(printed.splitlines()) > len(diagnosis.findings)
+        for said in (f.name, f.found, f.meaning, "" if f.advice == NOTHING else f"Do: {f.advice}."):
+            assert "".join(said.split()) in "".join(printed.split())
     assert "Nothing found here keeps bitfuse from its promise." in printed
+
+
+def brief(diagnosis, everything=False):
+    printed = io.StringIO()
+    doctor._print(Console(file=printed, width=80), diagnosis, everything)
+    return printed.getvalue()
+
+
+@needs_diffusers
+def test_where_all_is_well_it_is_less_than_a_screen(whole):
+    """Of 80 columns and 24 lines, with every check that there is and the notes that a machine has."""
+    diagnosis, _ = whole
+    well = doctor.Diagnosis([f for f in diagnosis.findings if f.state in (OK, NOTE)])
+    assert len(well.findings) > 15
+    lines = brief(well).splitlines()
+    assert len(lines) < 24
+    assert all(f.name.split()[0] in " ".join(lines) for f in well.findings), "what was looked at is named"
+    assert len(brief(well, everything=True).splitlines()) > 2 * len(lines)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_worst_comes_first(everything):
+    found = [
+        doctor.Finding(f"the {state}", state, f"{state} found", f"means {state}", f"{state} advice")
+        for state in (OK, NOTE, FAILURE, WARNING)
+    ]
+    printed = brief(doctor.Diagnosis(found), everything)
+    places = [printed.index(f"the {state}") for state in (FAILURE, WARNING, NOTE, OK)]
+    assert places == sorted(places)
+    for state in (FAILURE, WARNING):
+        assert all(words in printed for words in (f"{state} found", f"means {state}", f"Do: {state} advice."))
+    assert "note found" in printed
+    assert [f"means {state}" in printed for state in (NOTE, OK)] == [everything, everything]
+    assert ("--all" in printed) != everything
 
 
 def test_the_json_names_no_person_and_no_place(whole):
@@ -529,6 +563,18 @@ def test_a_connectors_source_that_is_not_known(monkeypatch):
 
 
 @needs_diffusers
+def test_the_video_decoder(monkeypatch):
+    from bitfuse.hosts import diffusers_vae as adapter
+
+    found = hosts_found("diffusers")["video decoder"]
+    assert (found.state, found.found) == (OK, "92 of 92 sites before and after convolutions")
+    monkeypatch.setitem(adapter.READ, "LTX2VideoResnetBlock3d.forward", set())
+    found = hosts_found("diffusers")["video decoder"]
+    assert found.state == WARNING
+    assert found.found.startswith("0 of 1 sites before and after convolutions; LTX2VideoResnetBlock3d.forward of")
+
+
+@needs_diffusers
 def test_the_diffusion_decoder_and_where_the_host_itself_cannot_run(monkeypatch):
     pytest.importorskip("diffusers.models.autoencoders.ltx2_diffusion_decoder")
     from bitfuse.hosts import diffusers_diffusion_decoder as adapter
@@ -551,6 +597,8 @@ def test_ltx_core_and_a_source_of_it_that_is_not_known(monkeypatch):
 
     found = hosts_found("ltx-core")
     assert (found["LTX-2.0"].state, found["LTX-2.0"].found) == (OK, "16 of 16 sites of a block")
+    decoder = found["video decoder"]
+    assert (decoder.state, decoder.found) == (OK, "14 of 14 sites before and after convolutions")
     monkeypatch.setitem(adapter.READ, "BasicAVTransformerBlock.forward", set())
     found = hosts_found("ltx-core")
     assert found["LTX-2.0"].state == WARNING
@@ -579,15 +627,16 @@ def test_an_sglang_that_does_not_import(monkeypatch):
     sglang, others = check("hosts")
     assert (sglang.state, others.state) == (NOTE, NOTE)
     assert sglang.found.startswith("its LTX-2 can't be imported: ")
-    assert others.found == "not installed: diffusers (0.38 to 0.42.1), ltx-core (1.0.0 to 1.2.0)"
+    assert (
+        others.found
+        == "not installed: diffusers (0.38 to 0.42.1), ltx-core (1.0.0 to 1.2.0), comfyui (0.24.1 to 0.30.0)"
+    )
 
 
 def test_no_host_at_all(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(packages, "version", lambda name: "0.3" if name == "comfyui" else None)
-    none, comfyui = check("hosts")
-    assert (none.state, none.found) == (WARNING, "none of diffusers, ltx-core, sglang is installed")
-    assert (comfyui.state, comfyui.found, comfyui.meaning) == (NOTE, "0.3", "bitfuse has no adapter for it")
+    (none,) = check("hosts")
+    assert (none.state, none.found) == (WARNING, "none of diffusers, ltx-core, sglang, comfyui is installed")
 
 
 @needs_diffusers

@@ -8,7 +8,9 @@ the report, `verify --host`, `demo`, `compare`, `explain` and `bench` know of a 
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,22 @@ def test_what_is_replaced_behind_its_back_runs_stock(model_and_step, monkeypatch
     assert bitfuse.compare(expected, step()) is None
 
 
+def test_weights_are_freed_with_their_model():
+    """At once, not when Python's collector finds a cycle: they may be all of a GPU's memory."""
+    cpu = torch.device("cpu")
+    geometry, _ = seeded.geometry_for(cpu, 2, "2.0", MADE_UP.name)
+    model = seeded.build(geometry, cpu, 0)
+    bitfuse.accelerate(model)
+    weights = [weakref.ref(p) for p in model.parameters()]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert not any(reference() is not None for reference in weights)
+    finally:
+        gc.enable()
+
+
 def test_code_that_was_not_read_is_left_alone(model_and_step, monkeypatch):
     import made_up_adapter
 
@@ -157,7 +175,7 @@ def test_a_copy_runs_its_own_forward(way, model_and_step):
 def test_a_name_is_one_hosts():
     assert register(MADE_UP) is MADE_UP
     with pytest.raises(
-        ValueError, match="'made-up', which is another host's; taken: diffusers, ltx-core, sglang, made"
+        ValueError, match="'made-up', which is another host's; taken: diffusers, ltx-core, sglang, comfyui, m"
     ):
         register(Host(**{**vars(MADE_UP), "versions": "2.0"}))
     assert registry.HOSTS[MADE_UP.name].versions == "1.0"

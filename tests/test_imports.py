@@ -14,6 +14,7 @@ import pytest
 import bitfuse
 from bitfuse.core.kernel import EXACT
 from bitfuse.moved import MOVED
+from bitfuse.tools import names
 
 PACKAGE = Path(bitfuse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -181,6 +182,32 @@ print("set")
     assert _python(code) == "set\n"
 
 
+def test_the_command_s_process_has_every_public_name_when_it_is_asked_for(tmp_path):
+    """There `import bitfuse` imports no torch, and nobody else is told apart from before."""
+    script = tmp_path / "bitfuse"  # by which name bitfuse knows its command
+    script.write_text("""
+import sys, warnings
+warnings.simplefilter("ignore")
+import bitfuse
+assert "torch" not in sys.modules and {*bitfuse.__all__} <= {*dir(bitfuse)} and bitfuse.__version__
+from bitfuse import *
+import torch
+from bitfuse.core import operator
+assert Operator is bitfuse.Operator is operator.Operator and bitfuse.contract.Operator is Operator
+assert OPERATORS is operator.OPERATORS and torch.ops.bitfuse.head_gate and not hasattr(bitfuse, "nothing")
+print(len(OPERATORS))
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == (f"{len(names.OPERATORS)}\n", "")
+
+
+@pytest.mark.parametrize("argv", ["sys.argv", "['/usr/bin/bitfuse', 'demo', '--steps', '2']", "[]"])
+def test_another_process_has_all_of_bitfuse_at_once(argv):
+    """Also one that Python starts for a process of the command, and tells the command's arguments."""
+    code = f"import sys; sys.argv = {argv}; import bitfuse, torch; print(torch.ops.bitfuse.head_gate)"
+    assert _python(code) == "bitfuse.head_gate\n"
+
+
 def test_an_unknown_name_is_not_answered():
     assert importlib.util.find_spec("bitfuse.no_such_module") is None
     assert importlib.util.find_spec("bitfuse.contract") is not None
@@ -188,7 +215,8 @@ def test_an_unknown_name_is_not_answered():
 
 # -- which way imports run -----------------------------------------------------------------------------------------
 
-# core <- ops <- run <- hosts <- the front door (bitfuse/__init__, moved) <- tools <- cli; each by what it may import
+# core <- ops <- run <- hosts <- the front door (bitfuse/__init__, front, moved) <- tools <- cli; each by what it may
+# import
 MAY_IMPORT = {
     "core": {"core"},
     "ops": {"core", "ops"},
@@ -198,7 +226,10 @@ MAY_IMPORT = {
     "tools": {"core", "ops", "run", "hosts", "front door", "tools"},
     "cli": {"core", "ops", "run", "hosts", "front door", "tools", "cli"},
 }
-ROOMS = {"bitfuse": "front door", "bitfuse.moved": "front door", "bitfuse.cli": "cli", "bitfuse.__main__": "cli"}
+ROOMS = {
+    **dict.fromkeys(("bitfuse", "bitfuse.front", "bitfuse.moved"), "front door"),
+    **dict.fromkeys(("bitfuse.cli", "bitfuse.__main__"), "cli"),
+}
 # SGLang's workers call bitfuse as a user does: the plug-in is theirs
 BESIDE = {
     "hosts/sglang_plugin.py": {"bitfuse"},
@@ -362,10 +393,13 @@ def test_the_package_imports_every_operator_file():
 def test_core_and_operators_do_not_grow():
     """Without evidence: what somebody reads who wants to know how a call is decided and computed. 3,000 lines is what
     it should be; it had 5,060 before it had folders (and since then perturbed_attention.py, `rerouted`, grid_rotary.py,
-    swiglu.py, for the video decoder pixel_norm.py, convolution.py and volume_mean.py, tensor_core.py, gelu.py)."""
+    swiglu.py; for the video decoder pixel_norm.py, depth_to_space.py, convolution.py, volume_mean.py, volumes.py, and
+    proofs of large volumes in pieces; gelu.py and tensor_core.py; and for ComfyUI 255 lines: the references of eight
+    operators, of which each has a signature, a source and a sentence or two, a multiply-add in bf16, and the forms of
+    the kernels)."""
     paths = [path for path in FILES if _room(_name(path)) in ("core", "ops") and not _is_evidence(_name(path))]
     assert not any(path.stem.endswith(("_common", "_cases")) for path in paths)
-    assert sum(len(path.read_text().splitlines()) for path in paths) < 5930
+    assert sum(len(path.read_text().splitlines()) for path in paths) < 6500
 
 
 # -- what may not stand in the package -----------------------------------------------------------------------------
@@ -407,8 +441,8 @@ def test_the_scan_above_can_fail(tmp_path):
 
 def test_operator_files_stay_short():
     lines = {_here(path): len(path.read_text().splitlines()) for path in OPERATOR_FILES}
-    # pixel_norm.py has three kernels, of which the last two could stand in a file of their own
-    assert {where: n for where, n in lines.items() if n > (660 if where == "ops/pixel_norm.py" else 550)} == {}
+    longer = {"ops/adaln.py": 620}  # it has one kernel, and twelve references of up to twenty lines
+    assert {where: n for where, n in lines.items() if n > longer.get(where, 550)} == {}
 
 
 def test_every_plan_is_launched_with_fusion_of_multiply_and_add_off():

@@ -152,7 +152,9 @@ def test_benchmark_documents_name_machine_and_versions_and_have_no_red_gate():
         if "equal" in document:
             assert document["equal"] is True, path.name
             rows = [
-                r for part in ("operators", "overhead", "model", "audit", "first_step") for r in document.get(part, ())
+                r
+                for part in ("operators", "overhead", "model", "audit", "first_step", "run", "decode", "first_decode")
+                for r in document.get(part, ())
             ]
             assert rows, path.name
             assert all(row["mismatch"] is None for row in rows), path.name

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -10,9 +11,15 @@ import torch
 
 import oracle
 from bitfuse import OPERATORS, compare
-from bitfuse.core import emulated, numerics
-from bitfuse.core.numerics import addcmul_fuses
+from bitfuse.core import emulated, numerics, values
+from bitfuse.core.kernel import kernel
+from bitfuse.core.numerics import addcmul_fuses, multiply_add_bf16
+from bitfuse.ops import rope
+from bitfuse.ops.rope import CHAINS, misfit
 from common import ROTARY
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -44,11 +51,58 @@ def ltx_core_function(name: str):
     return getattr(module, name)
 
 
+def matrix_of(x, cos, sin, split: bool):
+    """comfy-kitchen's rotation matrix [B, T, H, D/2, 2, 2], as ComfyUI forms it, of tables as the references take them.
+
+    Interleaved ones have an entry for each channel, which it takes, too: a row of the matrix is a channel's.
+    """
+    if split:
+        c, s = (t.swapaxes(1, 2) for t in (cos, sin))
+        rows = (c, -s, s, c)
+    else:
+        (c_even, c_odd), (s_even, s_odd) = (t.expand(x.shape).unflatten(-1, (1, -1, 2)).unbind(-1) for t in (cos, sin))
+        rows = (c_even, -s_even, s_odd, c_odd)
+    return torch.stack(rows, dim=-1).unflatten(-1, (2, 2))
+
+
+def kitchen_function(name: str):
+    """comfy-kitchen's eager function, called as ComfyUI does: x [B, T, H, D]."""
+    hint = "the reference is checked against comfy-kitchen: pip install --no-deps comfy-kitchen==0.2.26"
+    eager = pytest.importorskip("comfy_kitchen.backends.eager.rope", reason=hint)
+    function, split = getattr(eager, name), "split" in name
+    if split and "addcmul_" in function.__code__.co_names:
+        pytest.skip(f"this comfy-kitchen has split_rotary_per_op's form; {hint}")
+
+    def turned(x, cos, sin):
+        matrix = matrix_of(x, cos, sin, split)
+        return function(x.reshape(*x.shape[:2], matrix.shape[2], -1), matrix).reshape(x.shape)
+
+    return turned
+
+
+def compiled_kitchen_function(name: str):
+    """comfy-kitchen's kernel for CUDA. What it fuses is nvcc's choice, and no promise for another version."""
+    hint = "the reference is checked against comfy-kitchen on a GPU: pip install --no-deps comfy-kitchen==0.2.26"
+    kitchen = pytest.importorskip("comfy_kitchen", reason=hint)
+    if not torch.cuda.is_available() or not kitchen.registry.is_available("cuda"):
+        pytest.skip(hint)
+
+    def turned(x, cos, sin):
+        matrix = matrix_of(x, cos, sin, True)
+        with kitchen.registry.use_backend("cuda"):
+            return getattr(kitchen, name)(x.reshape(*x.shape[:2], matrix.shape[2], -1), matrix).reshape(x.shape)
+
+    return turned
+
+
 HOSTS = {
     "split_rotary_fp32": (diffusers_function, "apply_split_rotary_emb"),
     "interleaved_rotary_fp32": (diffusers_function, "apply_interleaved_rotary_emb"),
     "split_rotary_per_op": (ltx_core_function, "apply_split_rotary_emb"),
     "interleaved_rotary_per_op": (ltx_core_function, "apply_interleaved_rotary_emb"),
+    "split_rotary_three_ops": (kitchen_function, "apply_rope_split_half1"),
+    "split_rotary_second_rounded": (compiled_kitchen_function, "apply_rope_split_half1"),
+    "interleaved_rotary_addcmul": (kitchen_function, "apply_rope1"),
 }
 
 
@@ -88,9 +142,16 @@ def specified(operator, *tensors) -> bool:
     """Whether this host says what the chain does with these shapes.
 
     `split_rotary_per_op` takes x's batch from x, as SGLang does; ltx-core takes it from the tables. Where the two
-    differ ltx-core raises or melts samples into channels, and is not the host that the reference restates.
+    differ ltx-core raises or melts samples into channels, and is not the host that the reference restates. Of
+    comfy-kitchen's the shapes are ours: ComfyUI forms a matrix of the tables, and x to fit it.
     """
-    x, cos, _ = tensors
+    x, cos, sin = tensors
+    if "kitchen" in HOSTS[operator.name][0].__name__:  # ComfyUI calls it with x [B, T, C]
+        (chain,) = (chain for chain in CHAINS if chain.reference is operator.reference)
+        compiled = HOSTS[operator.name][0] is compiled_kitchen_function  # which is read for bf16 alone
+        if compiled and {x.dtype, cos.dtype, sin.dtype} != {BF16}:
+            return False
+        return x.ndim == 3 and x.numel() > 0 and misfit(x, cos, sin, chain) is None
     from_x = operator.name == "split_rotary_per_op" and x.ndim != 4 and cos.ndim == 4
     return not from_x or (x.ndim == 3 and x.shape[0] == cos.shape[0])
 
@@ -154,9 +215,28 @@ def test_shapes_that_do_not_fit(operator, host, bend, device):
             assert_same(host, operator.reference, *tensors)
 
 
+@pytest.mark.parametrize("case", ["head size 40", "fp16", "fp32"])
+def test_the_split_form_of_any_version_of_comfy_kitchen_is_one_of_two(case, device):
+    """Three ops in 0.2.26, addcmul in 0.2.40: of the installed version one fits every family, the other does not."""
+    eager = pytest.importorskip(
+        "comfy_kitchen.backends.eager.rope",
+        reason="the reference is checked against comfy-kitchen: pip install --no-deps comfy-kitchen",
+    )
+    fitting = set()
+    for operator in map(OPERATORS.get, ("split_rotary_per_op", "split_rotary_three_ops")):
+        (args,) = (c.arguments(device, tokens=5) for c in operator.cases if c.name == case)
+        equal = []
+        for _, (x, cos, sin) in operator.battery(*args):
+            matrix = matrix_of(x, cos, sin, True)
+            found = eager.apply_rope_split_half1(x.reshape(*x.shape[:2], matrix.shape[2], -1), matrix)
+            equal.append(compare(found.reshape(x.shape), operator.reference(x, cos, sin)) is None)
+        fitting |= {operator.name} if all(equal) else set()
+    assert len(fitting) == 1
+
+
 def test_a_wrong_reference_would_be_seen(operator, host, device):
     """The control: the other chain of the same layout differs from this host."""
-    other = {"fp32": "per_op", "per_op": "fp32"}
+    other = {"fp32": "per_op", "per_op": "fp32"} | dict.fromkeys(("three_ops", "second_rounded", "addcmul"), "per_op")
     layout, _, chain = operator.name.partition("_rotary_")
     wrong = OPERATORS[f"{layout}_rotary_{other[chain]}"]
     tensors = operator.cases[0].arguments(device, tokens=24)
@@ -210,6 +290,49 @@ def test_addcmul_in_16_bits_is_what_the_probe_says(dtype):
     assert compare(fused if fuses else separate, found) is None
     if dtype == BF16:
         assert compare(separate if fuses else fused, found) is not None
+
+
+def bf16_triples() -> list[torch.Tensor]:
+    """a, b, c in bf16: any bits, special values, ties beside far smaller addends, sums near them, tiny products."""
+    g = torch.Generator().manual_seed(9)
+    n = 3000
+    ties = [values.significands(BF16, n, g), torch.full((n,), 1.5)]
+    beside = torch.ldexp(values.signs(n, g), -torch.randint(6, 45, (n,), generator=g))
+    scale = torch.ldexp(torch.ones(n), torch.randint(-135, 120, (n,), generator=g))  # into overflow and subnormals
+    families = [
+        values.uniform_bits([BF16] * 3, n, g),
+        values.products_of_specials([BF16] * 3, "cpu"),
+        values.wide([BF16] * 3, n, g),
+        [*ties, beside],
+        [ties[0] * scale, ties[1], beside * scale],
+        [beside * scale, values.significands(BF16, n, g), ties[0] * scale],
+    ]
+    return [torch.cat([v.to(BF16) for v in vs]) for vs in zip(*families, strict=True)]
+
+
+def test_a_multiply_add_in_bf16_rounds_once(device):
+    """The reference's and the kernel's, against exact rational arithmetic; addcmul, by way of fp32, differs."""
+    operands = bf16_triples()
+    wide = [t.double().numpy() for t in operands]
+    with np.errstate(all="ignore"):
+        expected = torch.from_numpy(oracle.each(oracle.fma_bf16, *wide)).to(BF16)
+    a, b, c = (t.to(device).view(1, 1, -1, 1, 1) for t in operands)
+    assert compare(expected, rope._multiply_add(a, b, c).flatten().cpu()) is None
+    out = torch.empty(a.numel(), dtype=BF16, device=device)
+    _multiply_add_kernel[(-(-out.numel() // 1024),)](a, b, c, out, out.numel())
+    assert compare(expected, out.cpu()) is None
+    assert compare(expected, torch.addcmul(c, a, b).flatten().cpu()) is not None
+
+
+@kernel
+def _multiply_add_kernel(a_ptr, b_ptr, c_ptr, out_ptr, n):
+    at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    a, b, c = (
+        tl.load(a_ptr + at, mask=at < n, other=0.0).to(tl.float32),
+        tl.load(b_ptr + at, mask=at < n, other=0.0).to(tl.float32),
+        tl.load(c_ptr + at, mask=at < n, other=0.0).to(tl.float32),
+    )
+    tl.store(out_ptr + at, multiply_add_bf16(a, b, c).to(tl.bfloat16), mask=at < n)
 
 
 def _lerp(value, out, weight, fused):

@@ -31,7 +31,7 @@ def compiled(monkeypatch):
     """The signature of each kernel that a rehearsal compiles."""
     found = []
     monkeypatch.setattr(Rehearsal, "MIN_BLOCKS", 1)
-    monkeypatch.setattr(Rehearsal, "_compiles", lambda self: True)
+    monkeypatch.setattr(Rehearsal, "compiles", lambda self: True)
     monkeypatch.setattr(Plan, "compile", lambda plan, args: found.append(plan.signature(args)))
     return found
 

@@ -288,10 +288,10 @@ def test_a_host_that_is_not_installed(command, missing, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["demo", "--host", "comfyui"], "--host comfyui is not a host; accepted: diffusers, ltx-core, sglang"),
-        (["verify", "--host", "comfyui"], "--host comfyui is not a host"),
-        (["explain", "x", "--host", "sglang"], "--host sglang goes with --random-weights"),
-        (["compare", "x", "--host", "ltx-core"], "--host ltx-core goes with --random-weights"),
+        (["demo", "--host", "invoke"], "--host invoke is not a host; accepted: diffusers, ltx-core, sglang, comfyui"),
+        (["verify", "--host", "invoke"], "--host invoke is not a host"),
+        (["explain", "owner/name", "--host", "sglang"], "--host sglang goes with --random-weights"),
+        (["compare", "owner/name", "--host", "ltx-core"], "--host ltx-core goes with --random-weights"),
         (["bench", "--host", "sglang"], "--host sglang goes with --only model"),
         (["bench", "--host", "sglang", *ONLY_MODEL, "--only", "overhead"], "--host sglang goes with --only model"),
         (["verify", "--host", "sglang", "--check", "x"], "--check reads a document and runs nothing"),

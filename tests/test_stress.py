@@ -60,8 +60,8 @@ class Counts:
                 here.inside = False
                 self._note(site, self.calls)
 
-        def counted_fall(site, reason):
-            fall(site, reason)
+        def counted_fall(site, reason, lasts=True):
+            fall(site, reason, lasts)
             self._note(site, self.inside if getattr(here, "inside", False) else self.falls)
 
         monkeypatch.setattr(Site, "call", counted_call)

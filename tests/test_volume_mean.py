@@ -189,7 +189,9 @@ def test_a_shape_whose_order_is_another_than_was_thought_is_not_fused_by_a_kerne
     """One proof serves all shapes of one order. What ATen does for a shape is known from reading it, so the first call
     of each shape is compared all the same, with its mean in fp32."""
     operator, specification = PIXEL_NORM_SILU_PAD, Operator.specification
-    monkeypatch.setattr(Operator, "specification", lambda o, tier, device="cpu": specification(o, tier, device))
+    monkeypatch.setattr(
+        Operator, "specification", lambda o, tier, device="cpu", emulated=False: specification(o, tier, device)
+    )
 
     def call(*sides: int) -> tuple[Any, ...]:
         y = torch.randn(1, *sides, 64, generator=torch.Generator().manual_seed(2)).to(BF16).movedim(-1, 1)
@@ -199,6 +201,12 @@ def test_a_shape_whose_order_is_another_than_was_thought_is_not_fused_by_a_kerne
     assert order_of((1, 64, 3, 8, 8), 2, CPU) == order_of((1, 64, 3, 8, 16), 2, CPU) == (4, 1, 1)
     emulated = {"order_of": lambda shape, *rest: Order(1, 1, 1) if shape[-1] == 16 else order_of(shape, *rest)}
     monkeypatch.setattr("bitfuse.ops.pixel_norm_evidence.order_of", emulated["order_of"])
+
+    def means(square: Tensor) -> tuple[Tensor, Tensor]:
+        mean = emulated_mean(square, emulated["order_of"](tuple(square.shape), 2, CPU))
+        return mean.to(BF16), mean.contiguous()
+
+    monkeypatch.setattr("bitfuse.ops.pixel_norm_evidence._means", means)
     assert operator.route(*right).tier == "single pass"
     route = operator.route(*wrong)
     assert route.tier == "ATen's mean"

@@ -10,28 +10,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from bitfuse.core.conditions import switch_error
-
-if switch_error is not None:  # said once, in a line of its own where bitfuse was called as a command
-    run_as_module = sys.argv[:1] == ["-m"] and any(word.split(".")[0] == "bitfuse" for word in sys.orig_argv)
-    if run_as_module or os.path.basename(sys.argv[0]) == "bitfuse":
-        print(f"bitfuse: {switch_error}", file=sys.stderr)
-        raise SystemExit(2)
-    raise ValueError(switch_error)
-
-import bitfuse.ops  # noqa: F401  (defines the operators)
 from bitfuse import moved
-from bitfuse.core.bits import Mismatch, compare
-from bitfuse.core.conditions import ShapeError
-from bitfuse.core.operator import OPERATORS, Operator, disable, enable, explain
-from bitfuse.hosts import accelerate, accelerated
-from bitfuse.hosts.handle import Handle
-from bitfuse.hosts.report import Report
-from bitfuse.hosts.site import NotFused
-from bitfuse.ops.rope import _ltx2_split_rotary_kernel, apply_ltx2_split_rotary_emb, apply_split_rotary_emb
-from bitfuse.run.audit import BitfuseWarning
-
-moved.install()
+from bitfuse.core.switch import ERROR
 
 __version__ = "0.1.0"
 
@@ -57,6 +37,43 @@ __all__ = [
     "trace",
 ]
 
+
+def _program() -> str:
+    """What this process was started to run: a script by its file's name, or NAME of `python -m NAME`; else ""."""
+    given = sys.orig_argv[-len(sys.argv) :][:1]  # what stands before the arguments
+    runs = sys.argv[:1] in (given, ["-m"])  # "-m" stands there while Python looks for NAME
+    return os.path.basename("".join(given)).removeprefix("-m") if runs else ""
+
+
+if ERROR is not None:  # said once, in a line of its own where bitfuse was called as a command
+    if _program().split(".")[0] == "bitfuse":
+        print(f"bitfuse: {ERROR}", file=sys.stderr)
+        raise SystemExit(2)
+    raise ValueError(ERROR)
+
+# The `bitfuse` command answers most calls without torch, which takes 3 to 7 s to import; with work to do it imports
+# `bitfuse.front` itself. Everybody else gets all of bitfuse here: the operators, say, as torch.ops.bitfuse.
+if TYPE_CHECKING or _program() != "bitfuse":
+    from bitfuse.front import (
+        OPERATORS,
+        BitfuseWarning,
+        Handle,
+        Mismatch,
+        NotFused,
+        Operator,
+        Report,
+        ShapeError,
+        _ltx2_split_rotary_kernel,
+        accelerate,
+        accelerated,
+        apply_ltx2_split_rotary_emb,
+        apply_split_rotary_emb,
+        compare,
+        disable,
+        enable,
+        explain,
+    )
+
 # Tools: they are loaded when they are asked for
 if TYPE_CHECKING:
     from bitfuse.tools.compare.trace import Divergence, trace
@@ -65,10 +82,10 @@ _TOOLS = {"Divergence": "bitfuse.tools.compare.trace", "trace": "bitfuse.tools.c
 
 
 def __getattr__(name: str) -> Any:
-    if name in _TOOLS:
-        return getattr(importlib.import_module(_TOOLS[name]), name)
+    if name in __all__:
+        return getattr(importlib.import_module(_TOOLS.get(name, "bitfuse.front")), name)
     return moved.attribute("bitfuse", name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_TOOLS})
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,8 @@
-"""The `bitfuse` command. Exit codes: 0 as promised, 1 a bit differs (or nothing was fused), 2 could not run."""
+"""The `bitfuse` command. Exit codes: 0 as promised, 1 a bit differs (or nothing was fused), 2 could not run.
+
+Help, a shell's completion and a wrong call are answered without torch, which takes 3 to 7 s to import: a command looks
+at all of its options first, and then calls `_work`, before it imports what does it.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,10 @@ from rich.console import Console
 from rich.text import Text
 
 from bitfuse.core.lines import error_line, one_line
-from bitfuse.tools import files, packages, text
+from bitfuse.tools import files, names, packages, text
 
 app = typer.Typer(
     help="LTX-2, faster, with output identical to the last bit, and proof of it on this machine.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -62,31 +65,38 @@ def _whole(help: str, least: int | None = None, most: int | None = None) -> Any:
     return typer.Option(parser=whole_number, min=least, max=most, metavar="INTEGER", help=help)
 
 
-def _one_of(option: str, what: str, names: str, help: str) -> Any:
-    """An option whose value is one of `names`, a tuple or dict of bitfuse: "hosts.registry.HOSTS".
-
-    It is imported when there is a value to look at. Not an Enum: for that --help would import torch, and what typer
-    says of a wrong value differs from version to version.
-    """
+def _one_of(option: str, what: str, accepted: Callable[[], tuple[str, ...]], help: str) -> Any:
+    """An option whose value is one of `accepted()`, which a shell completes. Not an Enum: what typer says of a wrong
+    value differs from version to version."""
 
     def name(given: Any) -> str:
-        module, _, attribute = names.rpartition(".")
-        accepted = getattr(importlib.import_module(f"bitfuse.{module}"), attribute)
-        if given not in accepted:
-            _refuse(f"{option} {given} is not {what}; accepted: {', '.join(accepted)}")
+        if given not in accepted():
+            _refuse(f"{option} {given} is not {what}; accepted: {', '.join(accepted())}")
         return str(given)
 
-    return typer.Option(option, parser=name, metavar="NAME", help=help)
+    def completed(incomplete: str) -> list[str]:  # its name is what typer knows it by
+        return [name for name in accepted() if name.startswith(incomplete)]
+
+    return typer.Option(option, parser=name, metavar="NAME", help=help, autocompletion=completed)
 
 
-def _device(given: Any) -> str:
-    import torch
+def _model(help: str) -> Any:
+    def folder_or_id(given: Any) -> str:
+        if not (os.path.exists(given) or names.is_hub_id(given)):
+            _refuse(f"MODEL {given} is no folder here; accepted: a folder, or a Hub id as in owner/name")
+        return str(given)
 
-    if given not in ("cuda", "cpu"):
-        _refuse(f"--device {given} is not accepted; accepted: cuda, cpu")
-    if given == "cuda" and not torch.cuda.is_available():
-        _refuse("--device cuda: PyTorch sees no CUDA device here; accepted: cpu")
-    return str(given)
+    return typer.Argument(parser=folder_or_id, metavar="MODEL", help=help)
+
+
+def _work(device: str | None = None) -> None:
+    """The call is right, so there is work: import all of bitfuse, and torch, and see that there is such a device."""
+    importlib.import_module("bitfuse.front")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            _refuse("--device cuda: PyTorch sees no CUDA device here; accepted: cpu")
 
 
 JsonFile = Annotated[
@@ -95,17 +105,20 @@ JsonFile = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(
-        parser=_device, metavar="NAME", help="cuda or cpu (Triton's interpreter); default: cuda if there is one."
+    _one_of(
+        "--device",
+        "accepted",
+        lambda: ("cuda", "cpu"),
+        "cuda or cpu (Triton's interpreter); default: cuda if there is one.",
     ),
 ]
 Operators = Annotated[
     list[str] | None,
-    _one_of("--op", "an operator", "core.operator.OPERATORS", "Only this operator; may be given several times."),
+    _one_of("--op", "an operator", names.operators, "Only this operator; may be given several times."),
 ]
 Host = Annotated[
     str,
-    _one_of("--host", "a host", "hosts.registry.HOSTS", "Whose transformer: diffusers, ltx-core or sglang."),
+    _one_of("--host", "a host", names.hosts, "Whose transformer: diffusers, ltx-core, sglang or comfyui."),
 ]
 
 
@@ -154,10 +167,6 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(**options: Any) -> None:
         try:
-            from bitfuse.core import conditions
-
-            if wrong := conditions.switch_error:
-                _refuse(wrong)
             function(**options)
         except packages.CannotRun as why:
             _refuse(str(why))
@@ -178,8 +187,8 @@ def verify(
         _one_of(
             "--host",
             "a host",
-            "hosts.registry.HOSTS",
-            "Also a step of this host's transformer: diffusers, ltx-core or sglang.",
+            names.hosts,
+            "Also a step of this host's transformer: diffusers, ltx-core, sglang or comfyui.",
         ),
     ] = None,
     json_file: JsonFile = None,
@@ -198,22 +207,26 @@ def verify(
 
     Example: `bitfuse verify --deep --json proof.json --html proof.html`, then `bitfuse verify --check proof.json`
     """
-    from bitfuse.core.operator import OPERATORS
-    from bitfuse.tools.prove import document
-    from bitfuse.tools.prove import verify as verification
-
     if check is not None and (op or case or deep or host or html_file):
         _refuse("--check reads a document and runs nothing; accepted with it: --device, --json")
     _apart({"--json": json_file, "--html": html_file}, {"--check": check})
     if deep and case:
         _refuse("--deep sweeps whole operators, so it takes no --case; accepted with it: --op")
+    if check is not None and not check.is_file():
+        _refuse(f"--check {check} is no file; accepted: a JSON file that bitfuse verify --json wrote")
+    if html_file is not None:
+        packages.need("jinja2", "--html")
+
+    _work(device)
+    from bitfuse import OPERATORS
+    from bitfuse.tools.prove import document
+    from bitfuse.tools.prove import verify as verification
+
     cases = dict.fromkeys(c.name for name in op or OPERATORS for c in OPERATORS[name].cases)
     if unknown := [name for name in case or [] if name not in cases]:
         _refuse(f"--case {unknown[0]} is not a case of these operators; accepted: {'; '.join(cases)}")
     if check is not None:
         raise typer.Exit(_compare_document(document.read(check), device, json_file))
-    if html_file is not None:
-        packages.need("jinja2", "--html")
     result = verification.run(Console(), op, device, case, deep, host)
     made = document.make(result)
     page = document.render(made) if html_file is not None else ""
@@ -243,7 +256,7 @@ def demo(
     ] = Path("out/demo"),
     device: Device = None,
     steps: Annotated[int | None, _whole("Denoising steps.", 2)] = None,
-    layers: Annotated[int | None, _whole("Transformer layers; default: as many as fit.", 1)] = None,
+    layers: Annotated[int | None, _whole("Transformer layers; default: as many as fit.", 1, names.LAYERS)] = None,
     seed: Annotated[int, _whole("Seed of the weights and the noise.", 0, 2**62)] = 0,
     host: Host = "diffusers",
 ) -> None:
@@ -251,6 +264,7 @@ def demo(
 
     Example: `bitfuse demo --steps 8 --out out/demo`
     """
+    _work(device)
     from bitfuse.tools.compare import demo as demonstration
 
     result = demonstration.run(out, device, steps, layers, seed, Console(), host)
@@ -261,7 +275,7 @@ def demo(
 
 @_command
 def compare(
-    model: Annotated[str | None, typer.Argument(help="A diffusers LTX-2 pipeline: its folder, or its hub id.")] = None,
+    model: Annotated[str | None, _model("A diffusers LTX-2 pipeline: its folder, or its hub id.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the film shows; default: a fox in the snow.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON file with arguments of the pipeline's call.")] = None,
     steps: Annotated[int | None, _whole("Denoising steps; default: the pipeline's.")] = None,
@@ -288,10 +302,9 @@ def compare(
 
     Example: `bitfuse compare Lightricks/LTX-2 --prompt "Waves on black rocks" --steps 20 --out out/compare`
     """
-    from bitfuse.tools.compare import comparison
     from bitfuse.tools.compare.request import Request, check
 
-    made = {f"the {name} of --out": out / name for name in comparison.NAMES}
+    made = {f"the {name} of --out": out / name for name in names.COMPARED}
     _apart({"--json": json_file, **made}, {"--config": config}, model)
     request = Request(
         model=model,
@@ -311,6 +324,10 @@ def compare(
         trace=trace,
     )
     check(request)
+
+    _work(device)
+    from bitfuse.tools.compare import comparison
+
     result = comparison.run(request, out, Console())
     if result.exit_code == 2:
         _fail(result.verdict)
@@ -325,7 +342,7 @@ def bench(
         _one_of(
             "--only",
             "a part",
-            "tools.bench.bench.PARTS",
+            lambda: names.PARTS,
             "operators, overhead, model, audit, first-step or run; default: all.",
         ),
     ] = None,
@@ -334,7 +351,7 @@ def bench(
     layers: Annotated[int | None, _whole("Layers; default: as many as fit (first-step: 8).", 1)] = None,
     rounds: Annotated[int | None, _whole("Turns of each way to run the model, 1.5 s each.", 2)] = None,
     ltx: Annotated[
-        str, _one_of("--ltx", "a version", "tools.seeded.VERSIONS", "LTX-2 version of the model: 2.0, 2.3 or 2.5.")
+        str, _one_of("--ltx", "a version", lambda: names.VERSIONS, "LTX-2 version of the model: 2.0, 2.3 or 2.5.")
     ] = "2.0",
     image_to_video: Annotated[bool, typer.Option("--image-to-video", help="Per-token timesteps in the model.")] = False,
     host: Host = "diffusers",
@@ -347,16 +364,18 @@ def bench(
 
     Example: `bitfuse bench --only operators --json out/bench.json`
     """
-    import torch
-
-    from bitfuse.tools.bench import bench as benchmark
-
     if host != "diffusers" and only != ["model"]:
         _refuse(f"--host {host} goes with --only model; other parts time diffusers, or no host")
     if "run" in (only or ()) and ltx != "2.0":
         _refuse(f"--ltx {ltx} does not go with --only run; accepted: 2.0")
-    if wrong := [n for n in tokens or [] if n not in benchmark.LATENTS]:
-        _refuse(f"--tokens {wrong[0]} is not accepted; accepted: {', '.join(map(str, benchmark.LATENTS))}")
+    if wrong := [n for n in tokens or [] if n not in names.LATENTS]:
+        _refuse(f"--tokens {wrong[0]} is not accepted; accepted: {', '.join(map(str, names.LATENTS))}")
+
+    _work()
+    import torch
+
+    from bitfuse.tools.bench import bench as benchmark
+
     if not torch.cuda.is_available():
         _refuse("bench needs a CUDA device: times in Triton's interpreter mean nothing")
     kept = _Kept(json_file)
@@ -378,14 +397,12 @@ def bench(
 
 @_command
 def explain(
-    model: Annotated[
-        str | None, typer.Argument(help="A pipeline's or a transformer's folder, or an id on the Hub.")
-    ] = None,
+    model: Annotated[str | None, _model("A pipeline's or a transformer's folder, or an id on the Hub.")] = None,
     random_weights: Annotated[str | None, typer.Option(help="Instead of MODEL: ltx-2.0, ltx-2.3 or ltx-2.5.")] = None,
-    layers: Annotated[int | None, _whole("With --random-weights: layers; default: 48.", 1)] = None,
-    tokens: Annotated[int, _whole("Video tokens of the forward that is looked at.", 1)] = 6144,
+    layers: Annotated[int | None, _whole("With --random-weights: layers; default: 48.", 1, names.MAX_LAYERS)] = None,
+    tokens: Annotated[int, _whole("Video tokens of the forward that is looked at.", 1, names.MAX_TOKENS)] = 6144,
     dtype: Annotated[
-        str, _one_of("--dtype", "accepted", "tools.explain.DTYPES", "Of the weights: bfloat16, float16 or float32.")
+        str, _one_of("--dtype", "accepted", lambda: names.DTYPES, "Of the weights: bfloat16, float16 or float32.")
     ] = "bfloat16",
     image_to_video: Annotated[bool, typer.Option("--image-to-video", help="Per-token timesteps.")] = False,
     host: Host = "diffusers",
@@ -395,39 +412,52 @@ def explain(
 
     Example: `bitfuse explain Lightricks/LTX-2`, or without a model: `bitfuse explain --random-weights ltx-2.3`
     """
-    from bitfuse.tools import explain as explanation
-
     if (model is None) == (random_weights is None):
         _refuse("accepted: MODEL (a folder or a Hub id) or --random-weights VERSION, one of the two")
     if layers is not None and model is not None:
         _refuse("--layers goes with --random-weights; MODEL has its own number")
     if model is not None and host != "diffusers":
         _refuse(f"--host {host} goes with --random-weights; a MODEL is diffusers'")
+    if random_weights is not None and names.version(random_weights) is None:
+        accepted = ", ".join(f"ltx-{name}" for name in names.VERSIONS)
+        _refuse(f"--random-weights {random_weights} is not a version; accepted: {accepted}")
+    if host != "diffusers" and dtype != "bfloat16":
+        _refuse(f"--dtype {dtype} goes with --host diffusers; accepted for {host}: bfloat16")
     _apart({"--json": json_file}, {}, model)
-    geometry = None
+
+    _work()
+    from bitfuse.tools import explain as explanation
+    from bitfuse.tools import parts
+
+    geometry, further = None, []
     if model is not None:
         name, built = model, explanation.from_config(model, explanation.DTYPES[dtype])
+        further = list(parts.of_pipeline(model, explanation.DTYPES[dtype]))
     else:
         layers = 48 if layers is None else layers
         name = f"{random_weights}, {layers} layers"
         geometry = explanation.of_version(str(random_weights), layers, host)
         built = explanation.from_geometry(geometry, explanation.DTYPES[dtype])
-    found = explanation.explain(built, tokens, image_to_video, name, geometry)
+    found = explanation.explain(built, tokens, image_to_video, name, geometry, further)
     explanation.show(Console(), found)
     _write(json_file, found.as_dict())
 
 
 @_command
-def doctor(json_file: JsonFile = None) -> None:
+def doctor(
+    everything: Annotated[bool, typer.Option("--all", help="Also say what each finding means that is ok.")] = False,
+    json_file: JsonFile = None,
+) -> None:
     """Check whether this machine can keep the promise: device, libraries, settings, a stock block, a proof.
 
-    Exit code 0: no failure; 1: bits differ that must be equal; 2: another failure.
+    What is not ok stands first. Exit code 0: no failure; 1: bits differ that must be equal; 2: another failure.
 
     Example: `bitfuse doctor --json doctor.json`
     """
+    _work()
     from bitfuse.tools import doctor as examination
 
-    diagnosis = examination.run(Console())
+    diagnosis = examination.run(Console(), everything=everything)
     _write(json_file, diagnosis.as_dict())
     raise typer.Exit(diagnosis.exit_code)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 Outputs = Tensor | tuple[Tensor, ...]
 """What a reference returns: a tensor, or a tuple of two or more."""
+
+Part = tuple[int, tuple[slice, ...], Tensor]
+"""A piece of a result: of which output, where in it, and what is expected there."""
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by element size: integers of as many bytes
 
@@ -64,6 +68,34 @@ def compare(expected: Outputs, found: Outputs) -> Mismatch | None:
     return None
 
 
+def compare_parts(parts: Iterable[Part], found: tuple[Tensor, ...]) -> Mismatch | None:
+    """`compare` for an expected result that comes in pieces, each let go of before the next is made: the dtype, the
+    shape and the bits of each, not the strides. The index and the counts of a mismatch are those of its piece."""
+    for number, place, expected in parts:
+        part = found[number][place]
+        if (mismatch := _of_part(expected, part)) is not None:
+            starts = [of.start or 0 for of in place]
+            if any(starts):
+                mismatch = replace(mismatch, sentence=f"{mismatch.sentence}, in the piece from {starts} on")
+            return of_output(number, mismatch) if len(found) > 1 else mismatch
+        del expected, part
+    return None
+
+
+def _of_part(expected: Tensor, found: Tensor) -> Mismatch | None:
+    for what in ("dtype", "shape", "device"):
+        a, b = getattr(expected, what), getattr(found, what)
+        if a != b:
+            return Mismatch(f"the {what} is {b} where the reference has {a}")
+    return None if _alike(expected, found) else _difference(expected, found)
+
+
+def _alike(expected: Tensor, found: Tensor) -> bool:
+    """Whether all bits are equal, those of NaN too: the quick answer, of one op where `_difference` has ten."""
+    bits = BITS[expected.element_size()]
+    return torch.equal(expected.view(bits), found.view(bits))
+
+
 def _kind(given: object) -> str:
     """What a value is that is no tensor, in words."""
     kind = type(given)
@@ -90,14 +122,20 @@ def form_mismatch(expected: Tensor, found: Tensor) -> Mismatch | None:
 def _compare(expected: Tensor, found: Tensor) -> Mismatch | None:
     if (mismatch := form_mismatch(expected, found)) is not None:
         return mismatch
-    if (bits := BITS.get(expected.element_size())) is None:
+    if BITS.get(expected.element_size()) is None:
         raise TypeError(f"expected and found are of {expected.dtype}; accepted: dtypes of 1, 2, 4 or 8 bytes")
+    return None if _alike(expected, found) else _difference(expected, found)
+
+
+def _difference(expected: Tensor, found: Tensor) -> Mismatch | None:
     differs = differing(expected, found)
     count = int(differs.sum())
     if not count:
         return None
     flat = int(differs.reshape(-1).to(torch.uint8).argmax())
-    a, b = (int(t.reshape(-1)[flat].view(bits)) for t in (expected, found))
+    bits = BITS[expected.element_size()]
+    index = tuple(flat // math.prod(expected.shape[dim + 1 :]) % n for dim, n in enumerate(expected.shape))
+    a, b = (int(t[index].view(bits)) for t in (expected, found))
     return bits_mismatch(expected.shape, expected.element_size(), flat, a, b, count)
 
 

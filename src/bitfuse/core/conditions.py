@@ -9,7 +9,6 @@ for each layout (`bitfuse.core.operator`).
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.autograd import forward_ad
 
 from bitfuse.core.forms import on_meta
 from bitfuse.core.kernel import interpreting
+from bitfuse.core.switch import VALUE
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (*HALVES, torch.float32)
@@ -29,12 +29,7 @@ class ShapeError(ValueError, RuntimeError):
     """Arguments that fit neither the kernel nor the reference, for which PyTorch itself raises RuntimeError."""
 
 
-_value = os.environ.get("BITFUSE", "1")
-_on = _value == "1"
-switch_error: str | None = None
-"""What is wrong with the environment variable BITFUSE; `import bitfuse` raises it as ValueError."""
-if _value not in ("0", "1"):
-    switch_error = f"the environment variable BITFUSE is {_value!r}; accepted: 0 (off) or 1 (on, the default)"
+_on = VALUE == "1"
 OFF = "bitfuse is off (BITFUSE=0 or bitfuse.disable())"
 
 

@@ -7,22 +7,25 @@ beside it, in `ops/NAME_evidence.py`, which holds `EVIDENCE`: an `Evidence` for 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitfuse.core.bits import Outputs
+from bitfuse.core.bits import Outputs, Part
 from bitfuse.core.kernel import EXACT, Kernel
 from bitfuse.core.launch import Plan
 from bitfuse.core.reduction import LAYER_NORM
 
-STEPS = ("residual", "norm", "modulation", "rsqrt", "quotient", "sigmoid", "bias", "summands", "root", "silu")
-"""What a kernel may do: add a residual; norm rows, so that one element shows in all of its row; modulate; call
-`reciprocal_root`; `divide` a sum by the width; compute 1 / (1 + e^-x); and of volumes: add a bias; what else stands
-between two convolutions, in the lines that share it; divide by `square_root`; call `silu`."""
+STEPS = (
+    "residual", "addcmul", "norm", "modulation", "rsqrt", "quotient", "sigmoid", "bias", "summands", "root", "silu",
+)  # fmt: skip
+"""What a kernel may do: add a residual, or do it by one addcmul; norm rows, so that one element shows in all of its
+row; modulate; call `reciprocal_root`; `divide` a sum by the width; compute 1 / (1 + e^-x); and of volumes: add a bias;
+what else stands between two convolutions, in the lines that share it; divide by `square_root`; call `silu`."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,13 @@ class Evidence:
     emulated    the reference with its reductions in the order of the first tier, which is CUDA's: on a CPU, whose
                 ATen adds in another, the first tier is held against this
     witness     what the plans' `witnesses` must be, by the reference's own ops; `emulated_witness` beside `emulated`
+    as_one      (arguments) -> a context in which the battery's small inputs launch the kernel of these large arguments.
+                What it gives is whether PyTorch adds up small ones otherwise: then `emulated` is what they are held
+                against. That it is PyTorch's order for the large ones is then for `Plan.by_shape` to show
+    parts       (arguments, witness=) -> (number of the output, place in it, what is expected there) of a call, piece by
+                piece, witnesses first if asked for: what the whole reference would give, in a fraction of its memory.
+                Everything that is large is made before the first piece is given, and let go of. For references whose
+                outputs' form hangs on the shapes alone
     retiled     the same launch cut in other ways, which must not change a bit
     steps       what the kernel does of which `verify --deep` has a sweep, by the names in `STEPS`
     """
@@ -48,6 +58,8 @@ class Evidence:
     emulated: Callable[..., Outputs] | None = None
     witness: Callable[..., tuple[Tensor, ...]] | None = None
     emulated_witness: Callable[..., tuple[Tensor, ...]] | None = None
+    as_one: Callable[..., AbstractContextManager[bool]] | None = None
+    parts: Callable[..., Iterator[Part]] | None = None
     retiled: Callable[[Plan], Iterable[Plan]] | None = None
     steps: tuple[str, ...] = ()
 

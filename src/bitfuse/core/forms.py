@@ -21,7 +21,7 @@ _FORMS_KEPT = 4096  # forms of arguments whose outputs are remembered; a render 
 
 _ELEMENTWISE = (
     *(Tensor.add, Tensor.sub, Tensor.mul, Tensor.neg, Tensor.pow, Tensor.__rsub__),
-    *(torch.lerp, torch.rsqrt, torch.sigmoid),
+    *(torch.addcmul, torch.lerp, torch.rsqrt, torch.sigmoid),
 )
 _NORMS = (F.layer_norm, F.rms_norm)
 
@@ -73,8 +73,10 @@ def _answer(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         return first if fits else None
     if func is Tensor.mean and args[1:] == (-1,) and named == {"keepdim": True}:
         return first.new_empty((*first.shape[:-1], 1))
-    if func is torch.stack and named == {"dim": -1} and all(t.shape == first.shape for t in operands):
-        return first.new_empty((*first.shape, len(operands)), dtype=dtype)
+    if func is torch.stack and named in ({"dim": -1}, {"dim": -2}) and all(t.shape == first.shape for t in operands):
+        sizes = [*first.shape, len(operands)]
+        sizes[-1], sizes[named["dim"]] = sizes[named["dim"]], sizes[-1]
+        return first.new_empty(sizes, dtype=dtype)
     if func in _NORMS and (func is F.layer_norm or first.is_contiguous()) and args[1:] == (first.shape[-1:],):
         rows = [t for t in named.values() if isinstance(t, Tensor)]
         return first.new_empty(first.shape) if all(t.shape == first.shape[-1:] for t in rows) else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -116,6 +116,13 @@ class Plan:
         """Witnesses and outputs, to be written."""
         return tuple(out.empty(device) for out in (*self.witnesses, *self.outputs))
 
+    def on_few_bytes(self) -> Plan:
+        """The same, to be compiled and not to be launched: with outputs of one element. See `few_bytes`."""
+        outputs, witnesses = (
+            tuple(out._replace(shape=(1,), strides=(1,)) for out in outs) for outs in (self.outputs, self.witnesses)
+        )
+        return replace(self, outputs=outputs, witnesses=witnesses)
+
     def compile(self, args: tuple[Any, ...]) -> None:
         """Compile the kernel and load it onto the arguments' device, in any thread: `bind` then finds it."""
         with on_device(args[0]):
@@ -197,6 +204,12 @@ def named(reference: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, Any
     parameters = inspect.signature(reference).parameters.values()
     defaults = {p.name: None if p.default is p.empty else p.default for p in parameters}
     return defaults | dict(zip(defaults, args, strict=False))
+
+
+def few_bytes(t: Tensor) -> Tensor:
+    """What a kernel is compiled for in place of this tensor: it looks at the dtype and at the alignment, at no more."""
+    offset = t.data_ptr() % 16 // t.element_size()
+    return torch.empty(16, dtype=t.dtype, device=t.device)[offset:]
 
 
 def on_device(t: Tensor) -> Any:

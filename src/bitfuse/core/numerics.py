@@ -58,6 +58,36 @@ def multiply_add(a, b, c, FUSED: tl.constexpr):
     return tl.fma(a, b, c) if FUSED else a * b + c
 
 
+def _multiply_add_bf16_twin(a, b, c):
+    product, addend = a.to(tl.float64) * b.to(tl.float64), c.to(tl.float64)
+    total = product + addend
+    back = total - product
+    nearest = total.to(tl.float32)
+    lost = ((product - (total - back)) + (addend - back)) + (total - nearest.to(tl.float64))
+    # rounded to odd in fp32: what was lost shows in the last bit, and bf16's ties are told
+    bits = nearest.to(tl.int32, bitcast=True)
+    odd = tl.where((lost > 0) == (total > 0), bits + 1, bits - 1)
+    even = ((bits & 1) == 0) & (lost != 0) & (tl.abs(nearest) < float("inf"))
+    return tl.where(even, odd, bits).to(tl.float32, bitcast=True).to(tl.bfloat16).to(tl.float32)
+
+
+@kernel(twin=_multiply_add_bf16_twin)
+def multiply_add_bf16(a, b, c):
+    """a * b + c of bf16 values, given and returned in fp32, rounded once: `fma.rn.bf16`, two elements in one.
+
+    By way of fp32 it would be rounded twice: half a unit of bf16 beside what is below a unit of fp32 is then a tie.
+    """
+    rounded = tl.inline_asm_elementwise(
+        "fma.rn.bf16x2 $0, $1, $2, $3;",
+        "=r,r,r,r",
+        [a.to(tl.bfloat16), b.to(tl.bfloat16), c.to(tl.bfloat16)],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )
+    return rounded.to(tl.float32)
+
+
 def _reciprocal_root_twin(value):
     return 1.0 / tl.sqrt(value)
 

@@ -44,7 +44,7 @@ from bitfuse.core import conditions, library, proof
 from bitfuse.core.bits import Mismatch, Outputs, as_tuple
 from bitfuse.core.conditions import around, described
 from bitfuse.core.kernel import interpreting
-from bitfuse.core.launch import Plan, on_device
+from bitfuse.core.launch import Plan, few_bytes, on_device
 from bitfuse.core.originals import Originals, called_by, rerouted
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ class Route:
     tier           the name of the operator's tier that the calls are fused by
     passed_over    why the tiers before that one were not taken
     signature      of the kernel that the calls are fused by (`Plan.signature`): what was proved, and may be condemned
+    lasts          whether the next call of this layout goes the same way. Not where an error of the moment stood in the
+                   way of a proof, or somebody watches PyTorch's ops just now
     """
 
     run: Callable[..., Any]
@@ -86,6 +88,7 @@ class Route:
     tier: str | None = None
     passed_over: tuple[str, ...] = ()
     signature: tuple | None = None
+    lasts: bool = True
 
     @property
     def fused(self) -> bool:
@@ -168,14 +171,14 @@ class Operator:
             return Route(self.reference, _replaced(replaced))
         # before anything is asked of a tensor
         if conditions.watched() and (reason := next(around(), None)) is not None:
-            return Route(self.reference, reason)
+            return Route(self.reference, reason, lasts=False)
         key = _layout(args)
         return self._routes.get(key) or self._decided(key, args)
 
     def routed(self, *args: Any) -> Route:
         """`route`, without a look at `originals`: a host's forward has looked at those of all its operators at once."""
         if conditions.watched() and (reason := next(around(), None)) is not None:
-            return Route(self.reference, reason)
+            return Route(self.reference, reason, lasts=False)
         key = _layout(args)
         return self._routes.get(key) or self._decided(key, args)
 
@@ -189,6 +192,7 @@ class Operator:
         while True:
             routes = self._routes
             route, keep = self._decide(args)
+            route.lasts = keep
             if keep and key is not None:
                 proof.remember(routes, key, route, _ROUTES_KEPT)
             if routes is self._routes:
@@ -284,14 +288,18 @@ class Operator:
                 break
         return verdict
 
-    def specification(self, tier: int, device: torch.device | str | None = None) -> Callable[..., Outputs]:
+    def specification(
+        self, tier: int, device: torch.device | str | None = None, emulated: bool = False
+    ) -> Callable[..., Outputs]:
         """What the kernel of a tier is compared with: returns what that is to write, witnesses before outputs.
 
         That is the reference, and for the first tier its `witness` as well. Where the evidence has an `emulated`, that
         is in the reference's place for the first tier if `device` is a CPU, whose ATen adds up rows in another order
-        than CUDA's. A proof in the process gives no device: on a CPU the kernel must equal what ATen computes there.
+        than CUDA's, or if so told (`Evidence.as_one`). A proof in the process gives no device: on a CPU the kernel must
+        equal what ATen computes there.
         """
-        emulate = self.emulated is not None and tier == 0 and device is not None and torch.device(device).type == "cpu"
+        on_cpu = device is not None and torch.device(device).type == "cpu"
+        emulate = self.emulated is not None and tier == 0 and (emulated or on_cpu)
         reference = self.emulated if emulate and self.emulated else self.reference
         witness = self.emulated_witness if emulate else self.witness
         if witness is None or tier > 0:
@@ -318,17 +326,36 @@ class Operator:
         if verdict is not None:
             return plan, verdict, False
         with on_device(args[0]), torch.no_grad():
-            number = self.tiers.index(tier)
-            chain = lambda *given: self.specification(number)(*given)  # noqa: E731 (the evidence is not loaded yet)
-            return plan, proof.prove(self, tier, signature, chain, tier.plan, self._families(args)), True
+            return plan, proof.prove(self, tier, signature, *self._trial(tier, args)), True
 
-    def _families(self, args: tuple[Any, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """The battery for these arguments, as a generator: the evidence is imported when its first family is asked for.
+    def _trial(self, tier: Tier, args: tuple[Any, ...]) -> tuple[Callable[..., Any], Callable[..., Any], Iterator[Any]]:
+        """What `proof.prove` asks for these arguments: the specification, what plans a launch, and the battery.
 
-        That is inside `run_battery`, which catches errors: a disk that fails at the import is then a reason to run the
-        reference, and a later call tries again.
+        The evidence is imported when the first family is asked for. That is inside `run_battery`, which catches errors:
+        a disk that fails at the import is then a reason to run the reference, and a later call tries again.
         """
-        yield from self.battery(*args)
+
+        def chain(*given: Any) -> Outputs:
+            with self._as_one(args) as emulated:
+                return self.specification(self.tiers.index(tier), emulated=emulated)(*given)
+
+        def plan_of(*given: Any) -> Plan | str:
+            with self._as_one(args):
+                return tier.plan(*given)
+
+        def families() -> Iterator[tuple[str, tuple[Any, ...]]]:
+            found = iter(self.battery(*args))
+            while True:
+                with self._as_one(args):
+                    family = next(found, None)
+                if family is None:
+                    return
+                yield family
+
+        return chain, plan_of, families()
+
+    def _as_one(self, args: tuple[Any, ...]) -> contextlib.AbstractContextManager[bool]:
+        return contextlib.nullcontext(False) if self.evidence.as_one is None else self.evidence.as_one(*args)
 
     def _decide(self, args: tuple[Any, ...]) -> tuple[Route, bool]:
         """(the route, whether to keep it): questions 4 (but for `_check`) to 6 at the head of this file."""
@@ -354,19 +381,22 @@ class Operator:
         """(what the route is to run, a verdict): the launch of a kernel that is proved, or the reference where the
         verdict says why it may not be used for these arguments. `new`: it was proved just now."""
         start, signature = time.perf_counter(), plan.signature(args)
-        if (mismatch := proof.compare_forms(self.reference, plan, args)) is not None:  # of this layout alone
+        parts = self.evidence.parts
+        # of this layout alone; a reference in parts lays its outputs itself, whatever the layout of its arguments
+        mismatch = proof.compare_forms(self.reference, plan, args) if parts is None else None
+        if mismatch is not None:
             return self.reference, proof.Verdict(False, f"{mismatch.sentence}, for this layout of the arguments")
         try:
-            run = self._runner(plan, args)
-            if plan.by_shape:
-                chain = self.specification(self.tiers.index(tier))
-                mismatch = proof.compare_live(chain, functools.partial(_launched, plan), args)
-                if mismatch is not None:
-                    sentence = f"{mismatch.sentence}, for this layout of the arguments"
-                    return self.reference, proof.Verdict(False, sentence, mismatch=mismatch)
-                return run, proof.Verdict(True, "equal")
-            unsure = new or any(rerouted(args[0].is_cuda))
-            live = proof.compare_live(self.reference, run, args) if unsure else None
+            run, live = self._runner(plan, args), None
+            if parts is not None and (new or plan.by_shape):
+                parts = functools.partial(parts, witness=bool(plan.witnesses))
+                launch = functools.partial(_launched, plan)
+                live = proof.compare_live(self.reference, launch, args, parts, plan.by_shape)
+            elif new or any(rerouted(args[0].is_cuda)):
+                live = proof.compare_live(self.reference, run, args)
+            if live is not None and plan.by_shape:
+                sentence = f"{live.sentence}, for this layout of the arguments"
+                return self.reference, proof.Verdict(False, sentence, mismatch=live)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -385,10 +415,21 @@ class Operator:
         plan = next(self._reasons(args), None) or tier.plan(*args)
         if isinstance(plan, Plan) and proof.known(self, tier, plan.signature(args)) is None:
             # a small launch of the same kernel; why there is none will be said where it is to be proved
-            with contextlib.suppress(Exception), on_device(args[0]), torch.no_grad():
+            with contextlib.suppress(Exception), on_device(args[0]), torch.no_grad(), self._as_one(args):
                 _, small = next(iter(self.battery(*args)))
                 if isinstance(plan := tier.plan(*small), Plan):
                     take(plan, small)
+
+    def dry(self, take: Callable[[Plan, tuple[Any, ...]], object], *args: Any) -> Any:
+        """What a call with these arguments returns, without values: nothing is launched. ValueError where it would run
+        the reference. `take` is given the kernel that `route` would prove for them, as a launch on a few bytes."""
+        if (reason := next(self._reasons(args), None)) is not None:
+            raise ValueError(f"{self.name}: {reason}")
+        plan, tier = self.plan(*args), self.tiers[0]
+        if isinstance(first := tier.plan(*args), Plan) and proof.known(self, tier, first.signature(args)) is None:
+            take(first.on_few_bytes(), tuple(few_bytes(a) if isinstance(a, Tensor) else a for a in args))
+        outs = plan.empty(args[0].device)[len(plan.witnesses) :]
+        return outs[0] if len(outs) == 1 else outs
 
     def _runner(self, plan: Plan, args: tuple[Any, ...]) -> Callable[..., Any]:
         """run(*args) for calls of this layout: new outputs, one launch; the witnesses are dropped."""
@@ -412,12 +453,12 @@ class Operator:
         return run
 
 
-def _launched(plan: Plan, *args: Any) -> Outputs:
+def _launched(plan: Plan, *args: Any) -> tuple[Tensor, ...]:
     """What one launch of the plan writes, the witnesses too."""
     with on_device(args[0]):
         outs = plan.empty(args[0].device)
         plan.bind(args, outs)(*args, *outs)
-    return outs if len(outs) > 1 else outs[0]
+    return outs
 
 
 _VALUES = frozenset({type(None), float, int})

@@ -16,14 +16,25 @@ nothing is evicted from them, so that another thread's verdict, found at the sam
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from bitfuse.core.bits import Mismatch, Outputs, Outside, as_tuple, compare, form_mismatch, of_output
+from bitfuse.core.bits import (
+    Mismatch,
+    Outputs,
+    Outside,
+    Part,
+    as_tuple,
+    compare,
+    compare_parts,
+    form_mismatch,
+    of_output,
+)
 from bitfuse.core.launch import Plan
 from bitfuse.core.lines import error_line
 
@@ -219,11 +230,13 @@ def run_battery(
                  leave it unproved
 
     The kernel writes into outputs that stand between guard zones (`bitfuse.core.inputs`). A write outside of an output,
-    into the gaps between its elements or into an input is a mismatch too.
+    into the gaps between its elements or into an input is a mismatch too. That is looked at once for each layout of
+    inputs: where a kernel writes hangs on that, and on no value.
     Exceptions of a kernel are caught: one that can't be built here is a reason to run the reference, not a failure of
     the user's program. Errors of the device (`torch.AcceleratorError`) pass.
     """
     start, families, elements = time.perf_counter(), 0, 0
+    layouts: set[Any] = set()
 
     def differing(mismatch: Mismatch, family: str) -> Verdict:
         sentence = f"{mismatch.sentence}, on the battery's '{family}' inputs"
@@ -239,7 +252,10 @@ def run_battery(
                 return Verdict(False, f"{plan} (the battery's '{family}' inputs)")
             if signature is not None and plan.signature(args) != signature:
                 return Verdict(False, f"the battery has no '{family}' inputs of this layout, so it stays unproved")
-            given = kept(args)
+            layout = tuple((a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in args)
+            new = layout not in layouts
+            layouts.add(layout)
+            given = kept(args) if new else []
             outs = tuple(guarded(*out, args[0].device) for out in (*plan.witnesses, *plan.outputs))
             try:
                 plan.bind(args, outs)(*args, *outs)
@@ -249,7 +265,7 @@ def run_battery(
                 return differing(mismatch, family)
             expected = reference(*args)
             families, elements = families + 1, elements + sum(t.numel() for t in as_tuple(expected))
-            if mismatch := compare(expected, outs if len(outs) > 1 else outs[0]) or trespass(outs):
+            if mismatch := compare(expected, outs if len(outs) > 1 else outs[0]) or (trespass(outs) if new else None):
                 return differing(mismatch, family)
     except torch.AcceleratorError:  # an asynchronous error of the device is never hidden by a fallback
         raise
@@ -258,13 +274,28 @@ def run_battery(
     return Verdict(True, "equal", families, elements, time.perf_counter() - start)
 
 
-def compare_live(reference: Callable[..., Outputs], run: Any, args: tuple[Any, ...]) -> Mismatch | None:
-    """The call that asked for a proof, as further evidence: kernel against reference on the user's own tensors."""
+def compare_live(
+    reference: Callable[..., Outputs],
+    run: Any,
+    args: tuple[Any, ...],
+    parts: Callable[..., Iterator[Part]] | None = None,
+    needed: bool = False,
+) -> Mismatch | None:
+    """The call that asked for a proof, as further evidence: kernel against reference on the user's own tensors.
+
+    parts     the reference piece by piece (`Evidence.parts`); `run` then gives a tuple, witnesses before outputs. What
+              is large in the reference is made, and let go of, before that makes its outputs
+    needed    raise where there is no memory for it: the layout by itself has no other proof
+    """
     try:
         with torch.no_grad():
-            return compare(reference(*args), run(*args))
+            if parts is None:
+                return compare(reference(*args), run(*args))
+            pieces = parts(*args)
+            first = next(pieces, None)
+            return None if first is None else compare_parts(itertools.chain((first,), pieces), run(*args))
     except Exception as error:
-        if of_the_moment(error):  # the battery has passed; a full device is no mismatch
+        if of_the_moment(error) and not needed:  # the battery has passed; a full device is no mismatch
             return None
         raise
 

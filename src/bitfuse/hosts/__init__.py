@@ -5,8 +5,12 @@ An adapter of a host (`registry.Host.adapter`) is a module that has
     NAME                        the host and its version, as reports name it
     transformers(target)        the models in it that can be accelerated, as a list
     accelerate(model, handle)   take over every site of one of them, noting each in the handle
-    unrecognised(target)        a sentence by the name of each part in which a model should be and none was found; an
-                                adapter may be without it
+    unrecognised(target)        a sentence by the name of each part in which a model should be and none was found
+    besides(target)             what else in it can be accelerated, no models, as a list
+    accelerate_besides(one, handle)
+                                take over one of these; its site, which the handle does not have yet
+
+An adapter may be without the last three.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import functools
 import logging
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bitfuse.hosts.handle import Handle, Options, lock
@@ -43,7 +47,8 @@ def accelerate(
                   `LTX2VideoTransformer3DModel`, `LTX2TextConnectors` (diffusers 0.37 or newer),
                   `AutoencoderKLLTX2Video` or `LTX2VideoDiffusionDecoderModel` (0.42.1) alone; or an ltx-core
                   `LTXModel`, `X0Model` or video decoder (`VideoDecoder`, in 1.2.0 `ConvVideoDecoder`); or an SGLang
-                  `LTX2VideoTransformer3DModel`
+                  `LTX2VideoTransformer3DModel`; or, with the node pack for it, a ComfyUI `LTXAVModel` or a
+                  ModelPatcher of one
     strict        raise `NotFused` where something would fall back to the PyTorch chain
     cuda_graph    replay the transformer's whole forward as one CUDA graph, from the third call of a shape on
     keep_text     LTX-2.0: keep the text's projections, keys and values from step to step (1.2 GB for a prompt of
@@ -124,6 +129,8 @@ def _begin(target: Any, options: Options, user: Accelerated | None = None) -> Ha
             if handle is None:
                 handle = made = Handle(adapter.NAME, options)
                 _take_over(adapter, target, models, handle)
+            elif user is None:  # perhaps for another pipeline of the same models
+                _take_over_besides(adapter, target, handle, handle.watch)
             if user is None:
                 handle.pinned = True
             else:
@@ -163,6 +170,7 @@ def _take_over(adapter: Any, target: Any, models: list[Any], handle: Handle) -> 
         adapter.accelerate(model, handle)
     unrecognised = adapter.unrecognised(target) if hasattr(adapter, "unrecognised") else {}
     handle.sites += [Site(name, "none", reason) for name, reason in unrecognised.items()]
+    _take_over_besides(adapter, target, handle, handle.sites.extend)
     _leave_to_compiler(target, handle)
     handle.watch_sites()
     with contextlib.suppress(TypeError):  # a target that can't be referred to weakly
@@ -174,6 +182,19 @@ def _take_over(adapter: Any, target: Any, models: list[Any], handle: Handle) -> 
         len(handle.sites),
         adapter.NAME,
     )
+
+
+def _besides(adapter: Any, target: Any, handle: Handle) -> list[Any]:
+    """What a target has besides its models that can be accelerated, and that the handle does not know yet."""
+    there = adapter.besides(target) if hasattr(adapter, "besides") else []
+    return [one for one in there if not any(known() is one for known in handle.besides)]
+
+
+def _take_over_besides(adapter: Any, target: Any, handle: Handle, note: Callable[[list[Site]], None]) -> None:
+    """Take these over, each once: `note` is called with the site, and where it raises the handle does not know it."""
+    for one in _besides(adapter, target, handle):
+        note([adapter.accelerate_besides(one, handle)])
+        handle.besides = [known for known in handle.besides if known() is not None] + [weakref.ref(one)]
 
 
 def _leave_to_compiler(target: Any, handle: Handle) -> None:
@@ -201,7 +222,7 @@ def _look_again(adapter: Any, target: weakref.ref, models: list[weakref.ref], sh
     again = "handle.restore() and accelerate it again"
     sites = [Site(type(model).__name__, "none", f"it is no longer the target's: {again}") for model in gone]
     known = {id(reference()) for reference in models}
-    new = [model for model in there if id(model) not in known]
+    new = [model for model in there if id(model) not in known] + _besides(adapter, found, handle)
     return sites + [
         Site(type(model).__name__, "none", f"it came into the target after that was accelerated: {again}")
         for model in new

@@ -569,7 +569,7 @@ def accelerate(model: Any, handle: Handle) -> None:
     if vae is not None and isinstance(model, vae.AutoencoderKLLTX2Video):
         from bitfuse.hosts import diffusers_vae
 
-        shared = Model(handle, {"decoder": diffusers_vae.LEFT_OUT})
+        shared = Model(handle, diffusers_vae.LEFT_OUT)
         diffusers_vae.accelerate(model, shared, NAME)
         shared.take_over_is_done()
         return
@@ -603,6 +603,20 @@ def accelerate(model: Any, handle: Handle) -> None:
             complete=_with_coordinates,
             settings=lambda: (registry.get_active_backend()[0], tuple(shared.reasons().items())),
         )
+
+
+def besides(target: Any) -> list[Any]:
+    """What a pipeline has besides its models that can be accelerated: its video processor."""
+    processor = getattr(target, "video_processor", None)
+    module = sys.modules.get("diffusers.video_processor")  # not imported: then nothing can be of it
+    return [processor] if module is not None and isinstance(processor, module.VideoProcessor) else []
+
+
+def accelerate_besides(processor: Any, handle: Handle) -> Site:
+    """Take over what brings a pipeline's decoded video to the CPU; its site, which is not in the handle yet."""
+    from bitfuse.hosts import diffusers_frames  # only here: it needs PIL, as pipelines do
+
+    return diffusers_frames.accelerate(processor, handle, NAME)
 
 
 def _with_coordinates(model: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The decoder of diffusers' LTX-2 video autoencoder (0.38 to 0.42.1), by what `video_decoder.py` does.
 
-Tiles, slices and single frames are the host's: `AutoencoderKLLTX2Video` cuts, blends and joins them, and calls the
-decoder for each.
+Slices and single frames are the host's: `AutoencoderKLLTX2Video` cuts and joins them, and calls the decoder for each.
+So are tiles, but that `tiles.py` blends them in fewer ops.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from diffusers.models.autoencoders import autoencoder_kl_ltx2 as upstream
 from torch import Tensor
 
 from bitfuse.hosts.part import Model
-from bitfuse.hosts.sources import entries, functions, why_not_stock
+from bitfuse.hosts.sources import entries, functions, own_method, why_not_read, why_not_stock
+from bitfuse.hosts.tiles import BlendH, BlendT, BlendV, TiledDecode
 from bitfuse.hosts.video_decoder import LEFT_OUT as _SHARED
 from bitfuse.hosts.video_decoder import Names, Stage, Values, VideoDecoder
 
@@ -30,8 +31,23 @@ READ = {
     "PerChannelRMSNorm.forward": {"8af7076a14ff8423"},
 }
 
-# The functions that the forward below leaves out.
-LEFT_OUT = [*entries(upstream, *READ), *_SHARED]
+# Those of the autoencoder itself, 0.38 to 0.42.1.
+_VAE = "AutoencoderKLLTX2Video"
+READ_OF_TILES = {
+    f"{_VAE}.blend_v": {"6eb0967f04a8e0d3"},
+    f"{_VAE}.blend_h": {"7bb410278e296bbe"},
+    f"{_VAE}.blend_t": {"fa1c33593a7839d8"},
+    f"{_VAE}.tiled_decode": {"0e1f07d8950dd168"},
+}
+
+# The functions that parts of ours leave out, by the kind of part.
+LEFT_OUT = {
+    "decoder": [*entries(upstream, *READ), *_SHARED],
+    "tiles": [
+        *entries(upstream, *READ_OF_TILES),
+        *((Tensor, name, f"torch.Tensor.{name}") for name in ("__mul__", "__add__", "__setitem__")),
+    ],
+}
 
 
 class LTX2VideoDecoder3d(VideoDecoder):
@@ -124,3 +140,14 @@ def accelerate(vae: Any, shared: Model, host: str) -> None:
     sources = functions(upstream, *READ)
     reason = next(why_not_stock(vae.decoder, _Decoder, "decoder", host, READ, sources), None)
     LTX2VideoDecoder3d.take_over(vae.decoder, _Decoder, shared, reason)
+    for name, read in READ_OF_TILES.items():
+        method = name.partition(".")[2]
+        reason = next(why_not_read(host, {name: read}, functions(upstream, name)), None)
+        if reason is None and not own_method(vae, method, upstream.AutoencoderKLLTX2Video):
+            reason = f"the autoencoder has a {method} of its own"
+        if reason is not None:
+            shared.handle.extras.tiles.fall(reason)
+            continue
+        blend = next((kind for kind in (BlendV, BlendH, BlendT) if kind.method == method), None)
+        ours = TiledDecode(vae, shared, upstream.DecoderOutput) if blend is None else blend(vae, shared)
+        shared.handle.put(vae, ours)

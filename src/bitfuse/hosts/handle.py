@@ -53,6 +53,7 @@ class Handle:
 
     on        False once it was restored. Forwards of a model that are under way then go on as they began
     models    for each accelerated model what its forwards share (`hosts.part.Model`)
+    besides   what was looked at of pipelines besides their models, whether it was taken over or left alone
     """
 
     def __init__(self, host: str, options: Options | None = None):
@@ -63,6 +64,7 @@ class Handle:
         self.sites: list[Site] = []
         self.extras = Extras()
         self.models: list[Any] = []
+        self.besides: list[weakref.ref[Any]] = []
         self.on = True
         self.pinned = False  # by `accelerate`; else it ends with the last of its users
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # those inside `with accelerated(...)`
@@ -151,17 +153,25 @@ class Handle:
                     f"require names {name!r}, which is nothing here; accepted: operators ({', '.join(operators)}), "
                     f"sites ({', '.join(kinds)}), and patterns of both with *"
                 )
-        for site in self.sites:
+        sites, self.sites = self.sites, []
+        self.watch(sites)
+
+    def watch(self, sites: Sequence[Site]) -> None:
+        """Note sites with the options in force, each once.
+
+        Raises `NotFused` where one that must be fused was left alone; then none of them is noted.
+        """
+        sites = [site for site in sites if not any(site is known for known in self.sites)]
+        for site in sites:
             site.strict = self.options.strict or any(_named(name, site) for name in self.options.require)
             if self.auditor:
-                site.observers += (self.auditor,)
-        self.insist()
+                site.observers = (*site.observers, self.auditor)
+        _insist(sites)
+        self.sites += sites
 
     def insist(self) -> None:
         """Raise `NotFused` where a site that must be fused is left alone."""
-        if alone := [site for site in self.sites if site.strict and site.declined]:
-            more = f" (and {len(alone) - 1} more sites)" if len(alone) > 1 else ""
-            raise NotFused(f"{alone[0].name}: {alone[0].declined}{more}")
+        _insist(self.sites)
 
     def report(self, time_share_of: Callable[[], Any] | None = None) -> Report:
         """What was fused and what was not, so far. Waits for audits that are under way.
@@ -216,6 +226,12 @@ class Handle:
 
     def __repr__(self) -> str:
         return f"<bitfuse.Handle: {self._report().title}>"
+
+
+def _insist(sites: Sequence[Site]) -> None:
+    if alone := [site for site in sites if site.strict and site.declined]:
+        more = f" (and {len(alone) - 1} more sites)" if len(alone) > 1 else ""
+        raise NotFused(f"{alone[0].name}: {alone[0].declined}{more}")
 
 
 def _named(name: str, site: Site) -> bool:

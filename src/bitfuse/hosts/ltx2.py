@@ -284,7 +284,8 @@ class Watched:
     """Who would notice in which order the modules of a block run: a hook, or a forward that is not the class's or ours.
 
     Asked once per call of the block: of its modules as they are by then (a LoRA brings its own), and of all modules (as
-    while `bitfuse.trace` listens).
+    while `bitfuse.trace` listens). It holds the modules below the block and not the block, whose forward holds it: in a
+    cycle, a model's weights would only be freed by Python's collector.
     """
 
     def __init__(self, block: Any):
@@ -295,11 +296,14 @@ class Watched:
             return "a hook is registered for all modules"
         if torch.nn.Module.__call__ is not torch.nn.Module._wrapped_call_impl:
             return "torch.nn.Module.__call__ was replaced"
-        names, modules, attributes, seen = self._seen
-        children = [child for d in attributes for child in d["_modules"].values()]
+        names, below, attributes, seen = self._seen
+        every = [block.__dict__, *attributes]
+        children = [child for d in every for child in d["_modules"].values()]
         if len(children) != len(seen) or not all(map(operator.is_, children, seen)):
-            self._seen = names, modules, attributes, _ = _modules_of(block)
-        for module, d in zip(modules, attributes, strict=True):
+            self._seen = names, below, attributes, _ = _modules_of(block)
+            every = [block.__dict__, *attributes]
+        modules = [block, *below]
+        for module, d in zip(modules, every, strict=True):
             if d["_forward_hooks"] or d["_forward_pre_hooks"]:
                 return f"a hook is attached to {names[modules.index(module)]}"
             if "forward" in d and not isinstance(d["forward"], Forward) and not plain(module):
@@ -309,11 +313,11 @@ class Watched:
 
 
 def _modules_of(block: Any) -> tuple[list[str], list[Any], list[dict[str, Any]], list[Any]]:
-    """The names of a block's modules, those themselves, the dictionary of each, and the children of all of them."""
+    """The names of a block and its modules, those below it, the dictionary of each, and the children of all of them."""
     found = dict(block.named_modules())
-    attributes = [module.__dict__ for module in found.values()]
-    children = [child for d in attributes for child in d["_modules"].values()]
-    return [name or "the block" for name in found], list(found.values()), attributes, children
+    children = [child for module in found.values() for child in module._modules.values()]
+    below = list(found.values())[1:]
+    return [name or "the block" for name in found], below, [module.__dict__ for module in below], children
 
 
 class SecondStream:

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from ltx_core.model.common import normalization
 from ltx_core.model.video_vae import convolution, ops, resnet, sampling, video_vae
-from torch import Tensor, default_generator
+from torch import Tensor
 
 from bitfuse.hosts.code import source_hash
 from bitfuse.hosts.part import Model
 from bitfuse.hosts.sources import entries, functions, why_not_stock
 from bitfuse.hosts.video_decoder import LEFT_OUT as _SHARED
-from bitfuse.hosts.video_decoder import LaidOtherwise, Names, Stage, Values, VideoDecoder
+from bitfuse.hosts.video_decoder import Names, Stage, Values, VideoDecoder
 from bitfuse.run.swap import named
 
 # `VideoDecoder` is the name of a protocol in 1.2.0
@@ -133,8 +133,6 @@ class ConvVideoDecoder(VideoDecoder):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         dtype, device = sample.dtype, sample.device
-        drawn_from = generator or (torch.cuda.default_generators[device.index] if sample.is_cuda else default_generator)
-        state = drawn_from.get_state() if decoder.timestep_conditioning else None
         if _CASTS:
             sample = sample.to(_weights_dtype(decoder))
         if decoder.timestep_conditioning:
@@ -147,12 +145,7 @@ class ConvVideoDecoder(VideoDecoder):
                 timestep = torch.full((sample.shape[0],), decoder.decode_timestep, device=device, dtype=sample.dtype)
             scaled = timestep * decoder.timestep_scale_multiplier.to(sample)
         causal = decoder.causal
-        try:
-            video = self.after_first(decoder, decoder.conv_in(sample, causal=causal), scaled, causal, generator)
-        except LaidOtherwise:
-            if state is not None:  # the host's own forward, which comes next, draws the noise again
-                drawn_from.set_state(state)
-            raise
+        video = self.after_first(decoder, decoder.conv_in(sample, causal=causal), scaled, causal, generator)
         return video.to(dtype) if _CASTS else video
 
     def values_of_block(self, block: Any, timestep: Any, x: Tensor) -> Any:

@@ -234,15 +234,22 @@ class ModelForward(_OfModel):
             if (reason := _traced(self.model.number)) is not None:
                 raise NotFused(reason)
             return self.stock(*args, **kwargs)
+        return self.around(self._run, *args, **kwargs)
+
+    def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `run`, which runs the whole model: its parts look at all that they depend on once, now."""
         self.model.look_for_compiled(self.module)
         forward = _UnderWay()
         try:
             with forward.lock:
                 self.model.begin(forward)
-                run = self.inner if self.inner is not None and self.model.handle.on else self.stock
                 return run(*args, **kwargs)
         finally:
             self.model.end()
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.inner if self.inner is not None and self.model.handle.on else self.stock
+        return run(*args, **kwargs)
 
     @classmethod
     def install(cls, module: Any, model: Model) -> None:

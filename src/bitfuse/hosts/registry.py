@@ -100,3 +100,16 @@ register(
         standalone=False,
     )
 )
+register(
+    Host(
+        name="comfyui",
+        title="ComfyUI",
+        package="bitfuse_comfyui",  # the node pack, in which the adapter is: ComfyUI itself is no package
+        versions="0.24.1 to 0.30.0",
+        install="pip install ./comfyui of a checkout, and PYTHONPATH=/path/to/ComfyUI",
+        accepts="a ComfyUI LTXAVModel or a ModelPatcher of one, with the node pack",
+        adapter="bitfuse_comfyui.adapter",
+        seeded="bitfuse_comfyui.seeded",
+        models="comfy.ldm.lightricks.av_model",
+    )
+)

@@ -1,4 +1,4 @@
-"""The first call of a model's first block: its kernels are compiled side by side."""
+"""Kernels are compiled side by side: those of a transformer's first block at its first call, a decoder's before it."""
 
 from __future__ import annotations
 
@@ -45,15 +45,21 @@ class Rehearsal:
 
     def route(self, operator: Operator, args: tuple[Any, ...]) -> Route:
         """The reference; and the kernel that is to be proved for these arguments is noted."""
-
-        def take(plan: Plan, args: tuple[Any, ...]) -> None:
-            self._launches.setdefault((id(plan.kernel), plan.signature(args)), (plan, args))
-
         layout = operator.name, _layout(args)
         if layout not in self._seen:  # a battery's first family takes 5 ms
             self._seen.add(layout)
-            operator.rehearse(take, args)
+            operator.rehearse(self._take, args)
         return Route(operator.reference, COMPILING)
+
+    def dry(self, operator: Any, args: tuple[Any, ...]) -> Any:
+        """What a call of this operator returns, without values; and its kernel is noted. Nothing is computed.
+
+        For a forward of which the forms alone matter. ValueError where the call would not be fused.
+        """
+        return operator.dry(self._take, *args)
+
+    def _take(self, plan: Plan, args: tuple[Any, ...]) -> None:
+        self._launches.setdefault((id(plan.kernel), plan.signature(args)), (plan, args))
 
     def __call__(self, forward: Callable[[], Any]) -> Any:
         if not self._unnoticed():
@@ -64,11 +70,12 @@ class Rehearsal:
             result = forward()
         for site in self._sites:
             site.rehearsal = None
-        self._compile(list(self._launches.values()))
+        self.compile()
         return result
 
-    def _compile(self, launches: list[tuple[Plan, tuple[Any, ...]]]) -> None:
-        waiting = iter(launches)
+    def compile(self) -> None:
+        """Compile what was noted."""
+        waiting = iter(list(self._launches.values()))
         for number, (plan, args) in enumerate(waiting):
             start = time.perf_counter()
             with contextlib.suppress(Exception):  # it shows again where the kernel is proved
@@ -84,9 +91,10 @@ class Rehearsal:
     def _unnoticed(self) -> bool:
         if any(site.strict for site in self._sites) or next(around(), None) is not None:
             return False
-        return self._compiles()
+        return self.compiles()
 
-    def _compiles(self) -> bool:
+    def compiles(self) -> bool:
+        """Whether there is something to compile, and nothing against it."""
         block = self._block()
         on_a_gpu = block is not None and next(block.parameters()).is_cuda
         return on_a_gpu and not torch.cuda.is_current_stream_capturing()

@@ -81,7 +81,7 @@ class Site:
             if route.tier not in self.tiers:
                 self.tiers.add(str(route.tier))
         elif route.reason is not COMPILING:
-            self.fall(route.reason)
+            self.fall(route.reason, route.lasts)
         result = route.run(*args)
         for observe in self.observers:
             observe(self, operator, route, args, result)
@@ -89,8 +89,8 @@ class Site:
             timer.stop(self.name, args[0], start)
         return result
 
-    def fall(self, reason: str) -> None:
-        """Note a call that is not fused, or raise where that is not wanted."""
+    def fall(self, reason: str, lasts: bool = True) -> None:
+        """Note a call that is not fused, or raise where that is not wanted. `lasts`: `Route.lasts`."""
         if self.strict:
             raise NotFused(f"{self.name}: {reason}")
         with _counting:  # a reason's first call runs Python, where another thread may come in between

@@ -1,10 +1,10 @@
 """The convolutional decoder of LTX-2's video autoencoder: what its convolutions do not do themselves.
 
 The decoder is a row of resnets and upsamplers, each a convolution or two with elementwise ops around it. Between two
-convolutions stands one operator (`ops/pixel_norm.py`), and from the first to the last of them all volumes lie in
-channels_last_3d, as cuDNN's kernels take them (`ops/convolution.py`). Weights stay as and where they are. None of the
-decoder's modules is called but its first convolution and the embedders of a timestep, so the host's own forward runs
-where one of them has a hook, or is not the host's own.
+convolutions stands one operator (`ops/pixel_norm.py`, `depth_to_space.py`), and from the first to the last of them all
+volumes lie in channels_last_3d, as cuDNN's kernels take them (`convolution.py`). Weights stay as and where they are.
+None of the decoder's modules is called but its first convolution and the embedders of a timestep, so the host's own
+forward runs where one of them has a hook, or is not the host's own.
 
 diffusers and ltx-core have this decoder, with other names and other ops around it: `diffusers_vae.py` and
 `ltx_core_vae.py` derive from `VideoDecoder`.
@@ -12,7 +12,9 @@ diffusers and ltx-core have this decoder, with other names and other ops around 
 
 from __future__ import annotations
 
-from collections import Counter
+import logging
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,25 +23,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.core.conditions import runnable
+from bitfuse.core import proof
+from bitfuse.core.conditions import around, capturing, runnable
+from bitfuse.core.originals import rerouted
+from bitfuse.core.volumes import laid
 from bitfuse.hosts.ltx2 import why_gradient
 from bitfuse.hosts.part import Model, Part, compiled_sentence
 from bitfuse.hosts.rehearsal import Rehearsal
 from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import Entry, calls_of, of_operators
 from bitfuse.ops.convolution import CONVOLUTION
-from bitfuse.ops.pixel_norm import (
-    PIXEL_NORM_SILU_PAD,
-    RESIDUAL_PAD,
-    RESIDUAL_PIXEL_NORM_SILU_PAD,
-    UNPATCHIFY,
-    UPSAMPLE,
-    laid,
-)
+from bitfuse.ops.depth_to_space import UNPATCHIFY, UPSAMPLE
+from bitfuse.ops.pixel_norm import PIXEL_NORM_SILU_PAD, RESIDUAL_PAD, RESIDUAL_PIXEL_NORM_SILU_PAD
 from bitfuse.run.swap import compiled, hooked, named
 
-# Height and width of the volume on which kernels are compiled: 512 positions, added up by ATen as in larger volumes
-_SMALL = (16, 32)
+_log = logging.getLogger("bitfuse")
+
+_SHAPES_KEPT = 1024  # that are known to be the host's own forward's, or to have their kernels
 _OPERATORS = (PIXEL_NORM_SILU_PAD, RESIDUAL_PIXEL_NORM_SILU_PAD, RESIDUAL_PAD, UPSAMPLE, UNPATCHIFY)
 
 # The functions of PyTorch that a decoder's forward leaves out, or calls with other arguments than the host does, and
@@ -117,23 +117,56 @@ class LaidOtherwise(Exception):
     """The host's own volumes would not be contiguous after the first convolution: why."""
 
 
+@dataclass
+class DecoderSite(Site):
+    """A site of a decoder.
+
+    here    what its sites share, for each thread: `falls`, in a decode, lists (reason, `Route.lasts`) of each call in
+            it of an operator that ran PyTorch's chain; `dry`, in a decode without values, stands in for the calls
+    """
+
+    here: Any = None
+
+    def fall(self, reason: str, lasts: bool = True) -> None:
+        super().fall(reason, lasts)
+        falls = getattr(self.here, "falls", None)
+        if falls is not None and self.operator != CONVOLUTION.name:  # one that is the host's own costs little
+            falls.append((reason, lasts))
+
+
+@dataclass
+class Refusal:
+    """That the host's own forward runs for latents of a shape, since an operator was not fused: why, and until when.
+
+    Beside fused operators the PyTorch chain of one costs more than the host's own decoder, for the changes of layout.
+
+    state       what the operators' answers hang on (`VideoDecoder._state`): where that has changed they are asked again
+    patience    when to ask again in any case, as an error of the moment stood in the way (no memory); None: never
+    """
+
+    reason: str
+    state: tuple[Any, ...]
+    patience: proof.Patience | None = None
+
+
 class VideoDecoder(Part):
     """Base of what stands in place of the forward of a host's decoder.
 
     named_sites    its sites by their names in it
-    refused        by shape of the latents: why the host's own forward runs for them, since an operator was not fused.
-                   Beside the fused ones its PyTorch chain costs more than the host's own, for the changes of layout
+    refused        by shape of the latents: why the host's own forward runs for them
     """
 
-    __slots__ = ("_rehearsed", "named_sites", "refused")
+    __slots__ = ("_here", "_rehearsed", "named_sites", "refused")
     kind = "decoder"
     names: Names
     whose: str  # "diffusers'"
 
     def __init__(self, decoder: Any, model: Model, sites: dict[str, Site]):
         super().__init__(decoder, model, tuple(sites.values()))
-        self.named_sites, self._rehearsed = sites, False
-        self.refused: dict[torch.Size, str] = {}
+        self.named_sites = sites
+        self._rehearsed: dict[torch.Size, bool] = {}  # shapes of the first volume whose kernels were compiled
+        self._here = next((site.here for site in sites.values() if isinstance(site, DecoderSite)), threading.local())
+        self.refused: dict[torch.Size, Refusal] = {}
 
     # -- what a host says of its own decoder --
 
@@ -194,7 +227,7 @@ class VideoDecoder(Part):
         raise NotImplementedError
 
     def draws(self, decoder: Any) -> bool:
-        """Whether it draws random numbers, which would be others if it were begun again."""
+        """Whether it draws random numbers."""
         resnets = (module for stage in self.stages(decoder) for _, module in stage.steps)
         return any(getattr(module, "per_channel_scale1", None) is not None for module in resnets)
 
@@ -233,7 +266,10 @@ class VideoDecoder(Part):
         if reason is not None:
             shared.handle.sites.append(Site("decoder", PIXEL_NORM_SILU_PAD.name, reason))
             return
-        sites = {name: Site(f"decoder.{name}", operator) for name, operator in cls.sites_of(decoder)}
+        here = threading.local()
+        sites: dict[str, Site] = {
+            name: DecoderSite(f"decoder.{name}", operator, here=here) for name, operator in cls.sites_of(decoder)
+        }
         shared.handle.sites += sites.values()
         shared.handle.put(decoder, cls(decoder, shared, sites))
 
@@ -244,8 +280,28 @@ class VideoDecoder(Part):
         if not isinstance(x, Tensor) or x.ndim != 5:
             return f"{given} is no tensor of five dimensions"
         reason = self.why_not_given(decoder, x) or why_gradient(decoder, args, kwargs)
-        reason = reason or next(runnable({given: x}), None) or self._why_not_own(decoder)
-        return reason or self._why_not_as_it_was(decoder) or self.refused.get(x.shape)
+        if not x.is_meta:  # where nothing is computed, and each site tells what would be (`bitfuse explain`)
+            reason = reason or next(runnable({given: x}), None)
+        reason = reason or self._why_not_own(decoder)
+        return reason or self._why_not_as_it_was(decoder) or self._why_refused(decoder, x, args, kwargs)
+
+    def _why_refused(self, decoder: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        refusal = self.refused.get(x.shape)
+        if refusal is None:
+            return None
+        waits = refusal.patience is None or refusal.patience.waiting
+        return refusal.reason if waits and refusal.state == self._state(decoder, args, kwargs) else None
+
+    def _state(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """What the way that an operator's call goes may hang on: arguments, weights, settings and hooks. 3 ms."""
+        given = [*args, *(kwargs[name] for name in sorted(kwargs))]
+        modules = tuple(
+            (id(module), hooked(module), _form(getattr(module, "eps", None)), module.training)
+            for module in decoder.modules()
+        )
+        found = (*decoder.named_parameters(remove_duplicate=False), *decoder.named_buffers(remove_duplicate=False))
+        weights = tuple((name, _form(weight)) for name, weight in found)
+        return (tuple(map(_form, given)), modules, weights, rerouted(True), rerouted(False))
 
     def _why_not_as_it_was(self, decoder: Any) -> str | None:
         """The decoder may have more resnets by now than it had when it was taken over."""
@@ -331,48 +387,79 @@ class VideoDecoder(Part):
     # -- the forward --
 
     def fused(self, module: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._rehearsed:
-            self._rehearsed = True
-            self._rehearse(module, *args, **kwargs)
-        before = self._fallen()
+        falls: list[tuple[str, bool]] = []
+        states = self._random_states(module, args, kwargs)
+        self._here.falls, start, found = falls, time.perf_counter(), None
         try:
             found = self.decoded(module, *args, **kwargs)
-            if (fallen := self._fallen() - before).total():
-                because = f"partly fused, the decoder is slower than {self.whose} own; not fused: {next(iter(fallen))}"
-                self.refused[self._given(args, kwargs).shape] = because
-            return found
         except LaidOtherwise as otherwise:
             reason = str(otherwise)
         except torch.OutOfMemoryError:
-            if self.draws(module):  # the random numbers of another try would be others
-                raise
-            # a proof holds more at once than the host's own forward does
+            # the chain of an operator that is not fused holds more at once than the host's own forward does
             reason = "the device ran out of memory in the fused decoder"
+            falls[:] = [(reason, False)]
+        finally:
+            self._here.falls = None
+        self._refuse(module, args, kwargs, falls, time.perf_counter() - start)
+        if found is not None:
+            return found
+        for generator, state in states:  # the host's own forward draws the same numbers again
+            generator.set_state(state)
         self.fall(reason)
         return self.stock(*args, **kwargs)
+
+    def _random_states(
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[tuple[torch.Generator, Tensor]]:
+        """What this decode may draw numbers from, and the states before it. A graph's capture has states of its own."""
+        x = self._given(args, kwargs)
+        if not self.draws(decoder) or capturing(x):
+            return []
+        own = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)]
+        return [(generator, generator.get_state()) for generator in (own, *given)]
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[0] if args else kwargs.get(self.names.given)
 
-    def _fallen(self) -> Counter[str]:
-        """Calls of operators that ran PyTorch's chain so far, by the reason. A convolution that does costs little."""
-        sites = [site for site in self.sites if site.operator != CONVOLUTION.name]
-        found: Counter[str] = Counter()
-        for site in sites:
-            found.update(site.fallen)
-        return found
-
-    def _rehearse(self, decoder: Any, *args: Any, **kwargs: Any) -> None:
-        """Compile the kernels side by side, as they are found in a decode of one small frame of zeros.
-
-        One after the other 15 kernels took 8 s (H200, 2026-11-29). None of the decoder's modules is called.
-        """
-        given, strict = self._given(args, kwargs), any(site.strict for site in self.sites)
-        if not given.is_cuda or strict or self.conditioned(decoder) or self.draws(decoder):
+    def _refuse(
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], falls: list[tuple[str, bool]], seconds: float
+    ) -> None:
+        """Note whether the host's own forward runs for latents of this shape, given what fell just now, and how long
+        that decode took."""
+        shape = self._given(args, kwargs).shape
+        earlier = self.refused.pop(shape, None)
+        if not falls:
             return
-        shape = 1, decoder.conv_in.conv.out_channels, 1, *_SMALL
-        small, causal = given.new_zeros(shape, dtype=torch.bfloat16), self.causal(decoder, *args, **kwargs)
-        Rehearsal(decoder, self.sites)(lambda: self.after_first(decoder, small, None, causal))
+        because = f"partly fused, the decoder is slower than {self.whose} own; not fused: {falls[0][0]}"
+        refusal = Refusal(because, self._state(decoder, args, kwargs))
+        if not all(lasts for _, lasts in falls):
+            refusal.patience = (earlier and earlier.patience) or proof.Patience()
+            refusal.patience.failed(proof.Verdict(False, because, seconds=seconds, final=False))
+        proof.remember(self.refused, shape, refusal, _SHAPES_KEPT)
+
+    def _rehearse(self, decoder: Any, volume: Tensor, causal: bool) -> None:
+        """Compile the kernels for a volume of this shape side by side, found in a decode without values.
+
+        One after the other 19 kernels took 11 s (121 frames of 1536x1024, H200, 2026-11-29). None of the decoder's
+        modules is called, nothing is launched but a copy of the first volume, and it holds what a fused decode does.
+        """
+        if volume.shape in self._rehearsed or self.conditioned(decoder) or self.draws(decoder):
+            return
+        proof.remember(self._rehearsed, volume.shape, True, _SHAPES_KEPT)
+        rehearsal = Rehearsal(decoder, ())
+        if next(around(), None) is not None or not rehearsal.compiles():
+            return
+        self._here.dry = rehearsal.dry
+        try:
+            self.after_first(decoder, volume, None, causal)
+        except torch.AcceleratorError:
+            raise
+        except Exception:  # why something can't be fused is said where it is proved, and memory may do for that
+            _log.debug("the kernels of a decoder could not be found beforehand", exc_info=True)
+        finally:
+            self._here.dry = None
+        rehearsal.compile()
 
     def after_first(
         self, decoder: Any, volume: Tensor, timestep: Any, causal: bool, generator: torch.Generator | None = None
@@ -384,6 +471,8 @@ class VideoDecoder(Part):
         """
         if (reason := _why_laid_otherwise(volume)) is not None:
             raise LaidOtherwise(reason)
+        if getattr(self._here, "dry", None) is None:
+            self._rehearse(decoder, volume, causal)
         pending = Pending(laid(volume))
         del volume
         for stage in self.stages(decoder):
@@ -444,7 +533,18 @@ class VideoDecoder(Part):
         return Pending(y, *bias)
 
     def _call(self, name: str, operator: Any, *args: Any) -> Any:
-        return self.named_sites[name].call(operator, *args)
+        dry = getattr(self._here, "dry", None)
+        return self.named_sites[name].call(operator, *args) if dry is None else dry(operator, args)
+
+
+def _form(value: Any) -> Any:
+    """Of a tensor what a layout holds of it; of anything else its class, and a plain value itself."""
+    if not isinstance(value, Tensor):
+        return type(value), value if isinstance(value, (bool, int, float, str)) else None
+    try:
+        return type(value), value.dtype, value.device, value.shape, value.stride(), value.data_ptr() % 16
+    except (RuntimeError, NotImplementedError):  # it has no memory of its own
+        return type(value), value.dtype, value.device, value.shape
 
 
 def _why_called(name: str, module: Any, kind: type) -> str | None:

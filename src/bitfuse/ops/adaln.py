@@ -1,6 +1,6 @@
 """Adaptive layer norm (AdaLN) between the matmuls of a block: residual add, RMSNorm and modulation, in one row kernel.
 
-    x'  = x + y * gate * mask             residual, each factor optional; x' is stored
+    x'  = x + y * gate * mask             residual, each factor optional, or one addcmul; x' is stored
     n   = x' / rms(x')                    RMSNorm, or none; without weight, but in LTX-2.5's decoder
     out = n * (1 + scale) + shift         modulation: none, one, or two of the same n
 
@@ -11,16 +11,20 @@ timestep's value, which is how the hosts form it. Each operator is exact versus 
     modulate                              diffusers 0.38-0.42.1, ltx-core: text keys and values of LTX-2.3 and 2.5
     layer_norm_modulate                   diffusers 0.37-0.42.1, ltx-core: output norm, whose LayerNorm ATen runs
     gated_residual                        diffusers 0.37-0.42.1, ltx-core, SGLang: where no norm follows
+    gated_residual_addcmul                ComfyUI 0.20.1-0.30.0: the same
     rms_norm_modulate_*                   the norms of a block's input
     residual_rms_norm_modulate_*          the residual add and the norm that follows it, with at most one modulation
     residual_rms_norm_modulate_twice_*    the same with two, for the attentions between video and audio
     residual_rms_norm_modulate_weighted   diffusers 0.42.1: the blocks of LTX-2.5's diffusion decoder
+    residual_addcmul_rms_norm_modulate_*  ComfyUI 0.20.1-0.30.0: the residual as one addcmul, and the norm after it
 
-`native` is one call of `F.rms_norm` (ltx-core, SGLang); `composed` is diffusers' own norm of seven ops; `weighted` is
-one call of `F.rms_norm` with a weight (`torch.nn.RMSNorm`).
+`native` is one call of `F.rms_norm` (ltx-core, SGLang, ComfyUI); `composed` is diffusers' own norm of seven ops;
+`weighted` is one call of `F.rms_norm` with a weight (`torch.nn.RMSNorm`).
 
 Roundings, in order, all to x's dtype:
     r1  table + gate          r2  y * gate       r3  y * mask        r4  x + y
+        `addcmul` has neither r2 nor r3: r4 is x + y * gate in fp32, rounded there once where the running torch's
+        addcmul fuses, else product and then sum; then to x's dtype. 23 % of bf16 outputs differ from r2 and r4
     r5  x' * rstd, or weight * (x' * rstd), where rstd = rsqrt.approx(mean square + eps) in fp32, mean square in ATen's
         order: LAYER_NORM for `native` and `weighted`, MEAN for `composed` (`bitfuse.core.reduction`)
     r6  table + scale, table + shift      r7  1 + scale      r8  n * (1 + scale)      r9  ... + shift
@@ -41,7 +45,7 @@ from torch import Tensor
 from bitfuse.core.conditions import FLOATS, HALVES, fitting, on_meta, plain, runnable
 from bitfuse.core.kernel import kernel, power_of_2
 from bitfuse.core.launch import ROW_WARPS, Out, Plan, in_vectors, named, outputs_like, rows_per_program, strides
-from bitfuse.core.numerics import round_to
+from bitfuse.core.numerics import addcmul_fuses, multiply_add, round_to
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.reduction import GIVEN, LAYER_NORM, MEAN, layer_norm_lanes, mean_lanes, row_rstd
 
@@ -62,6 +66,10 @@ def residual_sum(x: Tensor, y: Tensor, gate: Tensor | None, gate_table: Tensor |
     if mask is not None:
         y = y * mask  # r3
     return x + y  # r4
+
+
+def addcmul_sum(x: Tensor, y: Tensor, gate: Tensor, gate_table: Tensor | None) -> Tensor:
+    return torch.addcmul(x, y, gate if gate_table is None else gate_table + gate)  # r1, r4
 
 
 def native(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
@@ -99,12 +107,20 @@ def gated_residual(
     return residual_sum(x, y, gate, gate_table, mask)
 
 
+def gated_residual_addcmul(x: Tensor, y: Tensor, gate: Tensor, gate_table: Tensor | None = None) -> Tensor:
+    """x + y * gate by one addcmul: ComfyUI's residual add, which it writes into x (`x.addcmul_(y, table + gate)`).
+
+    Arguments as in `gated_residual`. Here the sum is a new tensor.
+    """
+    return addcmul_sum(x, y, gate, gate_table)
+
+
 def modulate(
     x: Tensor, scale: Tensor, shift: Tensor, scale_table: Tensor | None = None, shift_table: Tensor | None = None
 ) -> Tensor:
     """x * (1 + scale) + shift, rounded after every op: the text's modulation in LTX-2.3 and 2.5.
 
-    x               [B, T, D], contiguous
+    x               [B, T, D], columns next to each other: ComfyUI's text is a slice of a wider tensor's columns
     scale, shift    [B or 1, T or 1, D], columns next to each other
     scale_table, shift_table    [D], added to scale and shift first; None: they are complete
     """
@@ -233,6 +249,19 @@ def residual_rms_norm_modulate_weighted(
     return x, modulated(native(x, eps, weight), scale, shift, scale_table, shift_table)
 
 
+def residual_addcmul_rms_norm_modulate_native(
+    x: Tensor, y: Tensor, gate: Tensor, gate_table: Tensor | None = None,
+    scale: Tensor | None = None, shift: Tensor | None = None,
+    scale_table: Tensor | None = None, shift_table: Tensor | None = None, eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(x', n or its modulation): residual add by one addcmul, then `F.rms_norm`: ComfyUI's blocks.
+
+    Arguments as in `residual_rms_norm_modulate_native`, without a mask.
+    """
+    x = addcmul_sum(x, y, gate, gate_table)
+    return x, modulated(native(x, eps), scale, shift, scale_table, shift_table)
+
+
 def rms_norm_modulate_native(
     x: Tensor,
     scale: Tensor,
@@ -263,6 +292,9 @@ def rms_norm_modulate_composed(
     return modulated(composed(x, eps), scale, shift, scale_table, shift_table)
 
 
+ADDCMUL = (gated_residual_addcmul, residual_addcmul_rms_norm_modulate_native)
+"""The references whose residual is one addcmul."""
+
 # -- the kernel --------------------------------------------------------------------------------------------------------
 
 
@@ -273,19 +305,26 @@ def _adaln_kernel(
     scale2_ptr, shift2_ptr, scale2_table_ptr, shift2_table_ptr,
     rstd_ptr, sum_ptr, out_ptr, out2_ptr,
     rows, tokens, eps,
-    gate_batch: tl.int64, gate_token: tl.int64, mask_batch: tl.int64,
+    x_batch: tl.int64, x_token: tl.int64, gate_batch: tl.int64, gate_token: tl.int64, mask_batch: tl.int64,
     scale_batch: tl.int64, scale_token: tl.int64, shift_batch: tl.int64, shift_token: tl.int64,
     scale2_batch: tl.int64, scale2_token: tl.int64, shift2_batch: tl.int64, shift2_token: tl.int64,
     N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr, LANES: tl.constexpr,
+    APART: tl.constexpr, ADDCMUL: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """A program takes ROWS rows. What is None, and a norm whose ORDER is "none", leaves no code."""
+    """A program takes ROWS rows. What is None, and a norm whose ORDER is "none", leaves no code.
+
+    APART    the rows of x have strides of their own; all others follow each other
+    """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row, batch, token, start, lane, inside, here = tile_of_rows(rows, tokens, N, WIDTH, ROWS)
-    x = tl.load(x_ptr + start + lane, mask=here, other=0.0).to(tl.float32)
+    x_at = start
+    if APART:
+        x_at = batch * x_batch + token * x_token
+    x = tl.load(x_ptr + x_at + lane, mask=here, other=0.0).to(tl.float32)
     if y_ptr is not None:
         x = add_residual(
             x, y_ptr, gate_ptr, gate_table_ptr, mask_ptr, sum_ptr, start,
-            batch * gate_batch + token * gate_token, batch * mask_batch, lane, inside, here, dtype,
+            batch * gate_batch + token * gate_token, batch * mask_batch, lane, inside, here, ADDCMUL, FUSED, dtype,
         )  # fmt: skip
     if out_ptr is not None:
         n = x
@@ -329,16 +368,20 @@ def tile_of_rows(rows, tokens, N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.co
 @kernel
 def add_residual(
     x, y_ptr, gate_ptr, gate_table_ptr, mask_ptr, sum_ptr, start, gate_at, mask_at, lane, inside, here,
-    DTYPE: tl.constexpr,
+    ADDCMUL: tl.constexpr, FUSED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """x + y * gate * mask, rounded after every op, stored and handed back."""
+    """x + y * gate * mask, rounded after every op, or ADDCMUL, stored and handed back."""
     y = tl.load(y_ptr + start + lane, mask=here, other=0.0).to(tl.float32)
-    if gate_ptr is not None:
+    if ADDCMUL:
         gate = load_ada(gate_ptr, gate_table_ptr, gate_at, lane, here, DTYPE)  # r1
-        y = round_to(y * gate, DTYPE)  # r2
-    if mask_ptr is not None:
-        y = round_to(y * tl.load(mask_ptr + mask_at, mask=inside, other=0.0).to(tl.float32), DTYPE)  # r3
-    x = round_to(x + y, DTYPE)  # r4
+        x = round_to(multiply_add(y, gate, x, FUSED), DTYPE)  # r4
+    else:
+        if gate_ptr is not None:
+            gate = load_ada(gate_ptr, gate_table_ptr, gate_at, lane, here, DTYPE)  # r1
+            y = round_to(y * gate, DTYPE)  # r2
+        if mask_ptr is not None:
+            y = round_to(y * tl.load(mask_ptr + mask_at, mask=inside, other=0.0).to(tl.float32), DTYPE)  # r3
+        x = round_to(x + y, DTYPE)  # r4
     tl.store(sum_ptr + start + lane, x.to(DTYPE), mask=here)
     return x
 
@@ -382,7 +425,7 @@ def _plan(
 ) -> Plan:
     """A launch over the rows of x: each tensor goes to the kernel's pointer of its name.
 
-    x_slot    the pointer for x itself; None where the kernel does not read it
+    x_slot    the pointer for x itself; None where the kernel does not read it (its rows are then ATen's, contiguous)
     added     those for what the plan adds to the call's tensors: its extras and witnesses
     """
     given = named(reference, args)
@@ -392,13 +435,18 @@ def _plan(
     lanes = mean_lanes(batch * tokens, width) if order == MEAN else layer_norm_lanes(width)
     gate, scale, shift, scale2, shift2 = (_row_strides(given.get(name), x) for name in VALUES)
     mask, _ = _row_strides(given.get("mask"), x)
+    apart = x_slot is not None and not x.is_contiguous()
+    own = _row_strides(x, x) if apart else (0, 0)
+    constants = {"N": width, "WIDTH": power_of_2(width), "ROWS": per_program, "ORDER": order, "LANES": lanes}
+    addcmul = reference in ADDCMUL
+    fused = addcmul and bool(addcmul_fuses(x.device, x.dtype))
     tensors = (x_slot if name == "x" else f"{name}_ptr" for name in given if name != "eps")
     outputs = (out for of, out in (("y", "sum_ptr"), ("scale", "out_ptr"), ("scale2", "out2_ptr")) if of in given)
     return Plan(
         _adaln_kernel,
         (-(-batch * tokens // per_program), 1, 1),
-        (batch * tokens, tokens, given.get("eps", 0.0), *gate, mask, *scale, *shift, *scale2, *shift2),
-        {"N": width, "WIDTH": power_of_2(width), "ROWS": per_program, "ORDER": order, "LANES": lanes},
+        (batch * tokens, tokens, given.get("eps", 0.0), *own, *gate, mask, *scale, *shift, *scale2, *shift2),
+        {**constants, "APART": apart, "ADDCMUL": addcmul, "FUSED": fused},
         ROW_WARPS,
         outputs_like(on_meta(reference, *args)),
         slots=(*tensors, *added, *outputs),
@@ -444,8 +492,15 @@ def statistic(*args: Any, reference: Callable[..., Any], rstd: Rstd) -> tuple[Te
     given = named(reference, args)
     x = given["x"]
     if "y" in given:
-        x = residual_sum(x, given["y"], *(given.get(name) for name in ("gate", "gate_table", "mask")))
+        x = given_sum(given, reference)
     return (rstd(x, given["eps"], given.get("weight")),)
+
+
+def given_sum(given: dict[str, Any], reference: Callable[..., Any]) -> Tensor:
+    """The residual sum of named arguments, by the reference's own step."""
+    step: Callable[..., Tensor] = addcmul_sum if reference in ADDCMUL else residual_sum
+    names = ("x", "y", "gate", "gate_table") if reference in ADDCMUL else ("x", "y", "gate", "gate_table", "mask")
+    return step(*(given.get(name) for name in names))
 
 
 def rstd_native(x: Tensor, eps: float, weight: Tensor | None) -> Tensor:
@@ -474,14 +529,18 @@ def _why_not(*args: Any, reference: Callable[..., Any], dtypes: tuple[torch.dtyp
             reasons.append(f"{name} is {t.dtype} and x {x.dtype}; they must have one dtype")
         if t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1:
             reasons.append(f"the columns of {name} are {t.stride(-1)} elements apart; accepted: next to each other")
-    for name in ("x", "y"):
+    for name in ("y",) if reference is modulate else ("x", "y"):
         if name in tensors and not tensors[name].is_contiguous():
             reasons.append(f"{name} is not contiguous: its strides are {tensors[name].stride()}")
     if x.ndim and (x.shape[-1] % 128 or x.shape[-1] > MAX_WIDTH):
         reasons.append(f"x is {x.shape[-1]} wide; accepted: multiples of 128 up to {MAX_WIDTH}")
     if x.ndim and x.numel() // max(1, x.shape[-1]) >= 2**31:
         reasons.append(f"x {list(x.shape)} needs a larger grid than one launch has")
+    if not reasons and not x.is_contiguous() and not on_meta(reference, *args).is_contiguous():
+        reasons.append(f"the rows of x do not lie in the order of its batch and tokens: its strides are {x.stride()}")
     yield from reasons
+    if not reasons and reference in ADDCMUL and addcmul_fuses(x.device, x.dtype) is None:
+        yield f"addcmul on {x.device} rounds neither once nor twice, so no kernel here equals it"
 
 
 def _misfits(given: dict[str, Any]) -> Iterator[str]:
@@ -534,7 +593,8 @@ _native = partial(_normed, source="ltx-core, SGLang: F.rms_norm", order=LAYER_NO
 _composed = partial(_normed, source="diffusers 0.37-0.42.1: normalization.RMSNorm", order=MEAN, rstd=rstd_composed)
 
 GATED_RESIDUAL = _operator(gated_residual, "diffusers 0.37-0.42.1, ltx-core, SGLang: residual + output * gate")
-MODULATE = _operator(modulate, "diffusers 0.38-0.42.1, ltx-core: text keys and values")
+GATED_RESIDUAL_ADDCMUL = _operator(gated_residual_addcmul, "ComfyUI 0.20.1-0.30.0: x.addcmul_(output, gate)")
+MODULATE = _operator(modulate, "diffusers 0.38-0.42.1, ltx-core, ComfyUI 0.30.0: text keys and values")
 LAYER_NORM_MODULATE = _operator(
     layer_norm_modulate, "diffusers 0.37-0.42.1, ltx-core: output norm", Tier("ATen's LayerNorm", _layer_norm_plan)
 )
@@ -544,6 +604,9 @@ RESIDUAL_RMS_NORM_MODULATE_TWICE_NATIVE = _native(residual_rms_norm_modulate_twi
 RESIDUAL_RMS_NORM_MODULATE_TWICE_COMPOSED = _composed(residual_rms_norm_modulate_twice_composed)
 RESIDUAL_RMS_NORM_MODULATE_WEIGHTED = _native(
     residual_rms_norm_modulate_weighted, source="diffusers 0.42.1: the blocks of LTX-2.5's diffusion decoder"
+)
+RESIDUAL_ADDCMUL_RMS_NORM_MODULATE_NATIVE = _native(
+    residual_addcmul_rms_norm_modulate_native, source="ComfyUI 0.20.1-0.30.0: x.addcmul_(output, gate), F.rms_norm"
 )
 RMS_NORM_MODULATE_NATIVE = _native(rms_norm_modulate_native)
 RMS_NORM_MODULATE_COMPOSED = _composed(rms_norm_modulate_composed)

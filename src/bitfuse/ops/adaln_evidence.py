@@ -15,23 +15,39 @@ from bitfuse.core.emulated import layer_norm_mean_square, mean_mean_square
 from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed, fold_mutants
 from bitfuse.core.launch import Plan, named
 from bitfuse.core.reduction import LAYER_NORM, MEAN
-from bitfuse.core.values import ROW_FAMILIES, battery_shape, lookalike
+from bitfuse.core.values import ROW_FAMILIES, battery_shape, lookalike, significands, signs
 from bitfuse.ops import adaln
-from bitfuse.ops.adaln import VALUES, Rstd, modulated, residual_sum, rstd_composed, rstd_native, statistic
+from bitfuse.ops.adaln import ADDCMUL, VALUES, Rstd, given_sum, modulated, rstd_composed, rstd_native, statistic
 
 # -- what a wrong kernel trips over ------------------------------------------------------------------------------------
 
 
-def battery(*args: Any, names: tuple[str, ...], few: bool = False) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def _overflowing(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """y * gate around 2^128, x infinite or the largest value: a product of bf16 is exact in fp32 but for these, so only
+    here does an addcmul that rounds once differ from one that rounds the product and then the sum."""
+    n = torch.Size(shape).numel()
+    sign = signs(n, generator).view(shape)
+    if what == "mask":
+        return torch.ones(shape, device=generator.device)
+    if what != "x":
+        return sign * significands(dtype, n, generator).float().view(shape) * 2.0**63
+    largest = torch.tensor([1.0, torch.finfo(dtype).max, float("inf")], device=generator.device)
+    return sign * largest[torch.randint(3, shape, generator=generator, device=generator.device)]
+
+
+def battery(
+    *args: Any, names: tuple[str, ...], few: bool = False, addcmul: bool = False
+) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(family, arguments) with the same signature as `args`, which have these names. few: `battery_shape`.
 
     In the last family the strides are as dense as those of `args` allow; in the others each operand whose strides
-    the kernel is given has others than the rest.
+    the kernel is given has others than the rest. An x whose rows are apart has them apart in every family.
     """
     x = args[0]
     batch, tokens = battery_shape(x.shape[0], x.shape[1], few)
     generator = torch.Generator(x.device).manual_seed(21)
-    for family, draw in ROW_FAMILIES.items():
+    families = ROW_FAMILIES | ({"overflowing products": _overflowing} if addcmul else {})
+    for family, draw in families.items():
         found: list[Any] = []
         for place, (arg, name) in enumerate(zip(args, names, strict=False)):
             if not isinstance(arg, Tensor):
@@ -44,6 +60,7 @@ def battery(*args: Any, names: tuple[str, ...], few: bool = False) -> Iterator[t
             )
             drawn = draw(name if name in ("x", "y", "mask") else "value", shape, x.dtype, generator)
             strided = family != "special rows" and name in (*VALUES, "mask")
+            strided = strided or (name == "x" and not arg.is_contiguous())
             found.append(lookalike(arg, drawn.to(x.dtype), place + 1 if strided else 0))
         yield family, tuple(found)
 
@@ -60,6 +77,7 @@ class AdalnCase:
     with_tables, with_gate, with_mask, with_modulation    whether what is optional is there
     mask_step          a mask is every so many elements of a tensor
     misaligned         x and y start one element after a multiple of 16 bytes
+    apart              x is the second of three parts, of as many columns each, of a wider tensor
 
     The weight of a norm that has one is near 1.
     """
@@ -77,6 +95,7 @@ class AdalnCase:
     mask_step: int = 1
     with_modulation: bool = True
     misaligned: bool = False
+    apart: bool = False
     dtype: torch.dtype = torch.bfloat16
     real: bool = False
 
@@ -103,12 +122,17 @@ class AdalnCase:
                 given[name] = values.unflatten(-1, (self.ada_rows, -1))[:, :, taken]
                 given[f"{name}_table"] = tables[taken] if self.with_tables else None
         given |= {name: rows() for name in ("x", "y") if name in given}
+        if self.apart:
+            given["x"] = normal(self.batch, t, 3 * self.width).split(self.width, dim=-1)[1]
         if self.with_mask and "mask" in given:
             flags = (torch.arange(self.batch, device=device) % 2).to(self.dtype)
             given["mask"] = flags.repeat_interleave(self.mask_step)[:: self.mask_step, None, None]
         if "weight" in given:
             given["weight"] = 1 + normal(self.width, scale=0.1)
         return tuple(given.values())
+
+
+_SLICED = "ComfyUI: text, a slice of a wider tensor's columns"
 
 
 def cases(reference: Callable[..., Any], dtypes: tuple[torch.dtype, ...]) -> tuple[AdalnCase, ...]:
@@ -140,6 +164,13 @@ def cases(reference: Callable[..., Any], dtypes: tuple[torch.dtype, ...]) -> tup
         case("fp16", 37, 384, dtype=torch.float16),
         case("fp32", 37, 384, dtype=torch.float32),
     ]
+    if reference is adaln.modulate:
+        found += [
+            case(_SLICED, 1024, 4096, ada_rows=2, apart=True, real=True),
+            case("rows apart", 21, 384, batch=2, apart=True),
+            case("rows apart, one token", 1, 256, batch=3, apart=True),
+            case("rows apart, per token", 13, 256, batch=2, per_token=True, apart=True),
+        ]
     if "weight" in named(reference, ()):  # LTX-2.5's diffusion decoder in place of the transformers: 768x512x121
         found = [c for c in found if not c.real]
         found = [
@@ -181,6 +212,23 @@ _RESIDUAL = (
     Mutant("the gated y not rounded", ((_GATED, "y = y * gate"),), harmless_for=_FP32),
     Mutant("y * gate and the sum fused", ((_GATED, "y = y"), (_ADDED, "x = round_to(tl.fma(y, gate, x), DTYPE)"))),
 )
+_FUSED_SUM = "x = round_to(multiply_add(y, gate, x, FUSED), DTYPE)"
+_RESIDUAL_ADDCMUL = (
+    Mutant(
+        "y * gate rounded before the sum",
+        ((_FUSED_SUM, "x = round_to(x + round_to(y * gate, DTYPE), DTYPE)"),),
+        harmless_for=_FP32,
+    ),
+    Mutant(
+        "two roundings where addcmul has one, or one for two",
+        (("gate, x, FUSED)", "gate, x, not FUSED)"),),
+        harmless_for=_FP16,
+    ),
+    Mutant("the gate left out", ((_FUSED_SUM, "x = round_to(x + y, DTYPE)"),)),
+)
+_ADDCMUL_NORMED = (
+    Mutant("the sum not rounded before the norm", ((_FUSED_SUM, "x = multiply_add(y, gate, x, FUSED)"),)),
+)
 _RESIDUAL_BARE = (_flushed("y = tl.load(y_ptr + start + lane, mask=here, other=0.0).to(tl.float32)", "y"),)
 _RESIDUAL_NORMED = (Mutant("the sum not rounded before the norm", ((_ADDED, "x = x + y"),)),)
 _WEIGHTED = "n = round_to(weight * (x * rstd), dtype)"
@@ -198,14 +246,17 @@ _NORM = (
 # -- what the compiler makes of it -------------------------------------------------------------------------------------
 
 
-def _audit(residual: bool, order: str | None, modulations: int) -> Audit:
+def _audit(reference: Callable[..., Any], order: str | None) -> Audit:
     """Rows of 4096 on 128 threads, so 32 elements each, 8 at a time.
 
     For each: in a norm its square, the addition of that, x * rstd; in a modulation two tables added, 1 + scale,
-    + shift, and one product; in a residual the gate's table, the product, the sum. Of the fp32 additions of a norm the
-    first, to zero, is gone. Per thread, LAYER_NORM: 5 + 2 folds, + eps. MEAN: 3 between the sums of a lane, 5 folds,
-    + eps, and 1/N. The row is read once more for the statistic, in vectors of 4 or one by one.
+    + shift, and one product; in a residual the gate's table, the product, the sum, and with addcmul one fma and one
+    rounding for the last two. Of the fp32 additions of a norm the first, to zero, is gone. Per thread, LAYER_NORM:
+    5 + 2 folds, + eps. MEAN: 3 between the sums of a lane, 5 folds, + eps, and 1/N. The row is read once more for the
+    statistic, in vectors of 4 or one by one.
     """
+    names, addcmul = named(reference, ()), reference in ADDCMUL
+    residual, modulations = "y" in names, ("scale" in names) + ("scale2" in names)
     added, multiplied = 4 * modulations + 2 * residual, modulations + residual
     counts = {"add.rn.f32": added, "mul.rn.f32": multiplied, "cvt.rn.bf16.f32": added + multiplied}
     loads, stores = {16: 4 * (1 + 4 * modulations + 3 * residual)}, {16: 4 * (modulations + residual)}
@@ -219,6 +270,13 @@ def _audit(residual: bool, order: str | None, modulations: int) -> Audit:
         else:
             loads[2] = 32
             once |= {"add.rn.f32": 3 + 5 + 1 - 1, "cvt.rn.f32.s32": 1, "cvt.rn.f32.s64": 1, "mul.rn.f32": 1}
+    if addcmul:
+        counts |= {
+            "add.rn.f32": counts["add.rn.f32"] - 1,
+            "mul.rn.f32": counts["mul.rn.f32"] - 1,
+            "cvt.rn.bf16.f32": counts["cvt.rn.bf16.f32"] - 1,
+            "fma.rn.f32": 1,
+        }
     return Audit("video, 768x512x121", counts, per_thread=once, results=32, loads=loads, stores=stores)
 
 
@@ -251,7 +309,7 @@ def _emulated(*args: Any, reference: Callable[..., Any], rstd: Rstd) -> Any:
     x = given["x"]
     sums: tuple[Tensor, ...] = ()
     if "y" in given:
-        x = residual_sum(x, given["y"], *(given.get(name) for name in ("gate", "gate_table", "mask")))
+        x = given_sum(given, reference)
         sums = (x,)
     n, weight = x.float() * rstd(x, given["eps"], given.get("weight")), given.get("weight")
     n = (n if weight is None else weight.float() * n).to(x.dtype)
@@ -278,14 +336,15 @@ def _evidence(
     order: str | None = None,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
     audit: Audit | None = None,
+    further: tuple[Audit, ...] = (),
     **more: Any,
 ) -> Evidence:
     names = tuple(named(reference, ()))
     return Evidence(
-        battery=partial(battery, names=names, few=order == MEAN),
+        battery=partial(battery, names=names, few=order == MEAN, addcmul=reference in ADDCMUL),
         cases=cases(reference, dtypes),
         mutants=(*mutants, *_EVERY),
-        audits=(audit or _audit("y" in names, order, ("scale" in names) + ("scale2" in names)),),
+        audits=(audit or _audit(reference, order), *further),
         retiled=retiled,
         steps=steps,
         **more,
@@ -294,17 +353,17 @@ def _evidence(
 
 def _normed(reference: Callable[..., Any], order: str, rstd: Rstd, emulated: Rstd) -> Evidence:
     names = named(reference, ())
-    residual, gated, weighted = ("y" in names), ("gate" in names), ("weight" in names)
+    residual, gated, weighted, addcmul = "y" in names, "gate" in names, "weight" in names, reference in ADDCMUL
     divided: tuple[str, ...] = ("quotient",) if order == LAYER_NORM else ()
     return _evidence(
         reference,
-        ("norm", "rsqrt", *divided, "modulation", *(("residual",) if residual else ())),
+        ("norm", "rsqrt", *divided, "modulation", *(("addcmul",) if addcmul else ("residual",) if residual else ())),
         (
             *fold_mutants(order),
             *(_NORM_WEIGHTED if weighted else _NORM),
             *_MODULATED,
-            *(_RESIDUAL if gated else ()),
-            *(_RESIDUAL_NORMED if residual else ()),
+            *(_RESIDUAL_ADDCMUL if addcmul else _RESIDUAL if gated else ()),
+            *(_ADDCMUL_NORMED if addcmul else _RESIDUAL_NORMED if residual else ()),
         ),
         order,
         HALVES,
@@ -320,7 +379,15 @@ _composed = partial(_normed, order=MEAN, rstd=rstd_composed, emulated=_emulated_
 
 EVIDENCE: dict[str, Evidence] = {
     "gated_residual": _evidence(adaln.gated_residual, ("residual",), (*_RESIDUAL, *_RESIDUAL_BARE)),
-    "modulate": _evidence(adaln.modulate, ("modulation",), (*_MODULATED, *_MODULATED_BARE)),
+    "gated_residual_addcmul": _evidence(
+        adaln.gated_residual_addcmul, ("addcmul",), (*_RESIDUAL_ADDCMUL, *_RESIDUAL_BARE)
+    ),
+    "modulate": _evidence(
+        adaln.modulate,
+        ("modulation",),
+        (*_MODULATED, *_MODULATED_BARE),
+        further=(replace(_audit(adaln.modulate, None), case=_SLICED),),
+    ),
     "layer_norm_modulate": _evidence(adaln.layer_norm_modulate, ("modulation", "norm"), _MODULATED),
     **{
         reference.__name__: evidence(reference)
@@ -330,6 +397,7 @@ EVIDENCE: dict[str, Evidence] = {
             (_native, adaln.residual_rms_norm_modulate_twice_native),
             (_composed, adaln.residual_rms_norm_modulate_twice_composed),
             (_native, adaln.residual_rms_norm_modulate_weighted),
+            (_native, adaln.residual_addcmul_rms_norm_modulate_native),
             (_native, adaln.rms_norm_modulate_native),
             (_composed, adaln.rms_norm_modulate_composed),
         )

@@ -12,8 +12,8 @@ the results lie is ours. Exact versus diffusers 0.37-0.42.1, `autoencoder_kl_ltx
     pixel_norm_silu_pad             between the two convolutions of a resnet, and before the first and the last one
     residual_pixel_norm_silu_pad    from a resnet to the next: the sum is handed on, too
     residual_pad                    from a resnet to an upsampler, which has no norm
-    upsample                        after the convolution of an upsampler: channels to pixels, then its residual
-    unpatchify                      after the last convolution: channels to pixels of the video
+
+What follows an upsampler's convolution and the last one is in `depth_to_space.py`.
 
 Roundings, in order, all to bf16:
     r1  y + bias      r2  noise * its scale     r3  ... + noise      r4  ... + residual
@@ -26,7 +26,6 @@ subnormals are kept.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -35,19 +34,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.core.conditions import fitting, plain, runnable
-from bitfuse.core.kernel import interpreting, kernel, power_of_2
-from bitfuse.core.launch import Out, Plan, named, strides
+from bitfuse.core.kernel import kernel, power_of_2
+from bitfuse.core.launch import Plan, named, strides
 from bitfuse.core.numerics import added_number, divide, round_to, silu, square_root
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.reduction import vector_places
 from bitfuse.core.volume_mean import Order, factor, fold_blocks, order_of
+from bitfuse.core.volumes import WARPS, channels_last, elements, laid, pieces, steps, why_not_volumes
 
 if TYPE_CHECKING:
     import triton.language as tl
-
-CHANNELS_LAST = torch.channels_last_3d
-_WIDEST = 1 << 15  # channels
 
 # -- the references' steps ---------------------------------------------------------------------------------------------
 
@@ -73,21 +69,10 @@ def normed(x: Tensor, mean: Tensor, scale: Tensor | None, shift: Tensor | None, 
     return F.silu(n)  # r13
 
 
-def pixels_of(x: Tensor, frames: int, height: int, width: int) -> Tensor:
-    """Channels to pixels: [B, C * frames * height * width, D, H, W] -> [B, C, D * frames, H * height, W * width]."""
-    x = x.unflatten(1, (-1, frames, height, width))
-    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
-
-
 def padded(x: Tensor, front: int, back: int, edge: int) -> Tensor:
     first, last = x[:, :, :1].repeat(1, 1, front, 1, 1), x[:, :, -1:].repeat(1, 1, back, 1, 1)
     x = torch.cat([first, x, last], dim=2)
     return F.pad(x, (edge, edge, edge, edge, 0, 0), mode="reflect") if edge else x
-
-
-def laid(x: Tensor) -> Tensor:
-    """x, dense in channels_last_3d. Not by that name: inside of vmap PyTorch knows no layout but the contiguous one."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 # -- references --------------------------------------------------------------------------------------------------------
@@ -154,38 +139,6 @@ def residual_pad(
 ) -> Tensor:
     """x, padded: from the end of a resnet to the convolution of an upsampler. Arguments as in the operators above."""
     return laid(padded(convolved(y, bias, noise, noise_scale) + residual.contiguous(), front, back, edge))  # r4
-
-
-def upsample(y: Tensor, residual: Tensor | None, bias: Tensor | None, frames: int, height: int, width: int) -> Tensor:
-    """Channels to pixels, and the upsampler's residual: after the convolution of an upsampler.
-
-    y           [B, C * K, D, H, W] in channels_last_3d, where K = frames * height * width
-    residual    [B, R * K, D, H, W] with R a divisor of C, its channels side by side: its pixels are added to those of
-                y, again and again over the channels; None: there is none
-    bias        [C * K]; None: y has it already
-    frames, height, width    how many pixels a pixel becomes in each direction, together a power of two
-
-    Returns [B, C, D * frames - (frames - 1), H * height, W * width] in channels_last_3d: the first frames - 1 frames
-    are dropped.
-    """
-    x = pixels_of(convolved(y, bias, None, None), frames, height, width)[:, :, frames - 1 :]
-    if residual is None:
-        return laid(x)
-    more = pixels_of(residual.contiguous(), frames, height, width)
-    return laid(x + more.repeat(1, x.shape[1] // more.shape[1], 1, 1, 1)[:, :, frames - 1 :])  # r4
-
-
-def unpatchify(y: Tensor, bias: Tensor | None, frames: int, patch: int) -> Tensor:
-    """The video from the decoder's last convolution: each pixel of y becomes `frames` patches of patch x patch pixels.
-
-    y       [B, C * frames * patch * patch, D, H, W] in channels_last_3d
-    bias    as many channels
-    Returns [B, C, D * frames, H * patch, W * patch], contiguous. The first of the two patch indices of a channel is
-    that of the width.
-    """
-    x = convolved(y, bias, None, None)
-    x = x.unflatten(1, (-1, frames, patch, patch))
-    return x.permute(0, 1, 5, 2, 6, 4, 7, 3).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 # -- the kernels -------------------------------------------------------------------------------------------------------
@@ -328,103 +281,9 @@ def store_x(
     tl.store(out_ptr + out_at + channel, x.to(DTYPE), mask=here)
 
 
-@kernel(do_not_specialize=("pixels", "frames", "height", "width"))
-def _upsample_kernel(
-    y_ptr, residual_ptr, bias_ptr, out_ptr, pixels, frames, height, width,
-    residual_batch: tl.int64, residual_frame: tl.int64, residual_row: tl.int64, residual_pixel: tl.int64,
-    C: tl.constexpr, RESIDUAL: tl.constexpr, UP_FRAMES: tl.constexpr, UP_HEIGHT: tl.constexpr, UP_WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
-    """A program takes CHANNELS channels of what PIXELS pixels of y become. frames, height, width: of y."""
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    PARTS: tl.constexpr = UP_FRAMES * UP_HEIGHT * UP_WIDTH
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    w, rest = pixel % width, pixel // width
-    h, rest = rest % height, rest // height
-    d, batch = rest % frames, (rest // frames).to(tl.int64)
-    lane = tl.program_id(1) * (CHANNELS * PARTS) + tl.arange(0, CHANNELS * PARTS)[None, :]
-    here = (pixel < pixels)[:, None] & (lane < C * PARTS)
-    x = tl.load(y_ptr + pixel.to(tl.int64)[:, None] * (C * PARTS) + lane, mask=here, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        x = round_to(x + tl.load(bias_ptr + lane, mask=here, other=0.0).to(tl.float32), dtype)  # r1
-    if residual_ptr is not None:
-        residual_at = (batch * residual_batch + d.to(tl.int64) * residual_frame)[:, None]
-        residual_at += (h.to(tl.int64) * residual_row + w.to(tl.int64) * residual_pixel)[:, None]
-        if RESIDUAL % CHANNELS == 0:
-            first = tl.program_id(1) * (CHANNELS * PARTS) % (RESIDUAL * PARTS)
-            again = tl.multiple_of(first, CHANNELS * PARTS) + tl.arange(0, CHANNELS * PARTS)[None, :]
-        else:
-            again = lane % (RESIDUAL * PARTS)
-        x = x + tl.load(residual_ptr + residual_at + again, mask=here, other=0.0).to(tl.float32)  # r4
-    # a row for each of the pixels
-    x = tl.trans(tl.reshape(x.to(dtype), (PIXELS, CHANNELS, PARTS)), (0, 2, 1))
-    x = tl.reshape(x, (PIXELS * PARTS, CHANNELS))
-    row = tl.arange(0, PIXELS * PARTS)
-    pixel, part = tl.program_id(0) * PIXELS + row // PARTS, row % PARTS
-    w, rest = pixel % width * UP_WIDTH + part % UP_WIDTH, pixel // width
-    h, rest = rest % height * UP_HEIGHT + part // UP_WIDTH % UP_HEIGHT, rest // height
-    d, batch = rest % frames * UP_FRAMES + part // (UP_WIDTH * UP_HEIGHT) - (UP_FRAMES - 1), rest // frames
-    at = (batch.to(tl.int64) * (frames * UP_FRAMES - (UP_FRAMES - 1)) + d) * (height * UP_HEIGHT) + h
-    at = at * (width * UP_WIDTH) + w
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    there = ((pixel < pixels) & (d >= 0))[:, None] & (channel < C)
-    tl.store(out_ptr + at[:, None] * C + channel, x, mask=there)
-
-
-@kernel(do_not_specialize=("pixels", "height", "width"))
-def _unpatchify_kernel(
-    y_ptr, bias_ptr, out_ptr, pixels, frames, height, width,
-    C: tl.constexpr, ROWS: tl.constexpr, PATCH_FRAMES: tl.constexpr, PATCH: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
-    """A program takes PIXELS pixels of y with all their channels. frames, height, width: of y.
-
-    ROWS    a power of two, C * PATCH_FRAMES or more
-    """
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    USED: tl.constexpr = C * PATCH_FRAMES
-    EACH: tl.constexpr = PATCH * PATCH
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    channel = tl.arange(0, ROWS * EACH)[None, :]
-    here = (pixel < pixels)[:, None] & (channel < USED * EACH)
-    x = tl.load(y_ptr + pixel.to(tl.int64)[:, None] * (USED * EACH) + channel, mask=here, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        x = x + tl.load(bias_ptr + channel, mask=channel < USED * EACH, other=0.0).to(tl.float32)  # r1
-    # as the video has them: the rows of a patch, in each all pixels side by side
-    x = tl.trans(tl.reshape(x.to(dtype), (PIXELS, ROWS, PATCH, PATCH)), (1, 3, 0, 2))
-    x = tl.reshape(x, (ROWS * PATCH, PIXELS * PATCH))
-    row, column = tl.arange(0, ROWS * PATCH)[:, None], tl.arange(0, PIXELS * PATCH)[None, :]
-    patch, inner = row // PATCH, row % PATCH
-    pixel = tl.program_id(0) * PIXELS + column // PATCH
-    w, rest = pixel % width, pixel // width
-    h, rest = rest % height, rest // height
-    d, batch = rest % frames, (rest // frames).to(tl.int64)
-    at = (batch * C + patch // PATCH_FRAMES) * frames + d
-    at = (at * PATCH_FRAMES + patch % PATCH_FRAMES) * height + h
-    at = ((at * PATCH + inner) * width + w) * PATCH + column % PATCH
-    tl.store(out_ptr + at, x, mask=(pixel < pixels) & (patch < USED))
-
-
 # -- launches ----------------------------------------------------------------------------------------------------------
 
-_WARPS = 4
 _MOST_KEPT = 16  # pieces of CHANNELS in registers: with 32 a kernel takes 15 s to compile, and registers run out
-_UPSAMPLED_CHANNELS = 64
-# That a program reads at once, 8 bytes for each thread: with 16 the norms took 5 to 50 % longer, as fewer programs fit
-# on a multiprocessor (128, 256 and 512 channels, H200, 2026-11-29).
-_ELEMENTS = 512
-# The interpreter is fastest with few, large programs.
-_INTERPRETED_ELEMENTS = 1 << 14
-
-
-def _elements() -> int:
-    return _INTERPRETED_ELEMENTS if interpreting() else _ELEMENTS
-
-
-def channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Out:
-    """The form of a dense volume of this shape in channels_last_3d."""
-    _, channels, frames, height, width = shape
-    pixel, row, frame = channels, channels * width, channels * width * height
-    return Out(tuple(shape), (frame * frames, 1, frame, row, pixel), dtype)
 
 
 def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -> Plan | str:
@@ -446,7 +305,7 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
     channels_at_once = 4 * slots if norm and not given_mean else min(128, power_of_2(channels))
     whole = threads == slots and channels // order.halves % channels_at_once == 0
     kept = norm and not given_mean and whole and channels // channels_at_once <= _MOST_KEPT
-    per_program = max(1, (_elements() if norm else 8 * _elements()) // channels_at_once)
+    per_program = max(1, (elements() if norm else 8 * elements()) // channels_at_once)
     shape = (batch, channels, front + frames + back, height + 2 * edge, width + 2 * edge)
     pixels = batch * shape[2] * shape[3] * shape[4]
     outputs = [channels_last(shape, y.dtype)]
@@ -463,7 +322,7 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
         _pixel_kernel,
         (-(-pixels // per_program), 1, 1),
         (
-            *(pixels, frames, height, width, eps, factor(tuple(y.shape)), *_steps(residual)),
+            *(pixels, frames, height, width, eps, factor(tuple(y.shape)), *steps(residual)),
             *(*_value_strides(given.get("scale")), *_value_strides(given.get("shift"))),
         ),
         {
@@ -471,7 +330,7 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
             **{"FRONT": front, "BACK": back, "EDGE": edge, "NORM": norm},
             **{"HEIGHT": order.height, "BLOCKS": order.blocks, "SLOTS": slots, "HALVES": order.halves, "KEPT": kept},
         },
-        _WARPS,
+        WARPS,
         tuple(outputs),
         slots=(*_pointers(given), *added, *(("sum_ptr",) if len(outputs) > 1 else ()), "out_ptr"),
         **more,
@@ -486,11 +345,6 @@ def _pointers(given: dict[str, Any]) -> Iterator[str]:
 _TENSORS = ("y", "residual", "bias", "noise", "noise_scale", "scale", "shift")
 
 
-def _steps(residual: Tensor | None) -> tuple[int, ...]:
-    """(batch, frame, row, pixel) strides."""
-    return (0, 0, 0, 0) if residual is None else tuple(strides(residual)[dim] for dim in (0, 2, 3, 4))
-
-
 def _value_strides(value: Tensor | None) -> tuple[int, int]:
     """(batch, channel) strides of a scale or shift, 0 where one row serves all samples."""
     if value is None:
@@ -501,83 +355,32 @@ def _value_strides(value: Tensor | None) -> tuple[int, int]:
 
 def mean_of(*args: Any, reference: Callable[..., Any]) -> tuple[Tensor]:
     """The mean squares [B, 1, D, H, W] as the host has them."""
-    given = named(reference, args)
-    x = convolved(given["y"], given["bias"], given["noise"], given["noise_scale"])
-    return (mean_square(x if "residual" not in given else x + given["residual"].contiguous()),)
+    return (torch.mean(squares(named(reference, args)), dim=1, keepdim=True),)  # r6
 
 
-def _upsample_plan(
-    y: Tensor, residual: Tensor | None, bias: Tensor | None, frames: int, height: int, width: int
-) -> Plan:
-    batch, channels, *sides = y.shape
-    parts = frames * height * width
-    channels //= parts
-    channels_at_once = min(_UPSAMPLED_CHANNELS, power_of_2(channels))
-    per_program = max(1, 8 * _elements() // (channels_at_once * parts))
-    pixels = batch * sides[0] * sides[1] * sides[2]
-    shape = (batch, channels, sides[0] * frames - (frames - 1), sides[1] * height, sides[2] * width)
-    return Plan(
-        _upsample_kernel,
-        (-(-pixels // per_program), -(-channels // channels_at_once), 1),
-        (pixels, *sides, *_steps(residual)),
-        {
-            **{"C": channels, "RESIDUAL": 1 if residual is None else residual.shape[1] // parts},
-            **{"UP_FRAMES": frames, "UP_HEIGHT": height, "UP_WIDTH": width},
-            **{"CHANNELS": channels_at_once, "PIXELS": per_program},
-        },
-        _WARPS,
-        (channels_last(shape, y.dtype),),
-    )
+def squares(given: dict[str, Any]) -> Tensor:
+    """x^2, contiguous and whole, as ATen's order of additions hangs on its size; formed piece by piece."""
+    y = given["y"]
+    frames = list(pieces(y))
+    if len(frames) == 1:
+        return x_at(given, frames[0]) ** 2  # r5
+    found = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    for some in frames:
+        found[:, :, some] = x_at(given, some) ** 2  # r5
+    return found
 
 
-def _unpatchify_plan(y: Tensor, bias: Tensor | None, frames: int, patch: int) -> Plan:
-    batch, channels, depth, height, width = y.shape
-    colours = channels // (frames * patch * patch)
-    shape = (batch, colours, depth * frames, height * patch, width * patch)
-    pixels, rows = batch * depth * height * width, power_of_2(colours * frames)
-    per_program = max(1, 8 * _elements() // (rows * patch * patch))
-    return Plan(
-        _unpatchify_kernel,
-        (-(-pixels // per_program), 1, 1),
-        (pixels, depth, height, width),
-        {"C": colours, "ROWS": rows, "PATCH_FRAMES": frames, "PATCH": patch, "PIXELS": per_program},
-        _WARPS,
-        (Out(shape, torch.empty(shape, device="meta").stride(), y.dtype),),
-    )
+def x_at(given: dict[str, Any], frames: slice) -> Tensor:
+    """x in these frames, in the host's layout."""
+    x = convolved(given["y"][:, :, frames], given["bias"], given["noise"], given["noise_scale"])
+    return x + given["residual"][:, :, frames].contiguous() if "residual" in given else x  # r4
 
 
 # -- why a call can't be fused -----------------------------------------------------------------------------------------
 
 
 def _why_not(*args: Any, reference: Callable[..., Any]) -> Iterator[str]:
-    given = named(reference, args)
-    tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
-    y = given["y"]
-    if reasons := list(plain(tensors)):  # of which nothing further can be asked: inside of vmap, no layout
-        yield from (*reasons, *runnable(tensors))
-        return
-    reasons += fitting(reference, given, next(_misfits(given), None))
-    reasons += runnable(tensors)
-    for name, t in tensors.items():
-        if t.dtype != torch.bfloat16:
-            reasons.append(f"{name} is {t.dtype}; accepted: torch.bfloat16")
-    if y.ndim == 5 and not y.is_contiguous(memory_format=CHANNELS_LAST):
-        reasons.append(f"y is not dense in channels_last_3d: its strides are {y.stride()}")
-    residual = tensors.get("residual")
-    if residual is not None and residual.ndim == 5 and residual.shape[1] > 1 and residual.stride(1) != 1:
-        reasons.append(f"the channels of residual are {residual.stride(1)} elements apart; accepted: side by side")
-    for name in ("bias", "noise", "noise_scale"):
-        if name in tensors and not tensors[name].is_contiguous():
-            reasons.append(f"{name} is not contiguous: its strides are {tensors[name].stride()}")
-    if y.ndim == 5:
-        added = (given.get("front", 0) + given.get("back", 0), *[2 * given.get("edge", 0)] * 2)
-        pixels = y.shape[0] * math.prod(side + more for side, more in zip(y.shape[2:], added, strict=True))
-        reasons += [f"there are {pixels} pixels with the padding; accepted: below 2^31"] if pixels >= 2**31 else []
-        reasons += [f"y has {y.shape[1]} channels; accepted: up to {_WIDEST}"] if y.shape[1] > _WIDEST else []
-    yield from reasons
-
-
-_FACTORS = ("frames", "height", "width", "patch")
+    yield from why_not_volumes(reference, named(reference, args), _misfits)
 
 
 def _misfits(given: dict[str, Any]) -> Iterator[str]:
@@ -585,31 +388,12 @@ def _misfits(given: dict[str, Any]) -> Iterator[str]:
     if y.ndim != 5:
         yield f"y is {list(y.shape)}; accepted: [B, C, D, H, W], five dimensions"
         return
-    each = 1
-    for name in _FACTORS:
-        if name in given:
-            if given[name] < 1:
-                yield f"{name} is {given[name]}; accepted: 1 or more"
-                return
-            each *= given[name] ** (2 if name == "patch" else 1)
-    if y.shape[1] % each:
-        yield f"y has {y.shape[1]} channels; accepted: a multiple of {each}"
-        return
-    if each & (each - 1):
-        yield f"{' * '.join(name for name in _FACTORS if name in given)} is {each}; accepted: a power of two"
-    bias = given.get("bias")
-    if bias is not None and list(bias.shape) != [y.shape[1]]:
-        yield f"bias is {list(bias.shape)}; accepted: [{y.shape[1]}]"
     batch, channels, _, height, width = y.shape
-    residual = given.get("residual")
-    if residual is not None and "front" not in given:
-        like = residual.ndim == 5 and (residual.shape[0], *residual.shape[2:]) == (batch, *y.shape[2:])
-        if not like or not residual.shape[1] or residual.shape[1] % each or channels % residual.shape[1]:
-            yield f"residual is {list(residual.shape)}; accepted: y {list(y.shape)}, or with a part of its channels"
-    elif residual is not None and residual.shape != y.shape:
+    bias, residual = given["bias"], given.get("residual")
+    if bias is not None and list(bias.shape) != [channels]:
+        yield f"bias is {list(bias.shape)}; accepted: [{channels}]"
+    if residual is not None and residual.shape != y.shape:
         yield f"residual is {list(residual.shape)}; accepted: the shape of y, {list(y.shape)}"
-    if "front" not in given:
-        return
     for name in ("front", "back"):
         if given[name] < 0:
             yield f"{name} is {given[name]}; accepted: 0 or more"
@@ -646,15 +430,3 @@ def _operator(reference: Callable[..., Any], source: str) -> Operator:
 PIXEL_NORM_SILU_PAD = _operator(pixel_norm_silu_pad, "LTX2VideoResnetBlock3d, LTX2VideoCausalConv3d")
 RESIDUAL_PIXEL_NORM_SILU_PAD = _operator(residual_pixel_norm_silu_pad, "from one LTX2VideoResnetBlock3d to the next")
 RESIDUAL_PAD = _operator(residual_pad, "from LTX2VideoResnetBlock3d to LTX2VideoUpsampler3d")
-UPSAMPLE = Operator(
-    upsample,
-    "diffusers 0.37-0.42.1: LTX2VideoUpsampler3d, after its convolution",
-    why_not=partial(_why_not, reference=upsample),
-    tiers=(Tier("single pass", _upsample_plan),),
-)
-UNPATCHIFY = Operator(
-    unpatchify,
-    "diffusers 0.37-0.42.1: LTX2VideoDecoder3d, after its last convolution",
-    why_not=partial(_why_not, reference=unpatchify),
-    tiers=(Tier("single pass", _unpatchify_plan),),
-)

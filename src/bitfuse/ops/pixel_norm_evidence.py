@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitfuse.core.bits import Part
 from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed
 from bitfuse.core.launch import Plan, named
 from bitfuse.core.values import ROW_FAMILIES, lookalike
-from bitfuse.core.volume_mean import emulated_mean, order_of
+from bitfuse.core.volume_mean import as_if, emulated_mean, order_of
+from bitfuse.core.volumes import laid, pieces
 from bitfuse.ops import pixel_norm
-from bitfuse.ops.pixel_norm import convolved, laid, normed, padded
+from bitfuse.ops.pixel_norm import normed, padded, squares, x_at
 
 BF16 = torch.bfloat16
 
@@ -26,21 +29,14 @@ _LEAST = 1 << 14  # elements of a battery's volume
 _MANY = 1 << 28  # elements of a volume of which only few families are tried
 
 
-def _battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(family, arguments): a small volume where ATen adds up its channels in the same order, else one as large."""
     given = named(reference, args)
     y = given["y"]
-    batch, channels, *own = y.shape
-    order = order_of(tuple(y.shape), y.element_size(), y.device)
-    few, sides = min(batch, 2), own
-    for some in _SMALL if "eps" in given else _SMALL[-1:]:
-        frames = some[0] * -(-_LEAST // (few * channels * torch.Size(some).numel()))
-        alike = min(own) > 1  # a side of 1 has no stride of its own, and looks like no other
-        if "eps" in given:
-            alike = alike and order_of((few, channels, frames, *some[1:]), y.element_size(), y.device) == order
-        if alike:
-            batch, sides = few, [frames, *some[1:]]
-            break
+    batch, sides = y.shape[0], list(y.shape[2:])
+    if (small := _small(y, normed="eps" in given)) is not None:
+        batch, *sides = small
+    channels = y.shape[1]
     generator = torch.Generator(y.device).manual_seed(23)
     for family, draw in _FAMILIES.items():
         if batch * channels * torch.Size(sides).numel() > _MANY and family not in ("live", "absorption"):
@@ -52,6 +48,38 @@ def _battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, t
                 for name, arg in given.items()
             ),
         )
+
+
+def _small(y: Tensor, normed: bool) -> tuple[int, ...] | None:
+    """(samples, frames, height, width) of a small volume that looks like y, and whose channels ATen adds up in the same
+    order where they are normed; None: there is none.
+
+    A side of 1 has no stride of its own and looks like no other, so it stays 1.
+    """
+    batch, channels, *own = y.shape
+    order = order_of(tuple(y.shape), y.element_size(), y.device)
+    longest = next((dim for dim in range(3) if own[dim] > 1), None)
+    if longest is None:
+        return None
+    for some in _SMALL if normed else _SMALL[-1:]:
+        sides = [1 if mine == 1 else side for mine, side in zip(own, some, strict=True)]
+        few = min(batch, 2)
+        sides[longest] *= -(-_LEAST // (few * channels * torch.Size(sides).numel()))
+        if not normed or order is None or order_of((few, channels, *sides), y.element_size(), y.device) == order:
+            return few, *sides
+    return None
+
+
+@contextlib.contextmanager
+def _as_one(*args: Any, reference: Callable[..., Any]) -> Iterator[bool]:
+    """So that small volumes stand for a large one that ATen adds up as no small one: some of 2^31 bytes, say."""
+    y = named(reference, args)["y"]
+    order = order_of(tuple(y.shape), y.element_size(), y.device)
+    if order is None or _small(y, normed=True) is not None:
+        yield False
+        return
+    with as_if(order):
+        yield y.is_cuda  # on a CPU, which adds up in an order of its own, ATen's stays what is asked for
 
 
 def _near_eps(what: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -85,14 +113,9 @@ def _drawn(name: str, like: Tensor, draw: Any, batch: int, sides: list[int], gen
 # -- on a CPU, whose ATen adds up channels in another order ------------------------------------------------------------
 
 
-def _x_of(given: dict[str, Any]) -> Tensor:
-    x = convolved(given["y"], given["bias"], given["noise"], given["noise_scale"])
-    return x + given["residual"].contiguous() if "residual" in given else x
-
-
 def _mean(*args: Any, reference: Callable[..., Any], emulated: bool) -> tuple[Tensor]:
     """The mean squares in fp32, before they are rounded: by ATen, or in CUDA's order."""
-    square = _x_of(named(reference, args)) ** 2
+    square = squares(named(reference, args))
     if not emulated:
         return (torch.mean(square, dim=1, keepdim=True, dtype=torch.float32),)
     order = order_of(tuple(square.shape), square.element_size(), square.device)
@@ -102,11 +125,42 @@ def _mean(*args: Any, reference: Callable[..., Any], emulated: bool) -> tuple[Te
 
 def _emulated(*args: Any, reference: Callable[..., Any]) -> Any:
     given = named(reference, args)
-    x = _x_of(given)
+    x = x_at(given, slice(None))
     (mean,) = _mean(*args, reference=reference, emulated=True)
     n = normed(x, mean.to(x.dtype), given["scale"], given["shift"], given["eps"])
     out = laid(padded(n, given["front"], given["back"], given["edge"]))
     return (laid(x), out) if "residual" in given else out
+
+
+# -- the references, piece by piece ------------------------------------------------------------------------------------
+
+
+def _means(square: Tensor) -> tuple[Tensor, Tensor]:
+    """ATen's mean over channels as the host has it, and in fp32."""
+    mean = torch.mean(square, dim=1, keepdim=True)
+    return mean, torch.mean(square, dim=1, keepdim=True, dtype=torch.float32)
+
+
+def _parts(*args: Any, reference: Callable[..., Any], witness: bool = False) -> Iterator[Part]:
+    """Frames at a time, by the references' own steps; the mean by ATen of the whole volume."""
+    given = named(reference, args)
+    front, back, edge = given["front"], given["back"], given["edge"]
+    whole, mean, number = slice(None), None, 0
+    if "eps" in given:
+        mean, exact = _means(squares(given))
+        if witness:
+            yield 0, (whole,), exact
+            number = 1
+    for some in pieces(given["y"]):
+        x = x_at(given, some)
+        if mean is not None and "residual" in given:
+            yield number, (whole, whole, some), laid(x)
+        if mean is not None:
+            x = normed(x, mean[:, :, some], given["scale"], given["shift"], given["eps"])
+        first, last = some.start == 0, some.stop == given["y"].shape[2]
+        place = slice(0 if first else front + some.start, front + some.stop + (back if last else 0))
+        out = laid(padded(x, front if first else 0, back if last else 0, edge))
+        yield number + (mean is not None and "residual" in given), (whole, whole, place), out
 
 
 # -- geometries --------------------------------------------------------------------------------------------------------
@@ -184,22 +238,6 @@ _LEVELS = ((1024, (16, 24, 16)), (512, (31, 48, 32)), (256, (61, 96, 64)), (128,
 def _cases(reference: Callable[..., Any]) -> tuple[PixelCase, ...]:
     case = partial(PixelCase, reference=reference)
     names = named(reference, ())
-    if "patch" in names:
-        return (
-            case(name="768x512x121", channels=3, sides=(121, 192, 128), real=True),
-            case(name="small", channels=3, sides=(3, 4, 6), batch=2),
-            case(name="one colour, patches of 2, no bias", channels=1, sides=(2, 3, 5), patch=2, with_bias=False),
-        )
-    if "height" in names:
-        return (
-            *(
-                case(name=f"768x512x121, {channels} channels", channels=channels, sides=sides, real=True, inside=True)
-                for channels, sides in ((512, (16, 24, 16)), (256, (31, 48, 32)), (128, (61, 96, 64)))
-            ),
-            case(name="small", channels=16, sides=(3, 4, 6), batch=2),
-            case(name="time alone, no residual", channels=48, sides=(3, 4, 6), up=(2, 1, 1), repeats=0),
-            case(name="height and width, no bias", channels=32, sides=(2, 3, 5), up=(1, 2, 2), with_bias=False),
-        )
     found = [
         *(
             case(name=f"768x512x121, {channels} channels", channels=channels, sides=sides, real=True)
@@ -268,24 +306,6 @@ _NOISE = (
         ("noise = round_to(noise * noise_scale, DTYPE)", "noise = noise * noise_scale"),),
            case="small, modulated, with noise"),
 )  # fmt: skip
-_UPSAMPLED = (
-    Mutant("y + bias not rounded", (
-        ("x = round_to(x + tl.load(bias_ptr + lane, mask=here, other=0.0).to(tl.float32), dtype)",
-         "x = x + tl.load(bias_ptr + lane, mask=here, other=0.0).to(tl.float32)"),)),
-    Mutant("height and width exchanged", (
-        ("part % UP_WIDTH, pixel // width", "part // UP_WIDTH % UP_HEIGHT, pixel // width"),
-        ("part // UP_WIDTH % UP_HEIGHT, rest // height", "part % UP_WIDTH, rest // height"),)),
-    Mutant("channels of a part apart", (
-        ("tl.trans(tl.reshape(x.to(dtype), (PIXELS, CHANNELS, PARTS)), (0, 2, 1))",
-         "tl.reshape(x.to(dtype), (PIXELS, PARTS, CHANNELS))"),)),
-    Mutant("the residual's channels in a row", (("again = tl.multiple_of(first, CHANNELS * PARTS) +", "again = 0 +"),),
-           case="768x512x121, 512 channels"),
-)  # fmt: skip
-_UNPATCHED = (
-    Mutant("height and width of a patch exchanged", (
-        ("(PIXELS, ROWS, PATCH, PATCH)), (1, 3, 0, 2)", "(PIXELS, ROWS, PATCH, PATCH)), (1, 2, 0, 3)"),)),
-    Mutant("no bias", (("x = x + tl.load(bias_ptr", "x = x + 0 * tl.load(bias_ptr"),)),
-)  # fmt: skip
 
 
 def _retiled(plan: Plan) -> Iterable[Plan]:
@@ -296,21 +316,25 @@ def _retiled(plan: Plan) -> Iterable[Plan]:
         yield replace(plan, grid=grid, constants={**plan.constants, "PIXELS": per_program})
 
 
-def _evidence(
+def evidence(
     reference: Callable[..., Any],
+    cases: tuple[PixelCase, ...],
     mutants: tuple[Mutant, ...],
     steps: tuple[str, ...],
     audits: tuple[Audit, ...] = (),
+    parts: Callable[..., Iterator[Part]] | None = None,
 ) -> Evidence:
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"parts": parts or partial(_parts, reference=reference)}
     if "eps" in named(reference, ()):
-        more = {
+        more |= {
+            "as_one": partial(_as_one, reference=reference),
             "emulated": partial(_emulated, reference=reference),
             "witness": partial(_mean, reference=reference, emulated=False),
             "emulated_witness": partial(_mean, reference=reference, emulated=True),
         }
-    battery = partial(_battery, reference=reference)
-    return Evidence(battery, _cases(reference), mutants, audits, retiled=_retiled, steps=steps, **more)
+    return Evidence(
+        partial(battery, reference=reference), cases, mutants, audits, retiled=_retiled, steps=steps, **more
+    )
 
 
 # -- what the compiler makes of it -------------------------------------------------------------------------------------
@@ -337,29 +361,34 @@ def _audit(residual: bool) -> Audit:
     )
 
 
-def _sums(case: str, summands: int, **accesses: Any) -> Audit:
+def sums(case: str, summands: int, **accesses: Any) -> Audit:
     """Sums of 32 elements for each thread, each rounded."""
     return Audit(case, {"add.rn.f32": summands, "cvt.rn.bf16.f32": summands}, results=32, **accesses)
 
 
-_PADDED_SUMS = _sums("768x512x121, 128 channels", 2, loads={16: 12}, stores={16: 4})
-_UPSAMPLED_SUMS = _sums("768x512x121, 128 channels", 2, loads={16: 12}, stores={16: 4})
-_PATCHES = _sums("768x512x121", 1, loads={16: 5}, stores={8: 8})
+_PADDED_SUMS = sums("768x512x121, 128 channels", 2, loads={16: 12}, stores={16: 4})
 
 _SUMMED = ("bias", "summands")
 _NORMED = (*_SUMMED, "norm", "root", "silu")
 
+_REFERENCES: dict[str, Callable[..., Any]] = {
+    "pixel_norm_silu_pad": pixel_norm.pixel_norm_silu_pad,
+    "residual_pixel_norm_silu_pad": pixel_norm.residual_pixel_norm_silu_pad,
+    "residual_pad": pixel_norm.residual_pad,
+}
+_MUTANTS = {
+    "pixel_norm_silu_pad": (*_PADDED, *_NORM, *_MODULATION, *_NOISE),
+    "residual_pixel_norm_silu_pad": (*_PADDED, *_ADDED, *_NORM, *_RESIDUAL_NORM),
+    "residual_pad": (*_PADDED, *_ADDED),
+}
+_STEPS = {"pixel_norm_silu_pad": _NORMED, "residual_pixel_norm_silu_pad": _NORMED, "residual_pad": _SUMMED}
+_AUDITS = {
+    "pixel_norm_silu_pad": _audit(False),
+    "residual_pixel_norm_silu_pad": _audit(True),
+    "residual_pad": _PADDED_SUMS,
+}
+
 EVIDENCE = {
-    "pixel_norm_silu_pad": _evidence(
-        pixel_norm.pixel_norm_silu_pad, (*_PADDED, *_NORM, *_MODULATION, *_NOISE), _NORMED, (_audit(False),)
-    ),
-    "residual_pixel_norm_silu_pad": _evidence(
-        pixel_norm.residual_pixel_norm_silu_pad,
-        (*_PADDED, *_ADDED, *_NORM, *_RESIDUAL_NORM),
-        _NORMED,
-        (_audit(True),),
-    ),
-    "residual_pad": _evidence(pixel_norm.residual_pad, (*_PADDED, *_ADDED), _SUMMED, (_PADDED_SUMS,)),
-    "upsample": _evidence(pixel_norm.upsample, _UPSAMPLED, ("bias",), (_UPSAMPLED_SUMS,)),
-    "unpatchify": _evidence(pixel_norm.unpatchify, _UNPATCHED, ("bias",), (_PATCHES,)),
+    name: evidence(reference, _cases(reference), _MUTANTS[name], _STEPS[name], (_AUDITS[name],))
+    for name, reference in _REFERENCES.items()
 }

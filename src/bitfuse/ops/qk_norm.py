@@ -1,12 +1,13 @@
 """RMSNorm over all heads of queries and keys, then their rotary embedding, both streams in one launch.
 
-n = weight * x / rms(x) over a row, which is all heads of a token; then n is turned by one of the four chains of
+n = weight * x / rms(x) over a row, which is all heads of a token; then n is turned by one of the chains of
 `rope.py`, or by none (in the attention to the text). A program takes rows of the queries or of the keys, by turns, so
 that the tables of a token are read from memory once and found in the cache the second time.
 
 Versus whom: `F.rms_norm` with a weight, as every LTX-2 host calls it on the projections to_q and to_k, and then
     fp32, none       diffusers 0.37-0.42.1: `LTX2AudioVideoAttnProcessor` and `LTX2PerturbedAttnProcessor`
-    per_op, none     Lightricks' ltx-core and SGLang: attention
+    per_op, none     Lightricks' ltx-core and SGLang: attention; ComfyUI 0.20 to 0.27, and from 0.30 on (split)
+    the others       ComfyUI from 0.30 on, by the version and the backend of comfy-kitchen
 
 Roundings, in order:
     r1          weight * (rstd * x), to x's dtype; rstd = rsqrt.approx(mean square + eps) in fp32
@@ -30,7 +31,7 @@ from torch import Tensor
 from bitfuse.core.conditions import FLOATS, HALVES, fitting, plain, runnable
 from bitfuse.core.kernel import kernel, power_of_2, triton_dtype
 from bitfuse.core.launch import ROW_WARPS, Out, Plan, in_vectors, named, rows_per_program, strides
-from bitfuse.core.numerics import addcmul_fuses, round_to
+from bitfuse.core.numerics import round_to
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.reduction import GIVEN, LAYER_NORM, row_rstd
 from bitfuse.ops import rope
@@ -94,6 +95,30 @@ def qk_rms_norm_interleaved_rotary_per_op(
     return _turned(rope.interleaved_rotary_per_op, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
 
 
+def qk_rms_norm_split_rotary_three_ops(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_cos: Tensor, q_sin: Tensor,
+    k_cos: Tensor | None = None, k_sin: Tensor | None = None, eps: float = 1e-6,
+) -> _Pair:  # fmt: skip
+    """(q, k), normed and turned: ComfyUI's attention with comfy-kitchen 0.2.26, eager, split."""
+    return _turned(rope.split_rotary_three_ops, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
+
+
+def qk_rms_norm_split_rotary_second_rounded(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_cos: Tensor, q_sin: Tensor,
+    k_cos: Tensor | None = None, k_sin: Tensor | None = None, eps: float = 1e-6,
+) -> _Pair:  # fmt: skip
+    """(q, k), normed and turned: ComfyUI's attention with comfy-kitchen on CUDA, sm_90 and newer, split."""
+    return _turned(rope.split_rotary_second_rounded, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
+
+
+def qk_rms_norm_interleaved_rotary_addcmul(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, q_cos: Tensor, q_sin: Tensor,
+    k_cos: Tensor | None = None, k_sin: Tensor | None = None, eps: float = 1e-6,
+) -> _Pair:  # fmt: skip
+    """(q, k), normed and turned: ComfyUI's attention with comfy-kitchen 0.2.26 to 0.2.40, eager, interleaved."""
+    return _turned(rope.interleaved_rotary_addcmul, q, k, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, eps)
+
+
 def _turned(
     turn: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor,
     q_cos: Tensor, q_sin: Tensor, k_cos: Tensor | None, k_sin: Tensor | None, eps: float,
@@ -108,6 +133,8 @@ _REFERENCES: tuple[Callable[..., _Pair], ...] = (
     qk_rms_norm,
     qk_rms_norm_split_rotary_per_op, qk_rms_norm_split_rotary_fp32,
     qk_rms_norm_interleaved_rotary_per_op, qk_rms_norm_interleaved_rotary_fp32,
+    qk_rms_norm_split_rotary_three_ops, qk_rms_norm_split_rotary_second_rounded,
+    qk_rms_norm_interleaved_rotary_addcmul,
 )  # fmt: skip
 CHAINS: dict[Callable[..., _Pair], Chain | None] = dict(zip(_REFERENCES, (None, *rope.CHAINS), strict=True))
 """Each reference, and the chain by which it turns."""
@@ -125,7 +152,7 @@ def _qk_rms_norm_rotary_kernel(
     k_cos_batch: tl.int64, k_cos_token: tl.int64, k_cos_head: tl.int64,
     k_sin_batch: tl.int64, k_sin_token: tl.int64, k_sin_head: tl.int64,
     N: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ORDER: tl.constexpr,
-    LANES: tl.constexpr, TURN: tl.constexpr, PRODUCT: tl.constexpr, FUSED: tl.constexpr,
+    LANES: tl.constexpr, TURN: tl.constexpr, FUSES: tl.constexpr, PRODUCT: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Even programs norm and turn ROWS rows of the queries, odd ones of the keys."""
     x_ptr, weight_ptr, rstd_ptr, out_ptr, rows, tokens = q_ptr, q_weight_ptr, q_rstd_ptr, q_out_ptr, q_rows, q_tokens
@@ -166,7 +193,7 @@ def _qk_rms_norm_rotary_kernel(
         rstd = row_rstd(x_ptr + start, rstd_ptr, row, rows, eps, N, ROWS, ORDER, LANES)
         n1 = round_to(w1 * (rstd * x1), dtype)  # r1
         n2 = round_to(w2 * (rstd * x2), dtype)  # r1
-        out1, out2 = turn_halves(n1, n2, c, s, PRODUCT, FUSED)  # r2, r3
+        out1, out2 = turn_halves(n1, n2, c, s, FUSES, PRODUCT, FUSED)  # r2, r3
         tl.store(out_ptr + start + first, out1.to(dtype), mask=here)  # r4
         tl.store(out_ptr + start + first + HALF, out2.to(dtype), mask=here)  # r4
     else:
@@ -178,7 +205,7 @@ def _qk_rms_norm_rotary_kernel(
         if TURN == "neighbours":
             c = tl.load(cos_ptr + cos_at + lane, mask=here, other=0.0).to(tl.float32)
             s = tl.load(sin_ptr + sin_at + lane, mask=here, other=0.0).to(tl.float32)
-            out = turn_neighbours(out, c, s, ROWS, WIDTH, PRODUCT)  # r2, r3
+            out = turn_neighbours(out, c, s, ROWS, WIDTH, FUSES, PRODUCT, FUSED)  # r2, r3
         tl.store(out_ptr + start + lane, out.to(dtype), mask=here)  # r4, or r1 as it is
 
 
@@ -194,10 +221,10 @@ def _plan(*args: Any, reference: Callable[..., _Pair], chain: Chain | None, orde
     width = q.shape[-1]
     per_program = rows_per_program(width)
     rows = [t.numel() // width for t in (q, k)]
-    turn, half, strides_of, product, fused = "none", width, [0] * 12, q.dtype, False
+    turn, fuses, half, strides_of, product, fused = "none", "none", width, [0] * 12, q.dtype, False
     if chain is not None:
         turn, product = "halves" if chain.split else "neighbours", chain.product(q)
-        fused = chain.split and bool(addcmul_fuses(q.device, product))
+        fuses, fused = chain.fuses, bool(chain.fused(q))
         half = given["q_cos"].shape[-1]
         tables = [(x, given[f"{side}_{name}"]) for side, x in (("q", q), ("k", k)) for name in ("cos", "sin")]
         strides_of = [n for x, table in tables for n in _table_strides(table, x, chain)]
@@ -209,6 +236,7 @@ def _plan(*args: Any, reference: Callable[..., _Pair], chain: Chain | None, orde
         "ORDER": order,
         "LANES": 128,
         "TURN": turn,
+        "FUSES": fuses,
         "PRODUCT": triton_dtype(product),
         "FUSED": fused,
     }
@@ -260,8 +288,9 @@ def _why_not(*args: Any, reference: Callable[..., _Pair], chain: Chain | None) -
         reasons += fitting(reference, given, _misfit(given, chain))
     reasons += runnable(tensors)
     q, width = given["q"], given["q"].shape[-1] if given["q"].ndim else 1
-    if q.dtype not in HALVES:
-        reasons.append(f"q is {q.dtype}; accepted: {', '.join(map(str, HALVES))}")
+    accepted = HALVES if chain is None else [d for d in HALVES if d in chain.dtypes]
+    if q.dtype not in accepted:
+        reasons.append(f"q is {q.dtype}; accepted: {', '.join(map(str, accepted))}")
     for name in ("k", "q_weight", "k_weight"):
         if given[name].dtype != q.dtype:
             reasons.append(f"{name} is {given[name].dtype} and q {q.dtype}; they must have one dtype")
@@ -274,16 +303,16 @@ def _why_not(*args: Any, reference: Callable[..., _Pair], chain: Chain | None) -
         tables = {name: t for name, t in tensors.items() if name.endswith(("_cos", "_sin"))}
         wanted = FLOATS if chain.in_fp32 else (q.dtype,)
         of_all = "one of torch.float32, torch.bfloat16, torch.float16 for all"
-        accepted = of_all if chain.in_fp32 else "q's dtype"
+        tables_accepted = of_all if chain.in_fp32 else "q's dtype"
         for name, t in tables.items():
             if t.dtype not in wanted or t.dtype != given["q_cos"].dtype:
-                reasons.append(f"{name} is {t.dtype}; accepted: {accepted}")
+                reasons.append(f"{name} is {t.dtype}; accepted: {tables_accepted}")
             if t.ndim and t.shape[-1] > 1 and t.stride(-1) != 1:
                 reasons.append(f"the last dimension of {name} has stride {t.stride(-1)}; accepted: 1")
     if (max(q.numel(), given["k"].numel()) // max(1, width)) >= 2**30:
         reasons.append(f"q {list(q.shape)} or k {list(given['k'].shape)} needs a larger grid than one launch has")
     yield from reasons
-    if not reasons and chain is not None and chain.split and addcmul_fuses(q.device, chain.product(q)) is None:
+    if not reasons and chain is not None and chain.fused(q) is None:
         yield f"addcmul on {q.device} rounds neither once nor twice, so no kernel here equals it"
 
 
@@ -310,10 +339,13 @@ def _misfit(given: dict[str, Any], chain: Chain | None) -> str | None:
 
 _DIFFUSERS = "diffusers 0.37-0.42.1: LTX2 attention processors"
 _LTX_CORE = "ltx-core, SGLang: attention"
+_COMFYUI = "ComfyUI 0.30.0: CrossAttention"
 
 
 def _operator(reference: Callable[..., _Pair], chain: Chain | None) -> Operator:
     source = f"{_DIFFUSERS}; {_LTX_CORE}" if chain is None else _DIFFUSERS if chain.in_fp32 else _LTX_CORE
+    if chain is not None and "comfy-kitchen" in chain.source:
+        source = f"{_COMFYUI}, {chain.source}"
     plan = partial(_plan, reference=reference, chain=chain)
     return Operator(
         reference,
@@ -326,6 +358,7 @@ def _operator(reference: Callable[..., _Pair], chain: Chain | None) -> Operator:
     )
 
 
-QK_RMS_NORM, QK_SPLIT_PER_OP, QK_SPLIT_FP32, QK_INTERLEAVED_PER_OP, QK_INTERLEAVED_FP32 = (
+QK_RMS_NORM, QK_SPLIT_PER_OP, QK_SPLIT_FP32, QK_INTERLEAVED_PER_OP, QK_INTERLEAVED_FP32, *_OF_KITCHEN = (
     _operator(reference, chain) for reference, chain in CHAINS.items()
 )
+QK_SPLIT_THREE_OPS, QK_SPLIT_SECOND_ROUNDED, QK_INTERLEAVED_ADDCMUL = _OF_KITCHEN

@@ -18,7 +18,7 @@ from bitfuse.core.reduction import LAYER_NORM
 from bitfuse.core.values import ROW_FAMILIES, battery_shape, lookalike
 from bitfuse.ops.qk_norm import CHAINS, statistics_of_aten
 from bitfuse.ops.rope import Chain
-from bitfuse.ops.rope_evidence import RotaryCase
+from bitfuse.ops.rope_evidence import SIGN, RotaryCase, mutants_of_form
 
 _Pair = tuple[Tensor, Tensor]
 
@@ -117,7 +117,7 @@ def _cases(chain: Chain | None) -> tuple[QKCase, ...]:
             keys = tokens
         return QKCase(name, queries, keys, turned=chain is not None, real=real)
 
-    return (
+    found = (
         case("video self-attention, 768x512x121", 6144, 32, 128, real=True),
         case("the same, batch 2 (guidance)", 6144, 32, 128, batch=2, real=True),
         case("audio to video", 6144, 32, 64, keys=126, real=True),
@@ -133,6 +133,7 @@ def _cases(chain: Chain | None) -> tuple[QKCase, ...]:
         case("misaligned", 37, 4, 64, x_form="misaligned"),
         case("fp16", 37, 4, 64, x_dtype=torch.float16),
     )
+    return tuple(c for c in found if chain is None or c.queries.x_dtype in chain.dtypes)
 
 
 # -- wrong kernels, counts, other tiles ------------------------------------------------------------------------------
@@ -157,8 +158,7 @@ def _mutants(chain: Chain | None) -> tuple[Mutant, ...]:
         at = "batch * cos_batch + token * "
         found.append(Mutant("the norm not rounded", ((f"round_to({normed}, dtype)", normed),)))
         found.append(Mutant("every token turned as token 0", ((f"{at}cos_token", f"{at}0"),)))
-    if halves:
-        found.append(Mutant("the sine's sign swapped", (("negate(s), x2", "s, x2"), ("(s, x1", "(negate(s), x1"))))
+        found += [mutant for mutant in mutants_of_form(chain) if mutant.name == SIGN]
     return tuple(found)
 
 
@@ -170,12 +170,14 @@ def _audit(chain: Chain | None) -> Audit:
     """
     counts = Counter({"add.rn.f32": 2, "mul.rn.f32": 6, "cvt.rn.bf16.f32": 2})
     loads = {16: 8, 8: 8}  # x and weight, 8 elements at a time; x again for the statistic, in vectors of 4
-    if chain is not None and chain.split:  # x * c, addcmul, the result; tables have half the elements
+    if chain is not None and chain.fuses == "first":  # a product, and an fma whose result is rounded to bf16
+        counts += Counter({"mul.rn.f32": 2, "fma.rn.bf16": 2, "cvt.rn.bf16.f32": 2})
+    elif chain is not None and chain.fuses != "none":  # a product, addcmul, the result
         counts += Counter({"mul.rn.f32": 2, "fma.rn.f32": 2, "cvt.rn.bf16.f32": 2 if chain.in_fp32 else 4})
-        loads[16] += 8 if chain.in_fp32 else 4
     elif chain is not None:  # two products and their sum
         counts += Counter({"mul.rn.f32": 4, "add.rn.f32": 2, "cvt.rn.bf16.f32": 2 if chain.in_fp32 else 6})
-        loads[16] += 16 if chain.in_fp32 else 8
+    if chain is not None:  # split tables have half the elements
+        loads[16] += (4 if chain.split else 8) * (2 if chain.in_fp32 else 1)
     once = {"add.rn.f32": 5 + 2 + 1 - 1, "div.rn.f32": 1, "rsqrt.approx.f32": 1}
     video = "video self-attention, 768x512x121"
     return Audit(video, dict(counts), per_thread=once, results=16, loads=loads, stores={16: 4, 4: 1})

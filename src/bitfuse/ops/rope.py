@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys: two layouts, each in the two chains that LTX-2 hosts run.
+"""Rotary position embedding of queries and keys: two layouts, each in the chains that LTX-2 hosts run.
 
 A pair (x1, x2) of channels is turned by the angle whose cosine and sine stand in the tables: out1 = x1*c - x2*s and
 out2 = x2*c + x1*s.
@@ -9,12 +9,24 @@ out2 = x2*c + x1*s.
 Versus whom, function by function: `apply_split_rotary_emb` and `apply_interleaved_rotary_emb`
     per_op         of Lightricks' ltx-core 1.0.0 and SGLang from 0.5.11: rounded to x's dtype after every PyTorch op
     fp32           of diffusers 0.37 to 0.42.1: computed in fp32 and rounded once, at the end
-The two chains of a layout differ in a third of the bf16 outputs, so they are two operators on one kernel.
+and of comfy-kitchen, which ComfyUI calls from 0.30 on (before, it had `per_op` of both layouts in its own code):
+    three_ops      `apply_rope_split_half`, eager, 0.2.26: two products and their sum, rounded after every op
+    second_rounded `apply_rope_split_half`, compiled for CUDA, 0.2.26 to 0.2.40, from compute capability 90 on: the
+                   product with x2 in HMUL2.BF16, then HFMA2.BF16 with x1 (nvcc's contraction). For 80 and 89 the same
+                   source is `three_ops`. By the SASS in its wheels (2026-11-29); on an H100 the form with x1 fused
+                   was equal in 25,165,824 random elements, and every other differed in 22 % (2026-11-28)
+    addcmul        `apply_rope`, eager, 0.2.26 to 0.2.40: the product with x1 rounded, addcmul with x2
+Its eager `apply_rope_split_half` of 0.2.40 is `per_op`. Two chains of a layout differ in a fifth to a third of the bf16
+outputs, so they are operators of their own, on one kernel.
 
-Roundings, in order:
-    r1  split: the products with the cosine; interleaved: all products. To x's dtype (`per_op`) or to fp32 (`fp32`)
-    r2  split: r1 -+ s*x in fp32, rounded once where the running torch's addcmul fuses, else product and then sum;
-        interleaved: the sum of two products, in fp32: three PyTorch ops, so no fused multiply-add in any torch
+Roundings, in order; a chain `fuses` one of the two products of each result into their sum, or none:
+    r1  the other product, or both. To x's dtype, or to fp32 (`fp32`). Fused is the product
+            with the sine in split `per_op` and `fp32`        with x1 in `second_rounded`
+            with x2 in `addcmul`                              none in interleaved `per_op` and `fp32`, and `three_ops`
+    r2  r1 + the fused product in fp32, rounded once where the running torch's addcmul fuses, else product and then sum;
+        without one the sum of two products, in fp32: three PyTorch ops, so no fused multiply-add in any torch.
+        `second_rounded`: to bf16 at once, r2 is r3. By way of fp32, a product that is a tie of bf16 beside one below
+        2^-24 of it would be rounded as a tie: one of 10^9 results of normals and random angles
     r3  the result, to x's dtype
 A product of two bf16 or fp16 values is exact in fp32 while in range, so there the two forms of r2 part only in
 extremes; with fp32 tables they part in 2e-5 of the bf16 outputs (H100, 2026-11-22).
@@ -28,15 +40,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bitfuse.core.conditions import FLOATS, fitting, on_meta, plain, runnable
+from bitfuse.core.conditions import FLOATS, HALVES, fitting, on_meta, plain, runnable
 from bitfuse.core.kernel import interpreting, kernel, power_of_2, triton_dtype
 from bitfuse.core.launch import Plan, outputs_like, strides
-from bitfuse.core.numerics import addcmul_fuses, multiply_add, negate, round_to
+from bitfuse.core.numerics import addcmul_fuses, multiply_add, multiply_add_bf16, negate, round_to
 from bitfuse.core.operator import Operator, Tier
 
 if TYPE_CHECKING:
@@ -59,6 +71,54 @@ def split_rotary_fp32(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Split rotary embedding in fp32, rounded once: diffusers 0.37-0.42.1 `transformer_ltx2.apply_split_rotary_emb`."""
     halves = _to_heads(x, cos, cos.shape[0]).unflatten(-1, (2, -1)).float()
     return _from_heads(_turned_halves(halves, cos, sin), x, cos).to(x.dtype)  # r1, r2; r3
+
+
+def split_rotary_three_ops(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Split rotary embedding, three ops for each result: comfy-kitchen 0.2.26 `apply_rope_split_half1`, eager.
+
+    cos and sin are [..., 0, 0] and [..., 1, 0] of its rotation matrix, and computed in as it does: in their dtype.
+    """
+    first, second = _to_heads(x, cos, x.shape[0]).to(cos.dtype).unflatten(-1, (2, -1)).split(1, dim=-2)
+    of_first, of_second = _columns(cos, sin)
+    out = of_first * first + of_second * second  # r1, r1, r2 and r3
+    return _from_heads(out.flatten(-2), x, cos).to(x.dtype)
+
+
+def split_rotary_second_rounded(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Split rotary embedding, the product with the first half fused: comfy-kitchen 0.2.26-0.2.40
+    `apply_rope_split_half`, compiled for CUDA, compute capability 90 and newer.
+
+    cos and sin as in `split_rotary_three_ops`. In fp32 an addcmul stands for what was not looked at.
+    """
+    first, second = _to_heads(x, cos, x.shape[0]).to(cos.dtype).unflatten(-1, (2, -1)).split(1, dim=-2)
+    of_first, of_second = _columns(cos, sin)
+    out = _multiply_add(of_first, first, of_second * second)  # r1; r2 and r3 in one
+    return _from_heads(out.flatten(-2), x, cos).to(x.dtype)
+
+
+def _multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c [B, H, T, 2, D/2], rounded once to their dtype of 16 bits, as no PyTorch op does: a piece at a time, as
+    it takes fp64."""
+    out = torch.addcmul(c, a, b)  # whose gradient is right
+    if out.dtype in HALVES:
+        for whole, *operands in zip(*(t.detach().split(1024, dim=-3) for t in (out, a, b, c)), strict=True):
+            a64, b64, addend = (t.double() for t in operands)
+            product = a64 * b64  # exact
+            total = product + addend
+            back = total - product
+            nearest = total.float()
+            lost = ((product - (total - back)) + (addend - back)) + (total - nearest.double())
+            # rounded to odd in fp32: what was lost shows in the last bit, and ties of 16 bits are told
+            bits = nearest.view(torch.int32)
+            odd = torch.where((lost > 0) == (total > 0), bits + 1, bits - 1)
+            bits = torch.where((bits & 1 == 0) & (lost != 0) & nearest.isfinite(), odd, bits)
+            whole.copy_(bits.view(torch.float32))
+    return out
+
+
+def _columns(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns [B, H, T, 2, D/2] of the rotation matrix ((cos, -sin), (sin, cos)): factors of x1, and of x2."""
+    return torch.stack([cos, sin], dim=-2), torch.stack([-sin, cos], dim=-2)
 
 
 def _turned_halves(halves: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -93,6 +153,20 @@ def interleaved_rotary_fp32(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos + _quarter_turn(x, 2).float() * sin).to(x.dtype)  # r1, r1, r2; r3
 
 
+def interleaved_rotary_addcmul(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Interleaved rotary embedding, the product with the second channel fused: comfy-kitchen 0.2.26 to 0.2.40
+    `apply_rope1`, eager.
+
+    cos and sin are [..., 0, 0] and [..., 1, 0] of its rotation matrix, twice each, and computed in as it does.
+    """
+    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).split(1, dim=-1)
+    c_even, c_odd = cos.expand(x.shape).unflatten(-1, (-1, 2)).unbind(-1)
+    s_even, s_odd = sin.expand(x.shape).unflatten(-1, (-1, 2)).unbind(-1)
+    out = torch.stack([c_even, s_odd], dim=-1) * even  # r1
+    out.addcmul_(torch.stack([-s_even, c_odd], dim=-1), odd)  # r2 and r3
+    return out.flatten(-2).to(x.dtype)
+
+
 def _quarter_turn(x: Tensor, dim: int) -> Tensor:
     """(x0, x1) -> (-x1, x0) for every pair along `dim`, as the host counts it: from the end, or the third."""
     even, odd = x.unflatten(dim, (-1, 2)).unbind(-1)
@@ -101,23 +175,45 @@ def _quarter_turn(x: Tensor, dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Chain:
-    """A reference, whose it is, its layout (split or interleaved) and its precision (fp32, or x's after every op)."""
+    """A reference, whose it is, its layout (split or interleaved), its precision (fp32, or x's after every op), and
+    which product it fuses into the sum: the one with the "sine", with the "first" or "second" of a pair, or "none"."""
 
     reference: Callable[[Tensor, Tensor, Tensor], Tensor]
     source: str
     split: bool
     in_fp32: bool
+    fuses: str
 
     def product(self, x: Tensor) -> torch.dtype:
         """What r1 rounds to."""
         return torch.float32 if self.in_fp32 else x.dtype
 
+    def fused(self, x: Tensor) -> bool | None:
+        """Whether r2 rounds a product and the sum once; None where addcmul on x's device does neither."""
+        return self.fuses == "first" if self.fuses in ("first", "none") else addcmul_fuses(x.device, self.product(x))
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of x, for which there is a kernel."""
+        return (torch.bfloat16,) if self.fuses == "first" else FLOATS
+
+    @property
+    def form(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """A reference with outputs of this one's form, by ops whose form is known without the meta device."""
+        return split_rotary_three_ops if self.fuses == "first" else self.reference
+
+
+_SPLIT, _INTERLEAVED = "apply_split_rotary_emb", "apply_interleaved_rotary_emb"
 CHAINS = (
-    Chain(split_rotary_per_op, "ltx-core 1.0.0, SGLang 0.5.11+: apply_split_rotary_emb", split=True, in_fp32=False),
-    Chain(split_rotary_fp32, "diffusers 0.37-0.42.1: apply_split_rotary_emb", split=True, in_fp32=True),
-    Chain(interleaved_rotary_per_op, "ltx-core 1.0.0: apply_interleaved_rotary_emb", split=False, in_fp32=False),
-    Chain(interleaved_rotary_fp32, "diffusers 0.37-0.42.1: apply_interleaved_rotary_emb", split=False, in_fp32=True),
+    Chain(split_rotary_per_op, f"ltx-core 1.0.0, SGLang 0.5.11+: {_SPLIT}", True, False, "sine"),
+    Chain(split_rotary_fp32, f"diffusers 0.37-0.42.1: {_SPLIT}", True, True, "sine"),
+    Chain(interleaved_rotary_per_op, f"ltx-core 1.0.0: {_INTERLEAVED}", False, False, "none"),
+    Chain(interleaved_rotary_fp32, f"diffusers 0.37-0.42.1: {_INTERLEAVED}", False, True, "none"),
+    Chain(split_rotary_three_ops, "comfy-kitchen 0.2.26, eager: apply_rope_split_half", True, False, "none"),
+    Chain(
+        split_rotary_second_rounded, "comfy-kitchen 0.2.26-0.2.40, sm_90+: apply_rope_split_half", True, False, "first"
+    ),
+    Chain(interleaved_rotary_addcmul, "comfy-kitchen 0.2.26-0.2.40, eager: apply_rope", False, False, "second"),
 )
 
 # -- kernels ---------------------------------------------------------------------------------------------------------
@@ -131,13 +227,28 @@ _INTERPRETED_TILE = 1 << 15  # the interpreter is fastest with few, large progra
 
 
 @kernel
-def turn_halves(x1, x2, c, s, PRODUCT: tl.constexpr, FUSED: tl.constexpr):
+def turn_halves(x1, x2, c, s, FUSES: tl.constexpr, PRODUCT: tl.constexpr, FUSED: tl.constexpr):
     """(x1*c - s*x2, x2*c + s*x1) in fp32, to be rounded (r3)."""
-    p1 = round_to(x1 * c, PRODUCT)  # r1
-    p2 = round_to(x2 * c, PRODUCT)  # r1
-    out1 = multiply_add(negate(s), x2, p1, FUSED)  # r2
-    out2 = multiply_add(s, x1, p2, FUSED)  # r2
+    if FUSES == "sine":
+        p1 = round_to(x1 * c, PRODUCT)  # r1
+        p2 = round_to(x2 * c, PRODUCT)  # r1
+        out1 = multiply_add(negate(s), x2, p1, FUSED)  # r2
+        out2 = multiply_add(s, x1, p2, FUSED)  # r2
+    elif FUSES == "first":
+        q1 = round_to(negate(s) * x2, PRODUCT)  # r1
+        q2 = round_to(c * x2, PRODUCT)  # r1
+        out1 = multiply_add_bf16(c, x1, q1)  # r2, r3
+        out2 = multiply_add_bf16(s, x1, q2)  # r2, r3
+    else:
+        out1 = turn_one(x1, c, x2, negate(s), PRODUCT)
+        out2 = turn_one(x1, s, x2, c, PRODUCT)
     return out1, out2
+
+
+@kernel
+def turn_one(x1, c, x2, s, PRODUCT: tl.constexpr):
+    """x1*c + x2*s in fp32, to be rounded (r3)."""
+    return round_to(x1 * c, PRODUCT) + round_to(x2 * s, PRODUCT)  # r1, r1, r2
 
 
 @kernel(do_not_specialize=("rows",))
@@ -148,7 +259,7 @@ def _ltx2_split_rotary_kernel(
     stride_sin_batch: tl.int64, stride_sin_token: tl.int64, stride_sin_head: tl.int64, stride_sin_lane,
     stride_out_batch: tl.int64, stride_out_token: tl.int64, stride_out_head: tl.int64, stride_out_lane,
     HEADS: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-    PRODUCT: tl.constexpr, FUSED: tl.constexpr,
+    FUSES: tl.constexpr, PRODUCT: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """One program turns ROWS rows of one sample; a row is one head of one token, heads running fastest."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -173,19 +284,29 @@ def _ltx2_split_rotary_kernel(
     c = tl.load(cos_ptr + cos_row[:, None] + lane * stride_cos_lane, mask=inside).to(tl.float32)
     s = tl.load(sin_ptr + sin_row[:, None] + lane * stride_sin_lane, mask=inside).to(tl.float32)
 
-    out1, out2 = turn_halves(x1, x2, c, s, PRODUCT, FUSED)  # r1, r2
+    out1, out2 = turn_halves(x1, x2, c, s, FUSES, PRODUCT, FUSED)  # r1, r2
     tl.store(out_at + lane * stride_out_lane, out1.to(out_ptr.dtype.element_ty), mask=inside)  # r3
     tl.store(out_at + second * stride_out_lane, out2.to(out_ptr.dtype.element_ty), mask=inside)  # r3
 
 
 @kernel
-def turn_neighbours(x, c, s, ROWS: tl.constexpr, LANES: tl.constexpr, PRODUCT: tl.constexpr):
+def turn_neighbours(
+    x, c, s, ROWS: tl.constexpr, LANES: tl.constexpr, FUSES: tl.constexpr, PRODUCT: tl.constexpr, FUSED: tl.constexpr
+):
     """x*c + turned(x)*s over [ROWS, LANES] in fp32, to be rounded (r3); turned(x) is -x[2i+1] at 2i, x[2i] at 2i+1."""
     even, odd = tl.split(tl.reshape(x, (ROWS, LANES // 2, 2)))
-    turned = tl.reshape(tl.join(negate(odd), even), (ROWS, LANES))
-    p = round_to(x * c, PRODUCT)  # r1
-    q = round_to(turned * s, PRODUCT)  # r1
-    return p + q  # r2
+    if FUSES == "second":
+        c_even, c_odd = tl.split(tl.reshape(c, (ROWS, LANES // 2, 2)))
+        s_even, s_odd = tl.split(tl.reshape(s, (ROWS, LANES // 2, 2)))
+        p_even = round_to(c_even * even, PRODUCT)  # r1
+        p_odd = round_to(s_odd * even, PRODUCT)  # r1
+        out_even = multiply_add(negate(s_even), odd, p_even, FUSED)  # r2
+        out_odd = multiply_add(c_odd, odd, p_odd, FUSED)  # r2
+        out = tl.reshape(tl.join(out_even, out_odd), (ROWS, LANES))
+    else:
+        turned = tl.reshape(tl.join(negate(odd), even), (ROWS, LANES))
+        out = turn_one(x, c, turned, s, PRODUCT)
+    return out
 
 
 @kernel(do_not_specialize=("tokens",))
@@ -195,7 +316,8 @@ def _ltx2_interleaved_rotary_kernel(
     stride_cos_batch: tl.int64, stride_cos_token: tl.int64, stride_cos_lane,
     stride_sin_batch: tl.int64, stride_sin_token: tl.int64, stride_sin_lane,
     stride_out_batch: tl.int64, stride_out_token: tl.int64, stride_out_lane,
-    WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, PRODUCT: tl.constexpr,
+    WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    FUSES: tl.constexpr, PRODUCT: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """One program turns LANES channels of ROWS tokens of one sample; channels 2i and 2i+1 are a pair."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -213,7 +335,7 @@ def _ltx2_interleaved_rotary_kernel(
     c = tl.load(cos_ptr + cos_at, mask=inside).to(tl.float32)
     s = tl.load(sin_ptr + sin_at, mask=inside).to(tl.float32)
 
-    out = turn_neighbours(x, c, s, ROWS, LANES, PRODUCT)  # r1, r2
+    out = turn_neighbours(x, c, s, ROWS, LANES, FUSES, PRODUCT, FUSED)  # r1, r2
     tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=inside)  # r3
 
 
@@ -222,7 +344,7 @@ def _ltx2_interleaved_rotary_kernel(
 
 def _plan_split(x: Tensor, cos: Tensor, sin: Tensor, *, chain: Chain) -> Plan:
     _, heads, tokens, half = cos.shape
-    batch, out = x.shape[0], on_meta(chain.reference, x, cos, sin)
+    batch, out = x.shape[0], on_meta(chain.form, x, cos, sin)
     lanes = power_of_2(half)
     rows = max(1, _tile() // (2 * lanes))
     constants = {
@@ -230,8 +352,7 @@ def _plan_split(x: Tensor, cos: Tensor, sin: Tensor, *, chain: Chain) -> Plan:
         "HALF": half,
         "LANES": lanes,
         "ROWS": rows,
-        "PRODUCT": triton_dtype(chain.product(x)),
-        "FUSED": addcmul_fuses(x.device, chain.product(x)),
+        **_rounding(chain, x),
     }
     strides_of = [n for t in (x, cos, sin, out) for n in _head_strides(t, batch, tokens, heads)]
     grid = (-(-tokens * heads // rows), batch, 1)
@@ -251,10 +372,14 @@ def _plan_interleaved(x: Tensor, cos: Tensor, sin: Tensor, *, chain: Chain) -> P
     out = on_meta(chain.reference, x, cos, sin)
     lanes = min(power_of_2(width), _tile())
     rows = max(1, _tile() // lanes)
-    constants = {"WIDTH": width, "LANES": lanes, "ROWS": rows, "PRODUCT": triton_dtype(chain.product(x))}
+    constants = {"WIDTH": width, "LANES": lanes, "ROWS": rows, **_rounding(chain, x)}
     strides_of = [n for t in (x, cos.expand(x.shape), sin.expand(x.shape), out) for n in strides(t)]
     grid = (-(-tokens // rows), batch, -(-width // lanes))
     return Plan(_ltx2_interleaved_rotary_kernel, grid, (tokens, *strides_of), constants, _WARPS, outputs_like(out))
+
+
+def _rounding(chain: Chain, x: Tensor) -> dict[str, Any]:
+    return {"FUSES": chain.fuses, "PRODUCT": triton_dtype(chain.product(x)), "FUSED": chain.fused(x)}
 
 
 def _tile() -> int:
@@ -270,8 +395,8 @@ def _why_not(x: Tensor, cos: Tensor, sin: Tensor, *, chain: Chain) -> Iterator[s
     if not reasons:  # only of plain tensors is it known what the reference does with their shapes
         reasons += fitting(chain.reference, tensors, misfit(x, cos, sin, chain))
     reasons += runnable(tensors)
-    if x.dtype not in FLOATS:
-        reasons.append(f"x is {x.dtype}; accepted: torch.bfloat16, torch.float16, torch.float32")
+    if x.dtype not in chain.dtypes:
+        reasons.append(f"x is {x.dtype}; accepted: {', '.join(map(str, chain.dtypes))}")
     if cos.dtype != sin.dtype:
         reasons.append(f"cos is {cos.dtype} and sin {sin.dtype}; they must have one dtype")
     elif chain.in_fp32 and cos.dtype not in FLOATS:
@@ -282,7 +407,7 @@ def _why_not(x: Tensor, cos: Tensor, sin: Tensor, *, chain: Chain) -> Iterator[s
     if samples > 65535 or x.numel() // samples >= 2**32 - 2**20:
         reasons.append(f"x {list(x.shape)} needs a larger grid than one launch has")
     yield from reasons
-    if not reasons and chain.split and addcmul_fuses(x.device, chain.product(x)) is None:
+    if not reasons and chain.fused(x) is None:
         yield f"addcmul on {x.device} rounds neither once nor twice, so no kernel here equals it"
 
 
@@ -329,7 +454,8 @@ def _operator(chain: Chain) -> Operator:
     )
 
 
-SPLIT_PER_OP, SPLIT_FP32, INTERLEAVED_PER_OP, INTERLEAVED_FP32 = map(_operator, CHAINS)
+SPLIT_PER_OP, SPLIT_FP32, INTERLEAVED_PER_OP, INTERLEAVED_FP32, *_OF_KITCHEN = map(_operator, CHAINS)
+SPLIT_THREE_OPS, SPLIT_SECOND_ROUNDED, INTERLEAVED_ADDCMUL = _OF_KITCHEN
 
 
 # -- the seed's names ------------------------------------------------------------------------------------------------

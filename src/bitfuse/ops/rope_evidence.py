@@ -23,9 +23,22 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 def _battery(x: Tensor, cos: Tensor, sin: Tensor, *, chain: Chain) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
     laid_out = _split if chain.split else _interleaved
-    for family, operands in _families((x.dtype, x.dtype, cos.dtype, sin.dtype), x.device):
+    dtypes = (x.dtype, x.dtype, cos.dtype, sin.dtype)
+    absorbed = [("absorbed", _absorbed(dtypes, x.device))] if chain.fuses == "first" else []
+    for family, operands in (*absorbed, *_families(dtypes, x.device)):
         gaps = (0, 0, 0) if family == "cancellation" else (1, 2, 3)  # that one, the last, is dense
         yield family, laid_out(x, cos, sin, operands, gaps, own_tables=family != "specials")
+
+
+def _absorbed(dtypes: Sequence[torch.dtype], device: torch.device) -> list[Tensor]:
+    """x1 times one of c and s is often a tie of bf16, and x2 times the other far below its last bit in fp32."""
+    generator = torch.Generator(device).manual_seed(21)
+    n = 1 << 15
+    index = torch.arange(n, device=device)
+    tiny = torch.ldexp(torch.ones(n, device=device), -torch.randint(15, 45, (n,), device=device, generator=generator))
+    x1, x2 = values.significands(dtypes[0], n, generator) * values.signs(n, generator), values.signs(n, generator)
+    c, s = torch.where(index % 2 == 0, 1.5, tiny), torch.where(index % 2 == 0, tiny, 1.5)
+    return [v.to(d) for v, d in zip((x1, x2, c, s), dtypes, strict=True)]
 
 
 def _families(dtypes: Sequence[torch.dtype], device: torch.device) -> Iterator[tuple[str, list[Tensor]]]:
@@ -194,49 +207,95 @@ def _cases(chain: Chain) -> tuple[RotaryCase, ...]:
         ]
     if not (chain.split and chain.in_fp32):
         found.append(case("tables of batch 1", 37, 4, 64, batch=2, table_batch=1))
-    return tuple(found)
+    return tuple(c for c in found if c.x_dtype in chain.dtypes)
 
 
 # -- wrong kernels ---------------------------------------------------------------------------------------------------
 
 
-def _mutants_of_split(in_fp32: bool) -> tuple[Mutant, ...]:
-    p1, p2 = "round_to(x1 * c, PRODUCT)", "round_to(x2 * c, PRODUCT)"
-    sum1, sum2 = "multiply_add(negate(s), x2, p1, FUSED)", "multiply_add(s, x1, p2, FUSED)"
-    either = Mutant(
-        "two roundings where addcmul has one, or one for two",
-        (("p1, FUSED)", "p1, not FUSED)"),),
-        harmless_for=() if in_fp32 else (FP16,),  # a product of fp16, rounded to it, leaves one way
-    )
+_ONE_FOR_TWO = "two roundings where addcmul has one, or one for two"
+_OTHER = "the other product fused"
+_THREE = "a rounding more, of the fused product"
+
+
+def mutants_of_form(chain: Chain) -> tuple[Mutant, ...]:
+    """Wrong kernels of the lines that are a form's own: which products are rounded, which is fused, and the signs."""
+    in_fp32 = chain.in_fp32
     # the rounded product leaves the compiler one way to contract: ours
     one_way = () if in_fp32 else (BF16, FP16)
-    fma1 = "tl.fma(x1, c, negate(s * x2))"
-    return (
-        *(() if in_fp32 else (_unrounded((p1, "x1 * c"), (p2, "x2 * c")),)),
-        Mutant("the sine's sign swapped", (("negate(s), x2", "s, x2"), ("(s, x1", "(negate(s), x1"))),
-        _contracted((sum1, "p1 - s * x2"), (sum2, "p2 + s * x1"), harmless_for=one_way),
-        Mutant("the other product contracted", ((sum1, fma1),)),
-        either,
-        Mutant("-s as 0 - s", (("negate(s)", "(0.0 - s)"),)),
-        Mutant("subnormals flushed", (("p1 = ", f"x1 = {flushed('x1')}\n    p1 = "),), harmless_for=(FP16,)),
-        Mutant("the last lane not written", (("lane < HALF", "lane < HALF - 1"),)),
-        _TOKEN_0,
-    )  # fmt: skip
+    exact = () if in_fp32 else (FP16,)  # a product of fp16, rounded to it, leaves one way
+    if chain.fuses == "none":
+        p, q = "round_to(x1 * c, PRODUCT)", "round_to(x2 * s, PRODUCT)"
+        swapped = (
+            (("x2, negate(s), PRODUCT", "x2, s, PRODUCT"), ("turn_one(x1, s", "turn_one(x1, negate(s)"))
+            if chain.split
+            else (("tl.join(negate(odd), even)", "tl.join(odd, negate(even))"),)
+        )
+        return (
+            *(() if in_fp32 else (_unrounded((f"{p} +", "x1 * c +")), _unrounded((f"+ {q}", "+ x2 * s")))),
+            Mutant(SIGN, swapped),
+            _contracted(),
+            Mutant("one rounding for product and sum", ((f"{p} + {q}", f"tl.fma(x2, s, {p})"),)),
+            Mutant("one rounding for the first product and the sum", ((f"{p} + {q}", f"tl.fma(x1, c, {q})"),)),
+        )
+    if chain.fuses == "sine":
+        p1, p2 = "round_to(x1 * c, PRODUCT)", "round_to(x2 * c, PRODUCT)"
+        sum1, sum2 = "multiply_add(negate(s), x2, p1, FUSED)", "multiply_add(s, x1, p2, FUSED)"
+        swapped = (("negate(s), x2, p1", "s, x2, p1"), ("(s, x1, p2", "(negate(s), x1, p2"))
+        own: tuple[Mutant, ...] = (
+            *(() if in_fp32 else (_unrounded((p1, "x1 * c"), (p2, "x2 * c")),)),
+            _contracted((sum1, "p1 - s * x2"), (sum2, "p2 + s * x1"), harmless_for=one_way),
+            Mutant(_OTHER, ((sum1, "tl.fma(x1, c, negate(s * x2))"),)),
+            Mutant(_ONE_FOR_TWO, (("p1, FUSED)", "p1, not FUSED)"),), harmless_for=exact),
+        )
+    elif chain.fuses == "first":
+        q1, q2 = "round_to(negate(s) * x2, PRODUCT)", "round_to(c * x2, PRODUCT)"
+        sum1, sum2 = "multiply_add_bf16(c, x1, q1)", "multiply_add_bf16(s, x1, q2)"
+        swapped = ((q1, "round_to(s * x2, PRODUCT)"), ("(s, x1, q2", "(negate(s), x1, q2"))
+        own = (
+            _unrounded((q1, "negate(s) * x2"), (q2, "c * x2")),
+            _contracted((sum1, "q1 + c * x1"), (sum2, "q2 + s * x1")),
+            Mutant(_OTHER, ((sum1, "multiply_add_bf16(negate(s), x2, round_to(c * x1, PRODUCT))"),)),
+            Mutant(_THREE, ((sum2, "round_to(s * x1, PRODUCT) + q2"),)),
+            Mutant("the first result by way of fp32", ((sum1, "tl.fma(c, x1, q1)"),)),
+            Mutant("the second result by way of fp32", ((sum2, "tl.fma(s, x1, q2)"),)),
+        )
+    else:
+        p1, p2 = "round_to(c_even * even, PRODUCT)", "round_to(s_odd * even, PRODUCT)"
+        sum1, sum2 = "multiply_add(negate(s_even), odd, p_even, FUSED)", "multiply_add(c_odd, odd, p_odd, FUSED)"
+        swapped = (("negate(s_even), odd", "s_even, odd"), (p2, "round_to(negate(s_odd) * even, PRODUCT)"))
+        own = (
+            _unrounded((p1, "c_even * even"), (p2, "s_odd * even")),
+            _contracted((sum1, "p_even - s_even * odd"), (sum2, "p_odd + c_odd * odd"), harmless_for=one_way),
+            Mutant(_OTHER, ((sum1, "tl.fma(c_even, even, round_to(negate(s_even) * odd, PRODUCT))"),)),
+            Mutant(_THREE, ((sum2, "round_to(c_odd * odd, PRODUCT) + p_odd"),), harmless_for=(FP32,)),
+            Mutant(_ONE_FOR_TWO, (("p_even, FUSED)", "p_even, not FUSED)"),), harmless_for=exact),
+            Mutant(
+                "odd channels with the even ones' entries", (("(c_odd, odd", "(c_even, odd"), ("s_odd *", "s_even *"))
+            ),
+        )
+    return (*own, Mutant(SIGN, swapped))
 
 
-def _mutants_of_interleaved(in_fp32: bool) -> tuple[Mutant, ...]:
+def _mutants(chain: Chain) -> tuple[Mutant, ...]:
+    if chain.split:
+        loaded = "out1, out2 = turn_halves("
+        flush = (loaded, f"x1 = {flushed('x1')}\n    {loaded}")
+        negated, value, last = "s", "s", ("lane < HALF", "lane < HALF - 1")
+    else:
+        flush = ("even, odd =", f"x = {flushed('x')}\n    even, odd =")
+        negated, value = ("s", "s_even") if chain.fuses == "second" else ("x", "odd")
+        last = ("lane < WIDTH", "lane < WIDTH - 1")
     return (
-        *(() if in_fp32 else (_unrounded(("round_to(x * c, PRODUCT)", "x * c")),)),
-        Mutant("the turn's sign swapped", (("tl.join(negate(odd), even)", "tl.join(odd, negate(even))"),)),
-        _contracted(),
-        Mutant("one rounding for product and sum", (("return p + q", "return tl.fma(turned, s, p)"),)),
-        Mutant("-x as 0 - x", (("negate(odd)", "(0.0 - odd)"),)),
-        Mutant("subnormals flushed", (("even, odd =", f"x = {flushed('x')}\n    even, odd ="),), harmless_for=(FP16,)),
-        Mutant("the last channel not written", (("lane < WIDTH", "lane < WIDTH - 1"),)),
+        *mutants_of_form(chain),
+        Mutant(f"-{negated} as 0 - {negated}", ((f"negate({value})", f"(0.0 - {value})"),)),
+        Mutant("subnormals flushed", (flush,), harmless_for=(FP16,)),
+        Mutant("the last lane not written", (last,)),
         _TOKEN_0,
     )
 
 
+SIGN = "the sine's sign swapped"
 _TOKEN_0 = Mutant("every token turned as token 0", (("token * stride_cos_token", "token * 0"),))
 
 
@@ -253,12 +312,15 @@ def _contracted(*edits: tuple[str, str], harmless_for: tuple[torch.dtype, ...] =
 
 
 def _audits(chain: Chain) -> tuple[Audit, ...]:
-    """For two results. Split: two products and two addcmul; interleaved: four products and two sums."""
-    counts = {"mul.rn.f32": 2, "fma.rn.f32": 2} if chain.split else {"mul.rn.f32": 4, "add.rn.f32": 2}
+    """For two results: two products and two addcmul, or, where no product is fused, four and two sums."""
+    counts = {"mul.rn.f32": 4, "add.rn.f32": 2} if chain.fuses == "none" else {"mul.rn.f32": 2, "fma.rn.f32": 2}
     roundings = 2 if chain.in_fp32 else 2 + counts["mul.rn.f32"]  # r3, and r1 where that is not fp32
     rounded = {**counts, "cvt.rn.bf16.f32": roundings}
+    if chain.fuses == "first":  # whose r3 is the fma
+        rounded = {"mul.rn.f32": 2, "fma.rn.bf16": 2, "cvt.rn.bf16.f32": 2}
     of_hosts = ("video self-attention, 768x512x121", "audio self-attention, 5 s")
-    return (*(Audit(case, rounded, per=2) for case in of_hosts), Audit("fp32", counts, per=2))
+    audits = tuple(Audit(case, rounded, per=2) for case in of_hosts)
+    return (*audits, Audit("fp32", counts, per=2)) if torch.float32 in chain.dtypes else audits
 
 
 def _retiled(plan: Plan) -> Iterator[Plan]:
@@ -280,7 +342,7 @@ EVIDENCE = {
     chain.reference.__name__: Evidence(
         battery=partial(_battery, chain=chain),
         cases=_cases(chain),
-        mutants=(_mutants_of_split if chain.split else _mutants_of_interleaved)(chain.in_fp32),
+        mutants=_mutants(chain),
         audits=_audits(chain),
         retiled=_retiled,
     )

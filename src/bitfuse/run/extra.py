@@ -62,5 +62,9 @@ class Extras:
         default_factory=lambda: Extra("short GELU", "PyTorch's GELU ran, which has more instructions")
     )
 
+    tiles: Extra = field(
+        default_factory=lambda: Extra("tiles blended at once", "the host blended a decode's tiles row by row")
+    )
+
     def __iter__(self) -> Iterator[Extra]:
-        return iter((self.graph, self.second_stream, self.text, self.gelu, self.short_gelu))
+        return iter((self.graph, self.second_stream, self.text, self.gelu, self.short_gelu, self.tiles))

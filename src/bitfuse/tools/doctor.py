@@ -84,15 +84,16 @@ class Diagnosis:
         return {"machine": machine(), "exit_code": self.exit_code, "findings": [asdict(f) for f in self.findings]}
 
 
-def run(console: Console | None = None, device: str | None = None) -> Diagnosis:
-    """Make every check, print a table, and return what was found.
+def run(console: Console | None = None, device: str | None = None, everything: bool = False) -> Diagnosis:
+    """Make every check, print what was found, and return it.
 
-    device    where kernels are tried: "cuda" or "cpu" (Triton's interpreter); default: cuda if there is one
+    device        where kernels are tried: "cuda" or "cpu" (Triton's interpreter); default: cuda if there is one
+    everything    print what each finding means, also of those that are ok and of notes
     """
     console = console or Console()
     with console.status("looking at this machine; nothing is changed"):
         diagnosis = Diagnosis(list(examine(device)))
-    _print(console, diagnosis)
+    _print(console, diagnosis, everything)
     return diagnosis
 
 
@@ -504,7 +505,11 @@ def _hosts(device: torch.device) -> Iterator[Finding]:
         yield from _models(host) if HOSTS[host].standalone else _sources(HOSTS[host])
         if host == "diffusers":
             yield from _connectors()
+        yield from _video_decoder(host)
+        if host == "diffusers":
             yield from _diffusion_decoder(device)
+        if host == "comfyui":
+            yield from _comfyui(device)
     if not installed:
         found = f"none of {', '.join(HOSTS)} is installed"
         meaning = "no model can be accelerated; operators can be called by themselves"
@@ -514,8 +519,6 @@ def _hosts(device: torch.device) -> Iterator[Finding]:
             "bitfuse knows the sources of these versions; models of what is installed are accelerated without them"
         )
         yield Finding("other hosts", NOTE, f"not installed: {', '.join(missing)}", meaning)
-    if version := packages.version("comfyui"):
-        yield Finding("comfyui", NOTE, version, "bitfuse has no adapter for it", "use LTX-2 in diffusers")
 
 
 def _models(host: str) -> Iterator[Finding]:
@@ -544,6 +547,23 @@ def _connectors() -> Iterator[Finding]:
     yield _taken_over("diffusers", connectors, "text connectors", "sites of a block each")
 
 
+def _video_decoder(host: str) -> Iterator[Finding]:
+    if host == "diffusers":
+        from diffusers import AutoencoderKLLTX2Video as kind
+
+        sizes: dict[str, Any] = {}
+    elif host == "ltx-core":
+        from bitfuse.hosts.ltx_core_vae import HOST_CLASS as kind
+
+        blocks = [("res_x", {"num_layers": 1}), ("compress_all", {"residual": True, "multiplier": 2})]
+        sizes = {"decoder_blocks": [*blocks, ("res_x", {"num_layers": 1})]}
+    else:
+        return
+    with torch.device("meta"):
+        decoder = torch.nn.Module.to(kind(**sizes), torch.bfloat16)
+    yield _taken_over(host, decoder, "video decoder", "sites before and after convolutions")
+
+
 def _diffusion_decoder(device: torch.device) -> Iterator[Finding]:
     try:
         from diffusers import LTX2VideoDiffusionDecoderModel
@@ -565,6 +585,16 @@ def _diffusion_decoder(device: torch.device) -> Iterator[Finding]:
     advice = "pip install kernels and set LTX2VideoVaeNeighborhoodNattenProcessor, or compile flex_attention"
     found = "FlexAttention, uncompiled, unless another processor is set"
     yield Finding("diffusers' diffusion decoder: attention", NOTE, found, meaning, advice)
+
+
+def _comfyui(device: torch.device) -> Iterator[Finding]:
+    """What the bits of ComfyUI's LTX-2 depend on besides its own code."""
+    try:
+        adapter = HOSTS["comfyui"].load()
+    except ImportError:
+        return  # said above
+    for name, state, found, meaning, advice in adapter.look(device):
+        yield Finding(f"{adapter.NAME}: {name}", {"ok": OK, "note": NOTE}[state], found, meaning, advice)
 
 
 def _taken_over(host: str, model: Any, of: str, what: str) -> Finding:
@@ -702,17 +732,21 @@ def _tail(where: str) -> str:
 _COLOURS = {OK: "green", NOTE: "cyan", WARNING: "yellow", FAILURE: "bold red"}
 
 
-def _print(console: Console, diagnosis: Diagnosis) -> None:
-    table = Table(
-        Column("", no_wrap=True),
-        Column("check", overflow="fold"),
-        Column("found", overflow="fold"),
-        "what it means, and what to do",
-        title="Can this machine keep the promise?",
-    )
-    for f in diagnosis.findings:
-        do = Text(" Nothing to do.", "dim") if f.advice == NOTHING else Text("\n") + cell(f"Do: {f.advice}.", "bold")
-        table.add_row(cell(f.state, _COLOURS[f.state]), cell(f.name), cell(f.found), cell(f"{f.meaning}.") + do)
+def _print(console: Console, diagnosis: Diagnosis, everything: bool) -> None:
+    """What is not ok first, the worst of it at the top. Of what is ok only names and of notes only what was found,
+    but with `everything`: where all is well it is then less than a screen."""
+    console.print(Text("Can this machine keep the promise?", "bold"))
+    table = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2, 0, 0))
+    worst_first = sorted(diagnosis.findings, key=lambda f: (FAILURE, WARNING, NOTE, OK).index(f.state))
+    shown = [f for f in worst_first if everything or f.state != OK]
+    for f in shown:
+        text = cell(f.name, "bold") + cell(f": {f.found}")
+        if everything or f.state != NOTE:
+            text += Text("\n") + cell(f"{f.meaning}.", "dim" if f.state == OK else "")
+            text += Text() if f.advice == NOTHING else Text("\n") + cell(f"Do: {f.advice}.", "bold")
+        table.add_row(cell(f.state, _COLOURS[f.state]), text)
+    if rest := [f.name for f in diagnosis.findings if f not in shown]:
+        table.add_row(cell(OK, _COLOURS[OK]), cell("; ".join(rest)))
     console.print(table)
     states = [f.state for f in diagnosis.findings]
     counts = ", ".join(f"{states.count(state)} {state}" for state in (OK, NOTE, WARNING, FAILURE))
@@ -721,4 +755,5 @@ def _print(console: Console, diagnosis: Diagnosis) -> None:
         1: "Bits differ here that must be equal: see above.",
         2: "This machine can't keep the promise as it is: see the failures above.",
     }[diagnosis.exit_code]
-    console.print(f"{counts}. {verdict}", highlight=False)
+    more = "" if everything else " What each of them means: bitfuse doctor --all"
+    console.print(f"{counts}. {verdict}{more}", highlight=False)

@@ -1,9 +1,10 @@
-"""What would be fused where, in a given LTX-2 transformer, without its weights and without a GPU: `bitfuse explain`.
+"""What would be fused where, in a given LTX-2 model, without its weights and without a GPU: `bitfuse explain`.
 
 The transformer is built from its config on PyTorch's meta device, where tensors have a shape and no memory. The host's
 adapter takes it over as it would take over the real one, and one forward is run for its shapes alone: each operator
 that is called is then asked for every reason against those arguments. What that can't tell is whether a kernel is
-proved equal: that is found out on the GPU, at the kernel's first use.
+proved equal: that is found out on the GPU, at the kernel's first use. Of a pipeline's folder or Hub id the text
+connectors and the decoders are looked at likewise (`tools/parts.py`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bitfuse import hosts
 from bitfuse.core.conditions import runnable
 from bitfuse.core.lines import error_line, visible
-from bitfuse.core.operator import OPERATORS, Operator, Tier
-from bitfuse.tools import files, seeded
+from bitfuse.core.operator import OPERATORS, Tier
+from bitfuse.ops.convolution import CONVOLUTION
+from bitfuse.tools import names, seeded
 from bitfuse.tools.machine import machine
+from bitfuse.tools.names import MAX_LAYERS, MAX_TOKENS
+from bitfuse.tools.parts import Part, built, read
 from bitfuse.tools.text import cell, say
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MAX_TOKENS, MAX_LAYERS = 1 << 18, 512
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in names.DTYPES}
 
 FUSED, CHAIN, LEFT_ALONE, NOT_CALLED = "to be fused", "PyTorch chain", "left alone", "not called"
 UNSEEN = "not looked at"
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CLASS = "LTX2VideoTransformer3DModel"
 _SIZES = (
     "num_layers",
@@ -125,16 +126,7 @@ def from_config(model: str, dtype: torch.dtype = torch.bfloat16) -> Any:
         most = MAX_LAYERS if size == "num_layers" else _MAX_SIZE
         if type(given) is not int or not 1 <= given <= most:
             raise ValueError(f"MODEL {model}: {size} in its config is {given!r:.40}; accepted: 1 to {most}")
-    parameters = inspect.signature(cls).parameters
-    try:
-        with torch.device("meta"):
-            built = cls(**{name: value for name, value in config.items() if name in parameters})
-    except Exception as error:  # whatever a wrong config makes of the host's own code
-        raise ValueError(
-            f"MODEL {model}: no {_CLASS} can be built from its config ({error_line(error)}); accepted: what "
-            "`save_pretrained` writes"
-        ) from error
-    return torch.nn.Module.to(built, dtype).eval().requires_grad_(False)
+    return built(cls, config, dtype, f"MODEL {model}")
 
 
 def from_version(version: str, layers: int, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -144,9 +136,9 @@ def from_version(version: str, layers: int, dtype: torch.dtype = torch.bfloat16)
 
 def of_version(version: str, layers: int, host: str = "diffusers") -> seeded.Geometry:
     """The real sizes of LTX-2.0, 2.3 or 2.5 (also written ltx-2.0), with so many layers. ValueError for any other."""
-    named = version.removeprefix("ltx-")
-    if named not in seeded.VERSIONS:
-        accepted = ", ".join(f"ltx-{name}" for name in seeded.VERSIONS)
+    named = names.version(version)
+    if named is None:
+        accepted = ", ".join(f"ltx-{name}" for name in names.VERSIONS)
         raise ValueError(f"--random-weights {version} is not a version; accepted: {accepted}")
     if not 1 <= layers <= MAX_LAYERS:
         raise ValueError(f"--layers is {layers}; accepted: 1 to {MAX_LAYERS}")
@@ -186,20 +178,12 @@ def _read_folder(path: Path) -> dict[str, Any]:
         )
     for folder in (path / "transformer", path):
         if (file := folder / "config.json").is_file():
-            return _read(file)
+            return read(file)
     raise ValueError(f"MODEL {path} holds no config; accepted: a folder with transformer/config.json or config.json")
 
 
-def _read(file: Path) -> dict[str, Any]:
-    accepted = "an object, as save_pretrained writes"
-    config = files.read_json(file, str(file), accepted)
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}; accepted: {accepted}")
-    return config
-
-
 def _read_hub(cls: Any, model: str) -> dict[str, Any]:
-    if not _HUB_ID.fullmatch(model):
+    if not names.is_hub_id(model):
         raise ValueError(
             f"MODEL {model} is no folder here; accepted: a pipeline's or transformer's folder, or a Hub id"
         )
@@ -223,6 +207,7 @@ def explain(
     image_to_video: bool = False,
     name: str = "the model",
     geometry: seeded.Geometry | None = None,
+    parts: Sequence[Part] = (),
 ) -> Explanation:
     """Which sites of a transformer on the meta device would be fused, and every reason why others would not.
 
@@ -230,6 +215,7 @@ def explain(
     geometry          what the model was made from; by default diffusers' config of the model says it
     tokens            video tokens of the forward that is looked at, 1 to 262144; audio and text as for 5 seconds
     image_to_video    the first frame is given: timesteps are per token
+    parts             what else is looked at: the text connectors and decoders of the same pipeline (`tools/parts.py`)
     Raises ValueError for `tokens` out of range, and where the host itself can't run such a forward.
     """
     if not isinstance(model, torch.nn.Module):
@@ -238,40 +224,70 @@ def explain(
         raise TypeError(f"tokens is {tokens!r:.80}; accepted: a whole number, 1 to {MAX_TOKENS}")
     if not 1 <= tokens <= MAX_TOKENS:
         raise ValueError(f"--tokens is {tokens}; accepted: 1 to {MAX_TOKENS}")
-    calls: dict[str, list[tuple[Operator, tuple[Any, ...], str | None]]] = {}
     weight = next(model.parameters())
     without_values = getattr(weight, "fake_mode", contextlib.nullcontext())  # the meta device needs no mode
+    geometry = geometry or _geometry(model.config)
+    # one token a frame: the coordinates' values don't matter
+    geometry = replace(geometry, frames=tokens, height=1, width=1, image_to_video=image_to_video)
+    called = _InItsDtype(model) if geometry.host == "diffusers" else model
+
+    def forward() -> None:
+        with without_values:
+            seeded.one_step(called, seeded.make_inputs(model, geometry, weight.device, seed=0))()
+
+    sentence = f"{tokens} video, {geometry.audio_frames} audio and {geometry.text_tokens} text tokens, {weight.dtype}"
+    looked_at = [_looked_at(model, forward, f"{name}: a forward of {tokens} tokens", without_values)]
+    for part in parts:
+        looked_at.append(_looked_at(part.model, part.forward, f"{name}: {part.sentence}", contextlib.nullcontext()))
+        sentence += f"; {part.sentence}"
+    kinds = [kind for found in looked_at for kind in found.kinds]
+    not_used = [lost for found in looked_at for lost in found.not_used]
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    reasons = list(runnable({"x": torch.empty(1, device=here)}))
+    return Explanation(name, looked_at[0].host, sentence, kinds, reasons, not_used)
+
+
+@dataclass(frozen=True)
+class _LookedAt:
+    host: str
+    kinds: list[SiteKind]
+    not_used: list[str]
+
+
+def _looked_at(model: Any, forward: Callable[[], object], doing: str, without_values: Any) -> _LookedAt:
+    """What would be fused in this model, which is taken over for one forward and then left as it was.
+
+    doing    the forward in words, for the error where the host itself can't run it
+    """
+    calls: dict[str, list[tuple[Any, tuple[Any, ...], str | None]]] = {}
     handle = hosts.accelerate(model)
     not_used = [f"{extra.name}: {reason}" for extra in handle.report().not_used for reason in extra.reasons]
     try:
         for site in handle.sites:
             calls[site.name] = []
             site.observers = (lambda s, op, route, args, _: calls[s.name].append((op, args, route.reason)),)
-        geometry = geometry or _geometry(model.config)
-        # one token a frame: the coordinates' values don't matter
-        geometry = replace(geometry, frames=tokens, height=1, width=1, image_to_video=image_to_video)
         with without_values:
-            no_values = set(runnable({"x": torch.empty(1, device=weight.device)}))
-        called = _InItsDtype(model) if geometry.host == "diffusers" else model
+            no_values = set(runnable({"x": torch.empty(1, device=next(model.parameters()).device)}))
         try:
-            with without_values:
-                seeded.one_step(called, seeded.make_inputs(model, geometry, weight.device, seed=0))()
+            with torch.no_grad():
+                forward()
         except Exception as error:
-            why = f"a forward of {tokens} tokens fails in {handle.host} ({error_line(error)})"
-            raise ValueError(f"{name}: {why}; accepted: a model that runs") from error
+            raise ValueError(
+                f"{doing} fails in {handle.host} ({error_line(error)}); accepted: a model that runs"
+            ) from error
     finally:
         handle.restore()
     kinds: dict[Any, SiteKind] = {}
     for site in handle.sites:
         routed = {reason for _, _, reason in calls[site.name]}
         own = [reason for reason in site.fallen if reason not in routed]  # the adapter's, who then called no operator
+        of_site: dict[Any, SiteKind] = {}  # of several calls that go the same way, in tiles say, the first
         for kind in _kinds(site, calls[site.name], own, no_values):
-            key = (*(getattr(kind, f) for f in ("name", "operator", "state", "tier", "reasons")), str(kind.arguments))
+            of_site.setdefault(tuple(getattr(kind, f) for f in ("name", "operator", "state", "tier", "reasons")), kind)
+        for way, kind in of_site.items():
+            key = (*way, str(kind.arguments))
             kinds[key] = replace(kind, count=kinds[key].count + 1) if key in kinds else kind
-    sentence = f"{tokens} video, {geometry.audio_frames} audio and {geometry.text_tokens} text tokens, {weight.dtype}"
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    reasons = list(runnable({"x": torch.empty(1, device=here)}))
-    return Explanation(name, handle.host, sentence, list(kinds.values()), reasons, not_used)
+    return _LookedAt(handle.host, list(kinds.values()), not_used)
 
 
 class _InItsDtype:
@@ -306,10 +322,10 @@ def _geometry(config: Any) -> seeded.Geometry:
 
 
 def _kinds(
-    site: Any, calls: list[tuple[Operator, tuple[Any, ...], str | None]], own: list[str], no_values: set[str]
+    site: Any, calls: list[tuple[Any, tuple[Any, ...], str | None]], own: list[str], no_values: set[str]
 ) -> Iterator[SiteKind]:
     name = ".".join("*" if part.isdigit() else part for part in site.name.split("."))
-    planned = OPERATORS[site.operator]
+    planned = CONVOLUTION if site.operator == CONVOLUTION.name else OPERATORS[site.operator]
     bare = SiteKind(name, planned.name, planned.source, LEFT_ALONE)
     if site.declined is not None:
         yield replace(bare, reasons=(site.declined,))
@@ -323,21 +339,29 @@ def _kinds(
         yield _decision(replace(bare, operator=operator.name, source=operator.source), operator, args)
 
 
-def _decision(bare: SiteKind, operator: Operator, args: tuple[Any, ...]) -> SiteKind:
-    """Every reason of the operator against these arguments, but for those that speak of tensors without values."""
+def _decision(bare: SiteKind, operator: Any, args: tuple[Any, ...]) -> SiteKind:
+    """Every reason of an `Operator` or of the convolution against these arguments, but for those that speak of tensors
+    without values."""
     args = tuple(a if not isinstance(a, Tensor) or a.is_meta else _on_meta(a) for a in args)
     given = dict(zip(inspect.signature(operator.reference).parameters, args, strict=False))
     arguments = {name: _form(t) for name, t in given.items() if isinstance(t, Tensor)}
     with torch.no_grad():
         of_device = set(runnable(given))
         reasons = [reason for reason in operator.why_not(*args) if reason not in of_device]
-        sentences = {tier.name: _plan_sentence(tier, args) for tier in operator.tiers} if not reasons else {}
+        sentences = _sentences(operator, args) if not reasons else {}
     open_tiers = [tier for tier, sentence in sentences.items() if sentence is None]
     passed_over = tuple(f"{tier}: {sentence}" for tier, sentence in sentences.items() if sentence is not None)
     if not open_tiers:
         return replace(bare, state=CHAIN, arguments=arguments, reasons=(*reasons, *passed_over))
     tier, *then = open_tiers
     return replace(bare, state=FUSED, arguments=arguments, tier=tier, then=tuple(then), passed_over=passed_over)
+
+
+def _sentences(operator: Any, args: tuple[Any, ...]) -> dict[str, str | None]:
+    """By the ways to fuse it: why not this way, None where nothing is known against it."""
+    if operator is CONVOLUTION:  # it has no plan: whether its layout alters a bit is seen on the GPU alone
+        return {CONVOLUTION.tier: None}
+    return {tier.name: _plan_sentence(tier, args) for tier in operator.tiers}
 
 
 def _plan_sentence(tier: Tier, args: tuple[Any, ...]) -> str | None:
@@ -355,18 +379,22 @@ def _on_meta(t: Tensor) -> Tensor:
 
 def _form(t: Tensor) -> str:
     strides = "" if t.is_contiguous() else f", strides {list(t.stride())}"
+    if strides and t.ndim == 5 and t.is_contiguous(memory_format=torch.channels_last_3d):
+        strides = ", channels_last_3d"
     return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}{strides}"
 
 
 # -- what is printed -------------------------------------------------------------------------------------------------
 
+_BLOCKS = "transformer_blocks."
 _COLOURS = {FUSED: "green", CHAIN: "yellow", LEFT_ALONE: "yellow", NOT_CALLED: "dim", UNSEEN: "dim"}
 
 
 def show(console: Console, found: Explanation) -> None:
     """Print an explanation as a table, one row for sites that differ in their block's number only."""
+    of_blocks = all(kind.name.startswith(_BLOCKS) for kind in found.kinds)
     table = Table(
-        Column("sites of transformer_blocks.*", overflow="fold"),
+        Column(f"sites of {_BLOCKS}*" if of_blocks else f"sites; the first ones of {_BLOCKS}*", overflow="fold"),
         Column("operator, first argument", overflow="fold"),
         "what would happen, and why",
         title=cell(found.model),
@@ -374,7 +402,7 @@ def show(console: Console, found: Explanation) -> None:
     for kind in found.kinds:
         first = next(iter(kind.arguments.items()), None)
         operator = kind.operator if first is None else f"{kind.operator}\n{first[0]} {first[1]}"
-        name = f"{kind.count} x {kind.name.removeprefix('transformer_blocks.*.')}"
+        name = f"{kind.count} x {kind.name.removeprefix(f'{_BLOCKS}*.')}"
         table.add_row(cell(name), Text(visible(operator, "\n")), cell(_verdict(kind), _COLOURS[kind.state]))
     console.print(table)
     sources = {kind.operator: kind.source for kind in found.kinds}

@@ -55,10 +55,9 @@ from bitfuse.tools.bench.measure import (
     with_peak,
 )
 from bitfuse.tools.machine import machine
+from bitfuse.tools.names import LATENTS, PARTS
 from bitfuse.tools.seeded import pipeline
 from bitfuse.tools.text import cell, say
-
-PARTS = ("operators", "overhead", "model", "audit", "first-step", "run")
 
 
 def run(
@@ -254,15 +253,13 @@ def overhead(console: Console) -> dict[str, Any]:
 
 # -- a whole step --------------------------------------------------------------------------------------------------
 
-# Latent frames, height and width by video tokens: 768x512x25, 768x512x121, 1536x1024x121, 1920x1088x121.
-LATENTS = {1536: (4, 16, 24), 6144: (16, 16, 24), 24576: (16, 32, 48), 32640: (16, 34, 60)}
-
 _ROUNDS, _FEWEST_ROUNDS, _ENOUGH = 4, 2, 18.0  # at most and at least; seconds after which no more are begun
 _TURN = 1.5  # seconds in which one way steps on end, in every round
 _PLAIN: dict[str, dict[str, Any]] = {"bitfuse": {}, "text kept": {"keep_text": True}}  # ways, and their options
 _GRAPH: dict[str, dict[str, Any]] = {  # options of the graph; SGLang captures its own
     "diffusers": {"cuda_graph": True, "keep_text": True},
     "ltx-core": {"cuda_graph": True},
+    "comfyui": {"cuda_graph": True},
 }
 _COMPILE: dict[str, Any] = {"fullgraph": True}  # as diffusers documents it, in the default mode
 
@@ -332,9 +329,10 @@ def model(
     """One step of a host's LTX-2 transformer on seeded weights, each way to run it by turns, in one process.
 
     The ways in diffusers: stock, bitfuse, in LTX-2.0 bitfuse with the text kept, bitfuse with its CUDA graph (and the
-    text kept), `compile_repeated_blocks`, and that in one CUDA graph; in ltx-core: stock, bitfuse, and its CUDA graph;
-    in SGLang: stock, bitfuse, and SGLang's own tier "high", whose bits may differ. The outputs of the bitfuse ways are
-    compared with stock's before they are timed and after every step; one that differs, or fused nothing, gets no time.
+    text kept), `compile_repeated_blocks`, and that in one CUDA graph; in ltx-core and ComfyUI: stock, bitfuse, and its
+    CUDA graph; in SGLang: stock, bitfuse, and SGLang's own tier "high", whose bits may differ. The outputs of the
+    bitfuse ways are compared with stock's before they are timed and after every step; one that differs, or fused
+    nothing, gets no time.
 
     tokens    video tokens, one of `LATENTS`
     layers    transformer layers; by default as many of the 48 as fit
@@ -350,7 +348,7 @@ def model(
     inputs = seeded.make_inputs(stock, geometry, device, seed=0)
     # later versions modulate the text at every step
     plain_ways = _PLAIN if (host, version) == ("diffusers", "2.0") else {"bitfuse": {}}
-    others = {"diffusers": ("graph", "compiled"), "ltx-core": ("graph",), "sglang": ("quality high",)}[host]
+    others = {"diffusers": ("graph", "compiled"), "sglang": ("quality high",)}.get(host, ("graph",))
     models = {"stock": stock} | {way: seeded.twin(stock) for way in (*plain_ways, *others)}
     inexact = ("compiled", "quality high")
     trials = {way: _Trial(seeded.one_step(one, inputs), way not in inexact) for way, one in models.items()}

@@ -188,8 +188,9 @@ def _wrap(
         gave(result)
         return result
 
+    was_there = name in owner.__dict__  # bitfuse's own, where the pipeline is accelerated
     owner.__dict__[name] = wrapped
-    undo.callback(owner.__dict__.pop, name)
+    undo.callback(*((setattr, owner, name, method) if was_there else (owner.__dict__.pop, name)))
 
 
 @torch.no_grad()

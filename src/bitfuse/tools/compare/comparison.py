@@ -28,13 +28,12 @@ from bitfuse.tools.compare.request import Request, check
 from bitfuse.tools.compare.runs import Result
 from bitfuse.tools.compare.subject import Subject
 from bitfuse.tools.machine import machine
+from bitfuse.tools.names import COMPARED as NAMES
+from bitfuse.tools.names import FILMS
 from bitfuse.tools.seeded import CannotRun, Denoising, now
 from bitfuse.tools.text import cell, say, say_all
 
 _log = logging.getLogger("bitfuse")
-
-NAMES = ("compare.json", "compare.html", *films.FILES)
-"""Every file that `run` may write."""
 
 
 @dataclass(frozen=True)
@@ -256,10 +255,10 @@ def _earlier(out: Path, form: Form = _COMPARE) -> set[str]:
     if form.names[0] in found:
         digests = files.read_json(out / form.names[0], "", "").get("files")
         digests = digests if isinstance(digests, dict) else {}
-        found |= {n for n in films.FILES if str(digests.get(n)) == files.sha256(out / n)}
+        found |= {n for n in FILMS if str(digests.get(n)) == files.sha256(out / n)}
     return found
 
 
 def _taken(out: Path) -> set[str]:
     """Names of films and sounds in `out` that are somebody else's, and so are not to be written."""
-    return {name for name in films.FILES if os.path.lexists(out / name)} - _earlier(out)
+    return {name for name in FILMS if os.path.lexists(out / name)} - _earlier(out)

@@ -36,7 +36,7 @@ def run(
               the kernels run in Triton's interpreter.
     steps     denoising steps, 2 or more
     layers    transformer layers, 1 to 48; by default 2 on the CPU, and on a GPU as many of the 48 as fit
-    host      whose transformer it is: "diffusers", "ltx-core" or "sglang"
+    host      whose transformer it is: "diffusers", "ltx-core", "sglang" or "comfyui"
     """
     if steps is not None and steps < 2:
         raise ValueError(f"steps is {steps}; accepted: 2 or more")

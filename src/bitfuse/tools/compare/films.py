@@ -22,8 +22,6 @@ from bitfuse.tools.seeded import Denoising
 _LONGEST_SIDE = 384  # of a film in the page, in pixels: bigger ones are made smaller, and are beside it in full
 _MOST_FRAMES = 240  # in the page
 
-FILES = tuple(f"{run}.{suffix}" for run in ("stock", "bitfuse") for suffix in ("mp4", "webp", "png", "wav"))
-"""Every file that `write_films` may write."""
 CAPTIONS = ("stock", "with bitfuse", "difference")
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitfuse.tools import files
-from bitfuse.tools.seeded import HOSTS, REAL, VERSIONS, CannotRun
+from bitfuse.tools import files, names
+from bitfuse.tools.packages import CannotRun
 
 Accepts = tuple[Callable[[Any], bool], str]
 
@@ -78,7 +78,7 @@ class Request:
     size              pixels, "<width>x<height>", multiples of 32
     frames            pixel frames, 8n + 1
     device            "cpu", "cuda" or "cuda:<n>"; by default a GPU where there is one
-    host              of the transformer with random weights, one of `seeded.HOSTS`; a model is diffusers'
+    host              of the transformer with random weights, one of `names.hosts()`; a model is diffusers'
     layers            of the transformer with random weights, 1 to 48; by default as many as fit
     offload           keep only the part of the pipeline that runs on the GPU (diffusers' enable_model_cpu_offload)
     cuda_graph        passed on to `bitfuse.accelerate`, as is keep_text
@@ -107,13 +107,14 @@ def check(request: Request) -> dict[str, Any]:
     if (request.model is None) == (request.random_weights is None):
         raise CannotRun("Give either MODEL, a folder or hub id of a diffusers LTX-2 pipeline, or --random-weights.")
     version = request.random_weights
-    if request.host not in HOSTS:
-        raise CannotRun(f"--host {request.host} is not a host; accepted: {', '.join(HOSTS)}")
+    if request.host not in names.hosts():
+        raise CannotRun(f"--host {request.host} is not a host; accepted: {', '.join(names.hosts())}")
     if version is not None:
-        if version.removeprefix("ltx-") not in VERSIONS:
-            raise CannotRun(f"--random-weights {version} is not a version; accepted: ltx-{', ltx-'.join(VERSIONS)}")
-        if request.layers is not None and not 1 <= request.layers <= REAL.layers:
-            raise CannotRun(f"--layers {request.layers} is not accepted; accepted: 1 to {REAL.layers}")
+        if names.version(version) is None:
+            accepted = ", ".join(f"ltx-{name}" for name in names.VERSIONS)
+            raise CannotRun(f"--random-weights {version} is not a version; accepted: {accepted}")
+        if request.layers is not None and not 1 <= request.layers <= names.LAYERS:
+            raise CannotRun(f"--layers {request.layers} is not accepted; accepted: 1 to {names.LAYERS}")
         unwanted = {"--prompt": request.prompt, "--config": request.config, "--offload": request.offload or None}
         if given := [option for option, value in unwanted.items() if value is not None]:
             raise CannotRun(f"{given[0]} belongs to a pipeline; it is not accepted with --random-weights.")

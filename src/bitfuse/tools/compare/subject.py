@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ import torch
 from bitfuse.core.lines import error_line, one_line
 from bitfuse.tools import files
 from bitfuse.tools.compare.request import ARGUMENTS, Request
+from bitfuse.tools.names import is_hub_id
 from bitfuse.tools.seeded import CannotRun, Denoising, Geometry, build, denoise, geometry_for, make_inputs, now
 
 _log = logging.getLogger("bitfuse")
@@ -138,7 +138,7 @@ def _load(name: str) -> Any:
     """The pipeline of a folder or a hub id, in bf16, on the CPU; of weights only safetensors, which run no code."""
     if os.path.isdir(name):
         _check_index(name)
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+    elif not is_hub_id(name):
         raise CannotRun(f"{name!r} is neither a folder nor a hub id; accepted: a folder, or an id as in owner/name")
     try:
         from diffusers import LTX2Pipeline, LTX2VideoTransformer3DModel

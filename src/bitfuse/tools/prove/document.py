@@ -57,7 +57,7 @@ def make(result: Result) -> dict[str, Any]:
 
 def hosts() -> dict[str, str | None]:
     """Versions of the frameworks that bitfuse accelerates, None for those that are not installed."""
-    return {package: packages.version(package) for package in (*HOSTS, "comfyui")}
+    return {package: packages.version(package) for package in HOSTS}
 
 
 def sources() -> dict[str, str]:

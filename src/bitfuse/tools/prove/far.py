@@ -27,6 +27,7 @@ from bitfuse.core.launch import Plan, named
 from bitfuse.core.lines import error_line
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.proof import Verdict
+from bitfuse.ops.adaln import modulate
 from bitfuse.ops.adaln_evidence import AdalnCase
 from bitfuse.ops.grid_rotary_evidence import GridCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
@@ -48,7 +49,8 @@ def cases(operator: Operator) -> tuple[Any, ...]:
         there: dict[str, Any] = dict.fromkeys(
             ("per_token", "with_tables", "with_gate", "with_mask", "with_modulation"), True
         )
-        return (replace(case, name=WHAT, tokens=1 << 23, width=_WIDTH, batch=_BATCH, ada_rows=9, **there),)
+        rows = replace(case, name=WHAT, tokens=1 << 23, width=_WIDTH, batch=_BATCH, ada_rows=9, **there)
+        return (rows, replace(rows, name=f"{WHAT}, rows apart", apart=True)) if case.reference is modulate else (rows,)
     if isinstance(case, (HeadGateCase, PerturbedCase)):
         return (replace(case, name=WHAT, tokens=1 << 23, batch=_BATCH, heads=4, head_dim=64),)
     if isinstance(case, PixelCase):

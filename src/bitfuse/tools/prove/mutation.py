@@ -28,6 +28,7 @@ from bitfuse.core.evidence import Mutant
 from bitfuse.core.kernel import Kernel, interpreter
 from bitfuse.core.launch import Plan, named
 from bitfuse.core.operator import Operator, Tier
+from bitfuse.ops.adaln import modulate
 from bitfuse.ops.adaln_evidence import AdalnCase
 from bitfuse.ops.grid_rotary_evidence import GridCase
 from bitfuse.ops.head_gate_evidence import HeadGateCase
@@ -63,7 +64,8 @@ _RAN: set[tuple[str, int]] = set()
 _GIVING = frozenset((
     "round_to", "load_ada", "divide", "reciprocal_root", "exponential", "negate", "multiply_add", "fold", "sum_of_two",
     "mean_square", "mean_square_of_head", "row_rstd", "modulate_row", "add_residual", "turn_neighbours", "turn_pairs",
-    "lerp", "norm_head", "rstd_of_head", "gelu", "silu", "sum_of_products", "weighted_sum",
+    "multiply_add_bf16", "turn_one", "lerp", "norm_head", "rstd_of_head", "gelu", "silu", "sum_of_products",
+    "weighted_sum",
 ))  # fmt: skip
 
 
@@ -82,7 +84,8 @@ def layouts(operator: Operator) -> tuple[Any, ...]:
             ("per_token", "with_tables", "with_gate", "with_mask", "with_modulation"), True
         )
         sizes: dict[str, Any] = {"tokens": 21, "width": 640, "batch": 2, "ada_rows": 9, "mask_step": 3}
-        return (replace(case, name="mutants", real=False, **sizes, **there),)
+        rows = replace(case, name="mutants", real=False, **sizes, **there)
+        return (rows, replace(rows, name="mutants, rows apart", apart=True)) if case.reference is modulate else (rows,)
     if isinstance(case, HeadGateCase):
         return (replace(case, name="mutants", tokens=21, batch=2, heads=3, head_dim=6, real=False),)
     if isinstance(case, PerturbedCase):

@@ -1,7 +1,7 @@
 """What the compiler makes of a kernel, without a GPU: every rounding that will be executed, counted.
 
-    python -m bitfuse.ptx                     # a table: every operator, kernel and compute capability
-    python -m bitfuse.ptx --json --mutants    # the same for a program, with the mutants only a compiler makes wrong
+    python -m bitfuse.tools.prove.ptx                     # a table: every operator, kernel and compute capability
+    python -m bitfuse.tools.prove.ptx --json --mutants    # for a program, with the mutants only a compiler makes wrong
 
 A kernel is exact when it executes the roundings that its source spells, and no others; Triton, LLVM and ptxas
 each stand between. `compile_for` compiles a plan for a GPU that need not be here and `count` reads the PTX: the
@@ -374,7 +374,9 @@ def _table(rows: Iterable[KernelCounts]) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bitfuse.ptx", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bitfuse.tools.prove.ptx", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("operators", nargs="*", help=f"default: all of {', '.join(OPERATORS)}")
     parser.add_argument("--capability", type=int, action="append", help=f"default: {CAPABILITIES}")
     parser.add_argument("--mutants", action="store_true", help="also the mutants that only a compiler makes wrong")

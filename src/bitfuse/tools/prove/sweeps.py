@@ -351,8 +351,13 @@ def _turned(a: Tensor, b: Tensor, *, step: str, interleaved: bool) -> tuple[Tens
 
 
 def _rotary_steps() -> Iterator[Step]:
+    of_all = (("per_op", _BF16), ("fp32", _BF16), ("fp32", torch.float32))
+    of_kitchen = {
+        "split": (("three_ops", _BF16), ("second_rounded", _BF16)),
+        "interleaved": (("addcmul", _BF16),),
+    }
     for layout in ("split", "interleaved"):
-        for chain, table in (("per_op", _BF16), ("fp32", _BF16), ("fp32", torch.float32)):
+        for chain, table in (*of_all, *of_kitchen[layout]):
             operator = f"{layout}_rotary_{chain}"
             for step in ("x * cos", "x + sin", "x * sin"):
                 tables = f", tables in {str(table).removeprefix('torch.')}" if chain == "fp32" else ""
@@ -365,6 +370,7 @@ def _with(step: str, but: str = "") -> tuple[str, ...]:
     return tuple(o.name for o in OPERATORS.values() if step in o.evidence.steps and o.name != but)
 
 
+_ADDCMUL = _with("addcmul", but="gated_residual_addcmul")
 _MODULATING, _RESIDUAL = _with("modulation", but="modulate"), _with("residual", but="gated_residual")
 _QK = tuple(o.name for o in OPERATORS.values() if isinstance(o.cases[0], QKCase))
 
@@ -377,6 +383,9 @@ STEPS = (
     Step("y * gate", "gated_residual", _gated, _RESIDUAL),
     Step("y * mask", "gated_residual", _masked, _RESIDUAL),
     Step("x + y", "gated_residual", _added, _RESIDUAL),
+    Step("gate_table + gate", "gated_residual_addcmul", lambda a, b: _gate_of_table(a, b)[:4], _ADDCMUL),
+    Step("-0 + y * gate", "gated_residual_addcmul", lambda a, b: _gated(a, b)[:4], _ADDCMUL),
+    Step("x + y * 1", "gated_residual_addcmul", lambda a, b: _added(a, b)[:4], _ADDCMUL),
     Step("out * 2 sigmoid(logit)", "head_gate", _gated_head),
     Step("silu(gate) * up", "swiglu", lambda a, b: (_by_token(a, b), _by_column(a, b))),
     Step("weight * row of one value, normed", "qk_rms_norm", _weighted, _QK[1:]),

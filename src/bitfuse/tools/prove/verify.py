@@ -28,7 +28,7 @@ from bitfuse.core import proof
 from bitfuse.core.bits import as_tuple, compare
 from bitfuse.core.kernel import interpreter
 from bitfuse.core.operator import OPERATORS, Operator, Tier
-from bitfuse.tools import seeded
+from bitfuse.tools import packages, seeded
 from bitfuse.tools.compare import conformance
 from bitfuse.tools.prove import ahead, far, mutation, sweeps
 from bitfuse.tools.text import cell, say
@@ -297,6 +297,7 @@ def run(
     interpreted = device == "cpu"
     tokens = INTERPRETED_TOKENS if interpreted else None
     result = Result(device, asked, wanted, deep, [], [], [], [], host)
+    packages.need("numpy", "verify", install="pip install 'bitfuse[verify]'")  # Triton's interpreter, far addresses
     if host is not None:
         seeded.of_host(host).need(torch.device(device))
     run_on = list(chosen)

@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 
 from bitfuse.hosts.registry import HOSTS
+from bitfuse.tools.names import LAYERS, VERSIONS
 from bitfuse.tools.packages import CannotRun as CannotRun
-
-VERSIONS = ("2.0", "2.3", "2.5")
 
 FPS = 24.0
 _MARGIN = 6 << 30  # bytes left free for activations: at 6144 tokens the feed-forward and the text bias take 1 to 2 GiB
@@ -107,7 +106,7 @@ class Geometry:
 
 
 SMALL = Geometry("small", 3, 4, 8, 26, 16, 2, 4, 32, 4, 32, 16, 16, 48, steps=8)
-REAL = Geometry("LTX-2.0", 16, 16, 24, 126, 1024, 48, 32, 128, 32, 64, 128, 128, 3840, steps=8)
+REAL = Geometry("LTX-2.0", 16, 16, 24, 126, 1024, LAYERS, 32, 128, 32, 64, 128, 128, 3840, steps=8)
 
 
 def geometry_for(
