@@ -553,22 +553,6 @@ def linear_one_step(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "", said, _sources([document], "../")])
 
 
-def linear_steps(document: dict[str, Any]) -> str:
-    """Whole steps: milliseconds and joules of each way, and against the mean of today's two."""
-    lines = ["| tokens | way | a step | energy | over today |", "| --- | --- | --- | --- | --- |"]
-    for case, row in document["steps"].items():
-        ways = {name: found for name, found in row.items() if isinstance(found, dict)}
-        today = (ways["today"]["ms"] + ways["today again"]["ms"]) / 2
-        for name, found in ways.items():
-            cells = f"{found['ms']:.2f} ms | {found['J']:.1f} J | {today / found['ms']:.3f}x"
-            lines.append(f"| {case.removesuffix(' tokens')} | {name} | {cells} |")
-    layers = next(row["layers"] for row in document["steps"].values())
-    said = (
-        f"{layers} layers of LTX-2.0's size, a CUDA graph a way, medians; every output equal to stock's in every bit."
-    )
-    return "\n".join([*lines, "", said, _sources([document], "../")])
-
-
 def _sources(documents: list[dict[str, Any]], up: str = "") -> str:
     machines = dict.fromkeys(_machine(document["machine"]) for document in documents)
     links = ", ".join(f"[{Path(document['path']).name}]({up}{document['path']})" for document in documents)

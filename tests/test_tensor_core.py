@@ -250,3 +250,20 @@ def test_the_interpreters_dot_adds_as_hoppers_tensor_cores_do(dtype):
     else:
         assert torch.equal(out, HOPPER.chain(x[:, None], w, start))
         assert not torch.equal(out, start + x.float() @ w.float().T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", RANGES)
+def test_a_gpu_adds_so(name):
+    """A million dot products of 16, on Hopper: 64 x 64 tiles of one instruction each (2026-11-29: an H200)."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("Hopper's sums")
+    factors, _, zeros = RANGES[name]
+    generator = torch.Generator().manual_seed(11)
+    x, w = (spread(generator, (1024, 16), *factors, BF16) for _ in range(2))
+    x[torch.rand(x.shape, generator=generator) < zeros] = 0
+    x[::3, 1], w[:, 1] = -x[::3, 0], w[:, 0]
+    x, w = x.cuda(), w.cuda()
+    found = torch.mm(x, w.t(), out_dtype=torch.float32)
+    expected = torch.cat([HOPPER.chain(some[:, None], w) for some in x.split(128)])
+    assert not differing(expected, found).any()

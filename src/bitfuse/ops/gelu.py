@@ -4,8 +4,8 @@ Versus whom: diffusers 0.37-0.42.1 (`activations.GELU`), in the feed-forwards of
 
 One rounding, to bf16: r1. What is computed in fp32 before it is spelled otherwise than ATen spells it, with a third of
 the instructions (`gelu` of `core/numerics.py`): it is a function of one value of 16 bits, so the battery tries all
-of them, and the kernel is used where each one is equal. ATen's own has so many instructions that it takes half as long
-again as the memory does (H200, 2026-11-29).
+of them, and the kernel is used where each one is equal. By the difference of two times ATen's own takes
+0.15 ms for 6144 x 16384 values, which a copy's speed would do in 0.10 (H200, 2026-11-29); ours was not timed yet.
 
 No sum, so no order of additions. NaN, signed zeros and subnormals are where the chain has them.
 """

@@ -59,7 +59,7 @@ class Extras:
         default_factory=lambda: Extra("GELU in place", "the widest tensor of these feed-forwards was held twice")
     )
     short_gelu: Extra = field(
-        default_factory=lambda: Extra("short GELU", "PyTorch's GELU ran, which takes half as long again")
+        default_factory=lambda: Extra("short GELU", "PyTorch's GELU ran, which has more instructions")
     )
 
     tiles: Extra = field(
