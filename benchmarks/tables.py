@@ -470,6 +470,29 @@ def decoder(documents: list[dict[str, Any]], run: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"By turns in one process. {_sources([run, *documents], '../')}"])
 
 
+def comfyui(document: dict[str, Any]) -> str:
+    """A step of ComfyUI's model by the node, without and with a CUDA graph."""
+    lines = ["| video tokens | stock | bitfuse | CUDA graph | launches a block | peak memory of a step | output |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in document["rows"]:
+        ms, speed_up, peak, kinds = row["ms"], row["speedup"], row["peak_gb_of_a_step"], row["kernels"]
+        ways = " | ".join(f"{ms[way]['median']:.0f} ms, {speed_up[way]:.2f}x" for way in ("bitfuse", "graph"))
+        launches = " to ".join(f"{kinds[way]['launches_a_block']['other']:.0f}" for way in ("stock", "bitfuse"))
+        output = "identical in every bit" if not row["differs"] else "; ".join(row["differs"].values())
+        memory = ", ".join(f"{peak[way]:.2f} GB" for way in ("stock", "bitfuse", "graph"))
+        lines.append(
+            f"| {row['tokens']} | {ms['stock']['median']:.0f} ms | {ways} | {launches} | {memory} | {output} |"
+        )
+    made = document["machine"]
+    lines += [
+        "",
+        f"LTX-{document['ltx']}, {document['rows'][0]['layers']} layers, ComfyUI {made['comfyui']}, comfy-kitchen "
+        f"{made['comfy_kitchen']}, built by ComfyUI's own loader with random weights; medians by turns; launches that "
+        f"are neither matmul nor attention. Build {document['build']}. {_sources([document], '../')}",
+    ]
+    return "\n".join(lines)
+
+
 def diffusion_decoder(document: dict[str, Any]) -> str:
     """The operators of LTX-2.5's diffusion decoder at its real sizes, and one of its blocks without its attention."""
     lines = ["| operator | case | PyTorch chain | fused | | of a plain copy |", "| --- | --- | --- | --- | --- | --- |"]
@@ -584,6 +607,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "run stages table": lambda: whole_runs(newest_or_none("run"), least=0.0, up="../"),
     "decoder table": lambda: decoder([newest("video-decoder"), newest("ltx-core-decoder")], newest("run")),
     "diffusion decoder table": lambda: diffusion_decoder(newest("diffusion-decoder")),
+    "comfyui table": lambda: comfyui(newest("comfyui")),
     "rotary table": lambda: rotary(newest("rotary")),
     "operators table": lambda: operators(newest_of_each("operators")),
     **{
