@@ -7,17 +7,16 @@ ComfyUI is in no package of its own. Releases of it stand in the source packages
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import json
 import os
 import runpy
 import sys
-import types
 from pathlib import Path
 
 import torch
+
+from stubs import Stub
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = ("0.30.0", "0.27.0")
@@ -32,38 +31,6 @@ def folder(version):
     return Path(os.environ.get("BITFUSE_COMFYUI", sys.prefix)) / f"comfyui-{version}"
 
 
-class _Names(type):
-    """A class whose every name is an empty class of the same kind."""
-
-    def __getattr__(cls, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Names(name, (), {})
-
-
-class _Absent(types.ModuleType):
-    """A module whose every name is an empty class."""
-
-    __path__ = ()
-    __getattr__ = _Names.__getattr__
-
-
-class _Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self, packages):
-        self.packages = packages
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in self.packages:
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):
-        return _Absent(spec.name)
-
-    def exec_module(self, module):
-        pass
-
-
 def use(version):
     """Make this version of ComfyUI importable, and bitfuse's pack for it. FileNotFoundError where it is not there."""
     home = folder(version)
@@ -75,7 +42,7 @@ def use(version):
     # transformers looks for torchvision once, here, and so does not find the stub
     importlib.import_module("transformers.image_utils")
     missing = tuple(name for name in STUBBED if importlib.util.find_spec(name) is None)
-    sys.meta_path.append(_Stub(missing))
+    sys.meta_path.append(Stub(*missing))
     importlib.import_module("bitfuse_comfyui.upstream")  # tells ComfyUI where there is no GPU
 
 

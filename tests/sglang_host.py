@@ -4,57 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import os
 import runpy
 import sys
-import types
 import warnings
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from stubs import Absent, Stub
+
 NEEDS = "pip install --no-deps -r tests/sglang.txt"
 LTX_2 = "sglang.multimodal_gen.runtime.models.dits.ltx_2"
-
-
-class _Names(type):
-    """A class whose every name is an empty class of the same kind."""
-
-    def __getattr__(cls, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        found = _Names(name, (), {})
-        setattr(cls, name, found)
-        return found
-
-
-class _Absent(types.ModuleType):
-    """A module whose every name is an empty class."""
-
-    __path__ = ()
-    __getattr__ = _Names.__getattr__
-
-
-class _Stub(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """A package that SGLang imports and its LTX-2 never uses, where that is not installed."""
-
-    def __init__(self, package):
-        self.package = package
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] != self.package:
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):
-        return _Absent(spec.name)
-
-    def exec_module(self, module):
-        pass
 
 
 @functools.cache
@@ -67,10 +30,10 @@ def upstream():
         # transformers looks for torchvision once, here, and so does not find the stub
         transformers = pytest.importorskip("transformers.image_utils", reason=f"SGLang needs transformers; {NEEDS}")
         assert not transformers.is_torchvision_available()
-        stubs.append(_Stub("torchvision"))  # of its configurations of image models
+        stubs.append(Stub("torchvision"))  # of its configurations of image models
     without_kernels = torch.cuda.is_available() and importlib.util.find_spec("sgl_kernel") is None
     if without_kernels:
-        stubs.append(_Stub("sgl_kernel"))  # its compiled kernels, which the imports of other models ask for
+        stubs.append(Stub("sgl_kernel"))  # its compiled kernels, which the imports of other models ask for
     sys.meta_path[:0] = stubs
     try:
         with warnings.catch_warnings():
@@ -84,7 +47,7 @@ def upstream():
     finally:
         for stub in stubs:
             sys.meta_path.remove(stub)
-        for name in [name for name, module in sys.modules.items() if isinstance(module, _Absent)]:
+        for name in [name for name, module in sys.modules.items() if isinstance(module, Absent)]:
             if name != "sgl_kernel":  # asked for again at run time
                 del sys.modules[name]
 
