@@ -357,9 +357,9 @@ def test_without_memory_the_host_blends(where, monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("whose", ["the class's", "a class of its own", "the instance's", "the instance's later on"])
 @pytest.mark.parametrize("what", ["changes the tile above", "draws numbers"])
-def test_somebody_elses_blend_is_called_when_the_host_calls_it(what, when, monkeypatch):
+def test_somebody_elses_blend_is_called_when_the_host_calls_it(what, whose, monkeypatch):
     zeros = {"decoder_spatial_padding_mode": "zeros"}
     stock, vae, z = make("noise", **zeros), make("noise", **zeros), latents(height=5, width=6)
     own = KIND.blend_v
@@ -370,12 +370,21 @@ def test_somebody_elses_blend_is_called_when_the_host_calls_it(what, when, monke
         a[:, :, :, :3] = 0
         return own(self, a, b, extent)
 
+    def put(v):
+        if whose == "the class's":
+            monkeypatch.setattr(KIND, "blend_v", other)
+        elif whose == "a class of its own":
+            v.__class__ = type("Derived", (KIND,), {"blend_v": other})
+        else:
+            v.blend_v = other.__get__(v)
+
     for v in (stock, vae):
         arranged(v, "overlaps")
-    handle = None
-    if when == "after":
-        handle = bitfuse.accelerate(vae)
-    monkeypatch.setattr(KIND, "blend_v", other)
-    handle = handle or bitfuse.accelerate(vae)
+        if whose != "the instance's later on":
+            put(v)
+    handle = bitfuse.accelerate(vae)
+    if whose == "the instance's later on":
+        put(stock)
+        put(vae)
     assert bitfuse.compare(decoded(stock, z), decoded(vae, z)) is None
     assert any("blend_v" in reason for reason in losses(handle))
