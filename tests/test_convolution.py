@@ -154,7 +154,7 @@ def test_an_error_of_the_moment_is_not_kept(monkeypatch):
     right = SimpleNamespace(conv3d=like_cudnn())
     monkeypatch.setattr(convolution, "F", SimpleNamespace(conv3d=conv3d))
     route = CONVOLUTION.routed(*call())
-    assert route.reason == "the device ran out of memory while the convolution was being proved"
+    assert route.reason == "the device ran out of memory while it was being proved"
     assert not route.lasts
     monkeypatch.setattr(convolution, "F", right)
     assert CONVOLUTION.routed(*call()).reason is None
@@ -175,7 +175,7 @@ def test_a_proof_without_memory_is_not_repeated_at_every_call(monkeypatch):
         routes = [CONVOLUTION.routed(*call()) for _ in range(3)]
     assert len(tries) == 1
     assert {(route.reason, route.lasts) for route in routes} == {
-        ("the device ran out of memory while the convolution was being proved", False)
+        ("the device ran out of memory while it was being proved", False)
     }
     CONVOLUTION._failures.clear()  # when it has waited
     monkeypatch.setattr(convolution, "F", SimpleNamespace(conv3d=like_cudnn()))

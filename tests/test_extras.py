@@ -348,6 +348,38 @@ def test_where_the_short_gelu_is_not_atens_pytorchs_runs_in_place(device, monkey
     assert "GELU in place" not in _reasons(handle)
 
 
+class Cut(torch.nn.Module):
+    """A projection to one feature more, of which the first is left out: dense for one token, and lies at 2 bytes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.wide = torch.nn.Linear(linear.in_features, 1 + linear.out_features).to(linear.weight)
+
+    def forward(self, x):
+        return self.wide(x)[..., 1:]
+
+
+def test_the_kernel_in_place_is_the_one_that_was_proved(device, monkeypatch, fresh_routes):
+    """The proof's outputs begin at a multiple of 16 bytes. For others Triton compiles another kernel, in place."""
+    from bitfuse.hosts import diffusers as adapter
+
+    build, _ = step_of("2.0", device)
+    model, places = build(), []
+    activation = model.transformer_blocks[0].ff.net[0]
+    activation.proj = Cut(activation.proj)
+    monkeypatch.setattr(adapter, "in_place", lambda x: (places.append(x.data_ptr() % 16), in_place(x))[1])
+    x = torch.randn(1, 1, activation.proj.wide.in_features, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = activation(x)
+        handle = bitfuse.accelerate(model)
+        found = activation(x)
+    assert bitfuse.compare(expected, found) is None
+    assert found.data_ptr() % 16 == 2, "in place, by PyTorch"
+    assert set(places) <= {0}
+    (reason,) = _reasons(handle)["short GELU"]
+    assert "does not begin at a multiple of 16 bytes" in reason
+
+
 @pytest.mark.usefixtures("launched_as_reference")
 def test_strict_is_about_sites_alone(device):
     build, step = step_of("2.0", device)

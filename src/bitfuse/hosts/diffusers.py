@@ -467,9 +467,9 @@ class GELU(Part):
             return activation.gelu(projected)
         if activation.approximate == "tanh" and projected.dtype == torch.bfloat16 and _kernels_run(projected):
             route = GELU_TANH.routed(projected)
-            if route.fused:
+            if route.fused and projected.data_ptr() % 16 == 0:
                 return in_place(projected)
-            self._short.fall(str(route.reason))
+            self._short.fall(_NOT_AS_NEW if route.fused else str(route.reason))
         return torch.ops.aten.gelu_(projected, approximate=activation.approximate)
 
 
@@ -478,6 +478,7 @@ def _kernels_run(t: Tensor) -> bool:
     return t.is_cuda or interpreting()
 
 
+_NOT_AS_NEW = "what the projection gave does not begin at a multiple of 16 bytes, and the kernel in place was not proved"
 _NOT_ALONE = "what the projection gave is held by somebody else, or is not dense in memory of PyTorch's"
 
 

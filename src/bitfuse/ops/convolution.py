@@ -25,13 +25,11 @@ from torch import Tensor
 from bitfuse.core import proof
 from bitfuse.core.bits import Mismatch, compare_parts
 from bitfuse.core.conditions import capturing
-from bitfuse.core.lines import error_line
 from bitfuse.core.operator import Route
 from bitfuse.core.volumes import CHANNELS_LAST, pieces
 
 Sides = tuple[int, ...]
 
-_FAILURES_KEPT = 256
 _LARGE = 2.0**26  # a small term that is added to it in fp32 is lost
 
 
@@ -73,40 +71,27 @@ class Convolution:
             if capturing(x):
                 reason = "this layout is not decided yet and a CUDA graph is being captured"
                 return Route(_stock, reason, lasts=False)
-            patience = self._failures.get(signature)
-            if patience is not None and patience.waiting:
+            patience, start = self._failures.get(signature) or proof.Patience(), time.perf_counter()
+            if patience.waiting:
                 return Route(_stock, patience.verdict.sentence, lasts=False)
-            start = time.perf_counter()
             try:
                 with torch.no_grad():
                     found, result = _difference(*args)
             except torch.AcceleratorError:
                 raise
             except Exception as error:  # the host's own call may not meet it
-                reason = self._failed(signature, error, time.perf_counter() - start)
-                return Route(_stock, reason, lasts=signature in self._verdicts)
-            self._failures.pop(signature, None)
-            if found is None:  # another thread may have found a mismatch meanwhile
-                self._verdicts.setdefault(signature, None)
-            else:
-                self._verdicts[signature] = found
+                failure = proof.failure(error, time.perf_counter() - start, "being proved")
+                if not failure.final:
+                    patience.failed(failure)
+                    self._failures[signature] = patience
+                    return Route(_stock, failure.sentence, lasts=False)
+                found = failure.sentence
+            keep = self._verdicts.setdefault if found is None else self._verdicts.__setitem__
+            keep(signature, found)  # another thread may have found a mismatch meanwhile
         reason = reason or self._verdicts[signature]
         if reason is not None:
             return Route(_stock, reason)
         return Route(_channels_last if result is None else _given(result), tier=self.tier, signature=signature)
-
-    def _failed(self, signature: tuple, error: Exception, seconds: float) -> str:
-        """Why this convolution is the host's own after this error in its proof: for good, or, of the moment, for now."""
-        if not proof.of_the_moment(error):
-            self._verdicts[signature] = reason = f"it can't be computed in channels_last_3d ({error_line(error)})"
-            return reason
-        reason = "the device ran out of memory while the convolution was being proved"
-        if not isinstance(error, torch.OutOfMemoryError):
-            reason = f"the convolution could not be proved ({error_line(error)})"
-        patience = self._failures.get(signature) or proof.Patience()
-        patience.failed(proof.Verdict(False, reason, seconds=seconds, final=False))
-        proof.remember(self._failures, signature, patience, _FAILURES_KEPT)
-        return reason
 
     def why_not(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, padding: Sides) -> Iterator[str]:
         """Why this convolution is the host's own, on whatever device: for `bitfuse explain`."""
