@@ -380,6 +380,26 @@ def test_the_kernel_in_place_is_the_one_that_was_proved(device, monkeypatch, fre
     assert "does not begin at a multiple of 16 bytes" in reason
 
 
+@pytest.mark.filterwarnings("ignore:.*overrid")
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_a_gelu_that_is_registered_in_python_is_the_one_that_runs(approximate, device, fresh_routes):
+    """PyTorch's own come and go; `gelu_` is another op, and a kernel was proved by ATen's."""
+    build, _ = step_of("2.0", device)
+    model = build()
+    activation = model.transformer_blocks[0].ff.net[0]
+    activation.approximate = approximate
+    handle = bitfuse.accelerate(model)
+    x = torch.randn(1, 3, activation.proj.in_features, device=device, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.library._scoped_library("aten", "IMPL") as library:
+        assert activation(x).min() > -1
+        library.impl("gelu", lambda self, *, approximate="none": self * 0 - 7, device.type.upper())
+        assert (activation(x) == -7).all()
+        assert (bitfuse.OPERATORS["gelu_tanh"](activation.proj(x)) == -7).all()
+    assert _reasons(handle) == {"GELU in place": {"Python code is registered for PyTorch's gelu": 1}}
+    with torch.no_grad():
+        assert activation(x).min() > -1
+
+
 @pytest.mark.usefixtures("launched_as_reference")
 def test_strict_is_about_sites_alone(device):
     build, step = step_of("2.0", device)
