@@ -348,6 +348,15 @@ def test_where_the_short_gelu_is_not_atens_pytorchs_runs_in_place(device, monkey
     assert "GELU in place" not in _reasons(handle)
 
 
+def test_nothing_is_lost_where_there_is_nothing_to_activate(device):
+    model, handle, _ = _steps(PLAIN, ORDERS[0], device, count=1)
+    activation = model.transformer_blocks[0].ff.net[0]
+    with torch.no_grad():
+        out = activation(torch.empty(1, 0, activation.proj.in_features, device=device, dtype=torch.bfloat16))
+    assert out.shape == (1, 0, activation.proj.out_features)
+    assert _reasons(handle) == {}
+
+
 class Cut(torch.nn.Module):
     """A projection to one feature more, of which the first is left out: dense for one token, and lies at 2 bytes."""
 

@@ -479,7 +479,7 @@ class GELU(Part):
 
 def _kernels_run(t: Tensor) -> bool:
     """Else there is nothing to gain, and nothing to say."""
-    return t.is_cuda or interpreting()
+    return (t.is_cuda or interpreting()) and t.numel() > 0
 
 
 _NOT_AS_NEW = "what the projection gave does not begin at a multiple of 16 bytes, for which no kernel is proved"
