@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.core import volumes
+from bitfuse.core import proof, volumes
+from bitfuse.core.bits import Mismatch
 from bitfuse.ops import convolution
 from bitfuse.ops.convolution import CONVOLUTION
 
@@ -153,7 +154,78 @@ def test_an_error_of_the_moment_is_not_kept(monkeypatch):
     right = SimpleNamespace(conv3d=like_cudnn())
     monkeypatch.setattr(convolution, "F", SimpleNamespace(conv3d=conv3d))
     route = CONVOLUTION.routed(*call())
-    assert route.reason == "the device ran out of memory while the convolution was being proved"
+    assert route.reason == "the device ran out of memory while it was being proved"
     assert not route.lasts
     monkeypatch.setattr(convolution, "F", right)
     assert CONVOLUTION.routed(*call()).reason is None
+
+
+def test_a_proof_without_memory_is_not_repeated_at_every_call(monkeypatch):
+    """It may take as long as the convolution itself does, several times, in each decode."""
+    tries = []
+
+    def conv3d(*_):
+        tries.append(1)
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(proof, "_FREE_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(proof, "_SHARE", 1e9)
+        patch.setattr(convolution, "F", SimpleNamespace(conv3d=conv3d))
+        routes = [CONVOLUTION.routed(*call()) for _ in range(3)]
+    assert len(tries) == 1
+    assert {(route.reason, route.lasts) for route in routes} == {
+        ("the device ran out of memory while it was being proved", False)
+    }
+    CONVOLUTION._failures.clear()  # when it has waited
+    monkeypatch.setattr(convolution, "F", SimpleNamespace(conv3d=like_cudnn()))
+    assert CONVOLUTION.routed(*call()).reason is None
+
+
+@pytest.mark.parametrize(
+    ("error", "lasts"),
+    [
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("cuDNN error: cannot allocate a workspace"), False),
+        (torch.AcceleratorError("an illegal memory access was encountered"), None),
+    ],
+)
+def test_an_error_of_the_other_layout_is_none_of_the_users_decode(error, lasts, monkeypatch):
+    """But one of the device, after which nothing can be relied on."""
+    right, tries = like_cudnn(), []
+
+    def conv3d(x, *rest):
+        if not x.is_contiguous():
+            tries.append(1)
+            raise error
+        return right(x, *rest)
+
+    monkeypatch.setattr(convolution, "F", SimpleNamespace(conv3d=conv3d))
+    args = call()
+    if lasts is None:
+        with pytest.raises(torch.AcceleratorError):
+            CONVOLUTION.routed(*args)
+        return
+    route = CONVOLUTION.routed(*args)
+    assert str(error) in route.reason
+    assert route.lasts == lasts
+    assert torch.equal(route.run(*args)[0], right(args[0].contiguous(), *args[1:]))
+    assert CONVOLUTION.routed(*args).reason == route.reason
+    assert len(tries) == (1 if lasts else 2)
+
+
+def test_what_another_thread_has_condemned_meanwhile_stays_so(monkeypatch):
+    """Both prove one signature; the other is done first, and an audit of its call finds a mismatch."""
+    monkeypatch.setattr(convolution, "F", SimpleNamespace(conv3d=like_cudnn()))
+    args = call()
+    other, difference = CONVOLUTION.routed(*args), convolution._difference
+    CONVOLUTION.forget()
+
+    def slow(*given):
+        found = difference(*given)
+        CONVOLUTION.condemn(other, Mismatch("differs at [0]"))
+        return found
+
+    monkeypatch.setattr(convolution, "_difference", slow)
+    assert CONVOLUTION.routed(*args).reason == "differs at [0]"
+    assert CONVOLUTION.routed(*args).reason == "differs at [0]"

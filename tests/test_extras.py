@@ -348,6 +348,67 @@ def test_where_the_short_gelu_is_not_atens_pytorchs_runs_in_place(device, monkey
     assert "GELU in place" not in _reasons(handle)
 
 
+def test_nothing_is_lost_where_there_is_nothing_to_activate(device):
+    model, handle, _ = _steps(PLAIN, ORDERS[0], device, count=1)
+    activation = model.transformer_blocks[0].ff.net[0]
+    with torch.no_grad():
+        out = activation(torch.empty(1, 0, activation.proj.in_features, device=device, dtype=torch.bfloat16))
+    assert out.shape == (1, 0, activation.proj.out_features)
+    assert _reasons(handle) == {}
+
+
+class Cut(torch.nn.Module):
+    """A projection to one feature more, of which the first is left out: dense for one token, and lies at 2 bytes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.wide = torch.nn.Linear(linear.in_features, 1 + linear.out_features).to(linear.weight)
+
+    def forward(self, x):
+        return self.wide(x)[..., 1:]
+
+
+def test_the_kernel_in_place_is_the_one_that_was_proved(device, monkeypatch, fresh_routes):
+    """The proof's outputs begin at a multiple of 16 bytes. For others Triton compiles another kernel, in place."""
+    from bitfuse.hosts import diffusers as adapter
+
+    build, _ = step_of("2.0", device)
+    model, places = build(), []
+    activation = model.transformer_blocks[0].ff.net[0]
+    activation.proj = Cut(activation.proj)
+    monkeypatch.setattr(adapter, "in_place", lambda x: (places.append(x.data_ptr() % 16), in_place(x))[1])
+    x = torch.randn(1, 1, activation.proj.wide.in_features, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = activation(x)
+        handle = bitfuse.accelerate(model)
+        found = activation(x)
+    assert bitfuse.compare(expected, found) is None
+    assert found.data_ptr() % 16 == 2, "in place, by PyTorch"
+    assert set(places) <= {0}
+    (reason,) = _reasons(handle)["short GELU"]
+    assert "does not begin at a multiple of 16 bytes" in reason
+
+
+@pytest.mark.filterwarnings("ignore:.*overrid")
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_a_gelu_that_is_registered_in_python_is_the_one_that_runs(approximate, device, fresh_routes):
+    """PyTorch's own come and go; `gelu_` is another op, and a kernel was proved by ATen's."""
+    build, _ = step_of("2.0", device)
+    model = build()
+    activation = model.transformer_blocks[0].ff.net[0]
+    activation.approximate = approximate
+    handle = bitfuse.accelerate(model)
+    x = torch.randn(1, 3, activation.proj.in_features, device=device, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.library._scoped_library("aten", "IMPL") as library:
+        assert activation(x).min() > -1
+        library.impl("gelu", lambda self, *, approximate="none": self * 0 - 7, device.type.upper())
+        assert (activation(x) == -7).all()
+        assert (bitfuse.OPERATORS["gelu_tanh"](activation.proj(x)) == -7).all()
+    assert _reasons(handle) == {"GELU in place": {"Python code is registered for PyTorch's gelu": 1}}
+    with torch.no_grad():
+        assert activation(x).min() > -1
+
+
 @pytest.mark.usefixtures("launched_as_reference")
 def test_strict_is_about_sites_alone(device):
     build, step = step_of("2.0", device)

@@ -190,7 +190,7 @@ def test_what_was_not_used_is_said_with_what_was_lost_and_how_often():
         "    6 x attn1 has a forward hook",
         "  not used: second stream, so the audio half of these blocks did not run beside the video half",
         "    1 x a hook is attached to attn1",
-        "  not used: GELU in place, so the widest tensor of these feed-forwards was held twice",
+        "  not used: GELU in place, so PyTorch's GELU ran, and the widest tensor of a feed-forward was held twice",
         f"    2 x {NASTY}",
         "    1 x gradients are enabled",
     ]
@@ -203,7 +203,10 @@ def test_what_was_not_used_is_said_with_what_was_lost_and_how_often():
     ]
     assert found[1]["lost"] == "the audio half of these blocks did not run beside the video half"
     words = " ".join(printed(report).split())
-    assert "not used: GELU in place, so the widest tensor of these feed-forwards was held twice" in words
+    assert (
+        "not used: GELU in place, so PyTorch's GELU ran, and the widest tensor of a feed-forward was held twice"
+        in words
+    )
     assert "2 x differs at [0, 3]: <script>alert('x')</script> [bold]&amp;" in words
     assert set(Cells(report._repr_html_()).tags) <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "p"}
 

@@ -93,21 +93,29 @@ def _asked(owner: Any, name: str) -> list[Any]:
 
 # -- what the dispatcher sends to Python code --------------------------------------------------------------------------
 
-# The ops of the references that add up rows: of all others any right implementation gives the same bits. CUDA's mean
-# does not call sum, which torch 2.14 and newer send elsewhere under PYTORCH_SUM_INNER_TREE.
-_SUMMING = {key: [f"aten/{op}/{key}" for op in ("_fused_rms_norm", "rms_norm", "mean.dim")] for key in ("CUDA", "CPU")}
+# The ops of the references that add up rows, and those that are no sums, products and roots: of all others any right
+# implementation gives the same bits. CUDA's mean does not call sum, which torch 2.14 and newer send elsewhere under
+# PYTORCH_SUM_INNER_TREE.
+_OPS = ("_fused_rms_norm", "rms_norm", "mean.dim", "gelu", "silu", "sigmoid")
+_CHOSEN = {key: [f"aten/{op}/{key}" for op in _OPS] for key in ("CUDA", "CPU")}
 _in_python: Any = torch.library._impls  # of every op and dispatch key that Python code is registered for (2.11 to 2.15)
 
 
 def rerouted(is_cuda: bool) -> tuple[bool, ...]:
-    """For each op that adds up rows, whether Python code stands in for ATen's kernel on CUDA, or on the CPU.
+    """For each op of which implementations differ, whether Python code stands in for ATen's on CUDA, or on the CPU.
 
     Such code comes and goes (`torch.backends.python_native`), and may choose by more than a signature holds: from 2.14
     on torch's own takes a contiguous tensor that starts between multiples of 16 bytes to quack only from 2^24 elements
-    on. So this is in layouts and signatures, and where it holds the bits of every layout are compared. 0.3 us.
+    on. So this is in layouts and signatures, and where it holds the bits of every layout are compared. 0.4 us.
     """
-    fused, norm, mean = _SUMMING["CUDA" if is_cuda else "CPU"]
-    return fused in _in_python, norm in _in_python, mean in _in_python
+    fused, norm, mean, gelu, silu, sigmoid = _CHOSEN["CUDA" if is_cuda else "CPU"]
+    there = _in_python
+    return fused in there, norm in there, mean in there, gelu in there, silu in there, sigmoid in there
+
+
+def gelu_is_pythons(is_cuda: bool) -> bool:
+    """Whether Python code stands in for ATen's `gelu`, which `gelu_` does not call."""
+    return _CHOSEN["CUDA" if is_cuda else "CPU"][3] in _in_python
 
 
 # -- what a reference calls ----------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bitfuse.core.conditions import around, watched
 from bitfuse.core.kernel import interpreting
+from bitfuse.core.originals import gelu_is_pythons
 from bitfuse.hosts import lora, ltx2, offload
 from bitfuse.hosts.handle import Handle
 from bitfuse.hosts.ltx2 import ABSENT, AUDIO, COMPOSED, UNGATED, VIDEO, Ada, Rotary, RotaryTrial, Stream, Tables
@@ -465,19 +466,23 @@ class GELU(Part):
         if not alone(projected):
             self.fall(_NOT_ALONE if type(projected) is Tensor else f"the projection gave a {type(projected).__name__}")
             return activation.gelu(projected)
+        if gelu_is_pythons(projected.is_cuda):
+            self.fall("Python code is registered for PyTorch's gelu")
+            return activation.gelu(projected)
         if activation.approximate == "tanh" and projected.dtype == torch.bfloat16 and _kernels_run(projected):
             route = GELU_TANH.routed(projected)
-            if route.fused:
+            if route.fused and projected.data_ptr() % 16 == 0:
                 return in_place(projected)
-            self._short.fall(str(route.reason))
+            self._short.fall(_NOT_AS_NEW if route.fused else str(route.reason))
         return torch.ops.aten.gelu_(projected, approximate=activation.approximate)
 
 
 def _kernels_run(t: Tensor) -> bool:
     """Else there is nothing to gain, and nothing to say."""
-    return t.is_cuda or interpreting()
+    return (t.is_cuda or interpreting()) and t.numel() > 0
 
 
+_NOT_AS_NEW = "what the projection gave does not begin at a multiple of 16 bytes, for which no kernel is proved"
 _NOT_ALONE = "what the projection gave is held by somebody else, or is not dense in memory of PyTorch's"
 
 

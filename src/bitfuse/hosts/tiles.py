@@ -1,7 +1,7 @@
 """How diffusers' LTX-2 video autoencoder blends the tiles of a decode and joins them: the same bits, in fewer ops.
 
 The host blends two tiles row by row, four small ops for each of up to 64 rows, and holds all tiles until the last one
-is decoded. Here a blend is three ops, and a row of tiles is let go of once the next one is blended with it.
+is decoded. Here a blend is three ops, and a row of tiles is joined and let go of once the next one is blended with it.
 
     blended = a * (1 - i / extent) + b * (i / extent)    for row i of the overlap: both products and the sum rounded
 
@@ -13,28 +13,34 @@ of a process: every row of the overlap with every value of a 16-bit dtype.
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitfuse.core import proof
 from bitfuse.core.bits import compare
 from bitfuse.core.conditions import HALVES, around, capturing
 from bitfuse.hosts.part import Model, Part
+from bitfuse.run.swap import bound
 
 _MOST = 1 << 10  # rows of an overlap
 
 
 def blended(a: Tensor, b: Tensor, extent: int, dim: int) -> Tensor:
-    """b, with its first `extent` rows along `dim` blended with the last ones of a, in place."""
+    """b, with its first `extent` rows along `dim` blended with the last ones of a, in place.
+
+    Memory for as many rows is asked for once, before b is changed.
+    """
     extent = min(a.shape[dim], b.shape[dim], extent)
     if extent <= 0:
         return b
     before, here = a.narrow(dim, a.shape[dim] - extent, extent), b.narrow(dim, 0, extent)
     first, second = _weights(extent, dim, a.ndim, b.device)
     left = torch.mul(before, first, out=torch.empty(here.shape, dtype=b.dtype, device=b.device))
-    right = torch.mul(here, second, out=torch.empty_like(left))
-    torch.add(left, right, out=here)
+    torch.mul(here, second, out=here)
+    torch.add(left, here, out=here)
     return b
 
 
@@ -74,6 +80,29 @@ def difference(extent: int, dtype: torch.dtype, device: torch.device) -> str | N
     )
 
 
+_failures: dict[Any, proof.Patience] = {}  # with what there was no memory to try
+_FAILURES_KEPT = 256
+
+
+def why_not(extent: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """`difference`, and where there is no memory to try it, that: it is tried again later."""
+    key = extent, dtype, device
+    patience = _failures.get(key)
+    if patience is not None and patience.waiting:
+        return patience.verdict.sentence
+    start = time.perf_counter()
+    try:
+        found = difference(extent, dtype, device)
+    except torch.OutOfMemoryError:
+        reason = "the device ran out of memory while rows blended at once were tried"
+        patience = patience or proof.Patience()
+        patience.failed(proof.Verdict(False, reason, seconds=time.perf_counter() - start, final=False))
+        proof.remember(_failures, key, patience, _FAILURES_KEPT)
+        return reason
+    _failures.pop(key, None)
+    return found
+
+
 class Blend(Part):
     """In place of `blend_v`, `blend_h` or `blend_t`."""
 
@@ -103,13 +132,17 @@ class Blend(Part):
         extent = min(a.shape[self.dim], b.shape[self.dim], extent)
         if extent > _MOST or capturing(b):
             return f"the overlap has {extent} rows, or a CUDA graph is being captured"
-        return difference(extent, b.dtype, b.device) if extent > 0 else None
+        return why_not(extent, b.dtype, b.device) if extent > 0 else None
 
     def fall(self, reason: str) -> None:
         self.model.handle.extras.tiles.fall(reason)
 
     def fused(self, vae: Any, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
-        return blended(a, b, blend_extent, self.dim)
+        try:
+            return blended(a, b, blend_extent, self.dim)
+        except torch.OutOfMemoryError:  # of which the host's rows need less; b is as it was
+            self.fall("the device ran out of memory while rows were blended at once")
+        return bound(vae, self.method)(a, b, blend_extent)
 
 
 class BlendV(Blend):
@@ -137,6 +170,14 @@ class TiledDecode(Part):
         super().__init__(vae, model)
         self.output = output  # the host's DecoderOutput
 
+    def why_stock(self, vae: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Somebody else's blend may change the tile above, or draw numbers, for which the order of all calls counts."""
+        for kind in (BlendV, BlendH):
+            blend = vars(vae).get(kind.method)
+            if not isinstance(blend, kind) or getattr(type(vae), kind.method) is not blend.own:
+                return f"the {kind.method} of the autoencoder is not the one that bitfuse read"
+        return None
+
     def fall(self, reason: str) -> None:
         self.model.handle.extras.tiles.fall(reason)
 
@@ -147,22 +188,32 @@ class TiledDecode(Part):
         ratio, high, wide = vae.spatial_compression_ratio, vae.tile_sample_stride_height, vae.tile_sample_stride_width
         down, across = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
         above: list[Tensor] = []
+        shown: list[Tensor] = []  # of the tiles above: views, joined once the tiles below are decoded
         rows: list[Tensor] = []
         for i in range(0, height, high // ratio):
             row = [
                 vae.decoder(z[:, :, :, i : i + down, j : j + across], temb, causal=causal)
                 for j in range(0, width, wide // ratio)
             ]
-            pieces = []
-            for j, tile in enumerate(row):
-                if i > 0:
-                    tile = vae.blend_v(above[j], tile, vae.tile_sample_min_height - high)
-                if j > 0:
-                    tile = vae.blend_h(row[j - 1], tile, vae.tile_sample_min_width - wide)
-                pieces.append(tile[:, :, :, :high, :wide])
-            rows.append(torch.cat(pieces, dim=4))
-            above = row
-            del row, pieces, tile
-        del above
+            blended_row = _blended_row(vae, above if i > 0 else None, row)
+            if i > 0:
+                rows.append(torch.cat(shown, dim=4))
+            above, shown = row, blended_row
+            del row, blended_row
+        rows.append(torch.cat(shown, dim=4))
+        del above, shown
         video = torch.cat(rows, dim=3)[:, :, :, : height * ratio, : width * ratio]
         return self.output(sample=video) if return_dict else (video,)
+
+
+def _blended_row(vae: Any, above: list[Tensor] | None, row: list[Tensor]) -> list[Tensor]:
+    """What is shown of each tile of a row, once that is blended with the ones above and to the left."""
+    high, wide = vae.tile_sample_stride_height, vae.tile_sample_stride_width
+    shown = []
+    for j, tile in enumerate(row):
+        if above is not None:
+            tile = vae.blend_v(above[j], tile, vae.tile_sample_min_height - high)
+        if j > 0:
+            tile = vae.blend_h(row[j - 1], tile, vae.tile_sample_min_width - wide)
+        shown.append(tile[:, :, :, :high, :wide])
+    return shown

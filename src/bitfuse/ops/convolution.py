@@ -14,6 +14,7 @@ Where it does not hold, the host's own call runs, and the reason says so.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitfuse.core import proof
 from bitfuse.core.bits import Mismatch, compare_parts
 from bitfuse.core.conditions import capturing
 from bitfuse.core.operator import Route
@@ -55,6 +57,7 @@ class Convolution:
 
     def __init__(self) -> None:
         self._verdicts: dict[tuple, str | None] = {}  # by signature: why not, or None
+        self._failures: dict[tuple, proof.Patience] = {}  # by signature: errors of the moment
 
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, padding: Sides) -> Any:
         """What an audit compares a call with: on CUDA the host's own call adds the bias by a kernel of its own."""
@@ -68,12 +71,23 @@ class Convolution:
             if capturing(x):
                 reason = "this layout is not decided yet and a CUDA graph is being captured"
                 return Route(_stock, reason, lasts=False)
+            patience, start = self._failures.get(signature) or proof.Patience(), time.perf_counter()
+            if patience.waiting:
+                return Route(_stock, patience.verdict.sentence, lasts=False)
             try:
                 with torch.no_grad():
-                    self._verdicts[signature], result = _difference(*args)
-            except torch.OutOfMemoryError:  # of the moment: a later call tries again
-                reason = "the device ran out of memory while the convolution was being proved"
-                return Route(_stock, reason, lasts=False)
+                    found, result = _difference(*args)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:  # the host's own call may not meet it
+                failure = proof.failure(error, time.perf_counter() - start, "being proved")
+                if not failure.final:
+                    patience.failed(failure)
+                    self._failures[signature] = patience
+                    return Route(_stock, failure.sentence, lasts=False)
+                found = failure.sentence
+            keep = self._verdicts.setdefault if found is None else self._verdicts.__setitem__
+            keep(signature, found)  # another thread may have found a mismatch meanwhile
         reason = reason or self._verdicts[signature]
         if reason is not None:
             return Route(_stock, reason)
@@ -109,6 +123,7 @@ class Convolution:
     def forget(self) -> None:
         """Drop every verdict (for tests and measurements)."""
         self._verdicts.clear()
+        self._failures.clear()
 
 
 CONVOLUTION = Convolution()

@@ -56,7 +56,9 @@ class Extras:
     )
     text: Extra = field(default_factory=lambda: Extra("kept text", "what a model makes of its text was computed again"))
     gelu: Extra = field(
-        default_factory=lambda: Extra("GELU in place", "the widest tensor of these feed-forwards was held twice")
+        default_factory=lambda: Extra(
+            "GELU in place", "PyTorch's GELU ran, and the widest tensor of a feed-forward was held twice"
+        )
     )
     short_gelu: Extra = field(
         default_factory=lambda: Extra("short GELU", "PyTorch's GELU ran, which has more instructions")
