@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class Parked(Handle):
                 site.fall(REPLACED)
 
     def forget(self) -> None:
-        """Of a model that is gone: let go of what knew its modules, without waiting for Python's collector."""
+        """Of a model that is gone, or of a node: let go of what knew its modules, without waiting for Python's collector."""
         self._forwards.clear()
         self._standing.clear()
         self._put.clear()
@@ -104,6 +104,13 @@ class Parked(Handle):
             self._standing.pop()
 
 
+def _let_go(of: Iterable[weakref.ref[Parked]]) -> None:
+    """Forget those that are left. It holds none of them: they would live as long as their models do."""
+    for reference in tuple(of):
+        if (parked := reference()) is not None and not parked.under_way:
+            parked.forget()
+
+
 def _take_out(held: dict[str, Any], ours: Forward, had: Any) -> None:
     if held.get(ours.method) is not ours:
         return
@@ -113,7 +120,7 @@ def _take_out(held: dict[str, Any], ours: Forward, had: Any) -> None:
         held[ours.method] = had
 
 
-_last_at_work: weakref.WeakKeyDictionary[Any, Parked] = weakref.WeakKeyDictionary()  # by model
+_last_at_work: weakref.WeakKeyDictionary[Any, weakref.ref[Parked]] = weakref.WeakKeyDictionary()  # by model
 
 
 class Wrapper:
@@ -122,6 +129,8 @@ class Wrapper:
     def __init__(self, options: Options):
         self.options = options
         self._of: weakref.WeakKeyDictionary[Any, Parked] = weakref.WeakKeyDictionary()
+        self._made: list[weakref.ref[Parked]] = []
+        weakref.finalize(self, _let_go, self._made).atexit = False
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         model = executor.class_obj
@@ -138,11 +147,13 @@ class Wrapper:
 
     def _at_work(self, model: Any) -> Parked | None:
         """Whose forwards run this model now: another node's, while they stand in it; None: `bitfuse.accelerate`'s."""
-        if (other := _last_at_work.get(model)) is not None and other.under_way:
+        last = _last_at_work.get(model)
+        if last is not None and (other := last()) is not None and other.under_way:
             return other
         if isinstance(vars(model).get(adapter.Blocks.method), Forward):
             return None
-        found = _last_at_work[model] = self.of(model)
+        found = self.of(model)
+        _last_at_work[model] = weakref.ref(found)
         return found
 
     def of(self, model: Any) -> Parked:
@@ -150,7 +161,8 @@ class Wrapper:
         with _placing:
             if (found := self._of.get(model)) is None:
                 found = self._of[model] = _prepared(model, self.options)
-                weakref.finalize(model, found.forget).atexit = False
+                self._made.append(weakref.ref(found))
+                weakref.finalize(model, _let_go, [weakref.ref(found)]).atexit = False
             return found
 
     @property
