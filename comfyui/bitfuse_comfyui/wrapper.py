@@ -92,7 +92,7 @@ class Parked(Handle):
                 site.fall(REPLACED)
 
     def forget(self) -> None:
-        """Of a model that is gone, or of a node: let go of what knew its modules, without waiting for Python's collector."""
+        """Of a model or a node that is gone: let go of what knew modules, without waiting for Python's collector."""
         self._forwards.clear()
         self._standing.clear()
         self._put.clear()
