@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib.util
+import threading
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -271,6 +272,90 @@ def test_weights_are_freed_with_their_model(cuda_graph):
         gc.enable()
 
 
+def test_a_node_that_is_gone_leaves_nothing_behind(of_2_3):
+    """The model lives on, in other branches: its CUDA graphs would be held with it."""
+    patcher, of = of_2_3
+    ours = wrapper.attach(patcher, Options(cuda_graph=True))
+    host.sample(ours, of, host.noise(of), steps=1)
+    (parked,) = node_of(ours).prepared
+    gone = [weakref.ref(one) for one in (parked, parked.graphs[0])]
+    del parked, ours
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+def calls_of(patcher, of):
+    """call(node, options, frames): a forward of the model with this node's wrapper, or without one (None)."""
+    model, level = patcher.model.diffusion_model, torch.tensor([0.7])
+    text = torch.randn(1, 9, host.text_channels(of), generator=torch.Generator().manual_seed(4)).to(BF16)
+
+    @torch.inference_mode()
+    def call(node, options, frames=2):
+        x = [t.to(BF16) for t in host.noise(of, frames=frames)]
+        around = Executor(model) if node is None else lambda *a, **k: node(Executor(model), *a, **k)
+        return tuple(around(x, level, text, None, a_timestep=level, transformer_options=options))
+
+    return call
+
+
+def test_a_forward_in_the_midst_of_another(of_2_3):
+    """Which a node that replaces a block may run: each has tables of its own, and both are fused to their ends."""
+    patcher, of = of_2_3
+    call = calls_of(patcher, of)
+
+    def both_of(node):
+        inner = []
+
+        def replace(args, extra):
+            inner.append(call(node, {}, frames=1))
+            return extra["original_block"](args)
+
+        return call(node, {"patches_replace": {"dit": {("double_block", 0): replace}}}) + inner[0]
+
+    before = standing(patcher)
+    assert bitfuse.compare(both_of(None), both_of(wrapper.Wrapper(Options(strict=True)))) is None
+    assert standing(patcher) == before
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_nodes_of_two_branches_at_once(of_2_3, strict):
+    """The second is made, runs and ends in the midst of the first's forward, and outlives it in another thread."""
+    patcher, of = of_2_3
+    call, before = calls_of(patcher, of), standing(patcher)
+    first, second = (wrapper.Wrapper(Options(strict=strict)) for _ in range(2))
+    expected, found = call(None, {}), []
+    first_is_over = threading.Event()
+
+    def wait(args, extra):
+        assert first_is_over.wait(60)
+        return extra["original_block"](args)
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def begin(args, extra):
+            found.append(call(second, {}))
+            begun = threading.Event()
+
+            def note(args, extra):
+                begun.set()
+                return wait(args, extra)
+
+            options = {"patches_replace": {"dit": {("double_block", 0): note}}}
+            found.append(pool.submit(call, second, options))
+            assert begun.wait(60)
+            return extra["original_block"](args)
+
+        found.append(call(first, {"patches_replace": {"dit": {("double_block", 1): begin}}}))
+        first_is_over.set()
+        found[1] = found[1].result()
+    assert all(bitfuse.compare(expected, one) is None for one in found)
+    assert standing(patcher) == before
+    seen = [site for parked in first.prepared for site in parked.sites]
+    assert {site.state for site in seen} == {"fused"}
+    assert {site.fused for site in seen} == {3}
+    assert bitfuse.compare(expected, call(second, {})) is None
+
+
 class Executor:
     """ComfyUI's, of the model's own forward."""
 
@@ -371,6 +456,37 @@ def test_patches_replace(of_2_3, times):
     ours = both(*of_2_3, prepare=prepare)
     assert called
     assert not reasons(ours)
+
+
+def test_tokens_that_are_a_slice(of_2_3):
+    """What a node hands to a block need not lie in one piece."""
+
+    def replace(args, extra):
+        given = tuple(torch.cat([t, t], dim=1)[:, : t.shape[1]] for t in args["img"])
+        return extra["original_block"]({**args, "img": given})
+
+    def prepare(clone):
+        clone.set_model_patch_replace(replace, "dit", "double_block", 1)
+
+    ours = both(*of_2_3, prepare=prepare, batch=2, image_to_video=True, steps=1)
+    fallen = sites(ours, "partly fused") + sites(ours, "fallen back")
+    assert fallen == ["transformer_blocks.1.audio_norm1", "transformer_blocks.1.audio_norm2"]
+
+
+def test_sums_of_another_dtype(of_2_3):
+    """What is added in place keeps the dtype of the tokens, whatever another node's hook adds to them."""
+    patcher, of = of_2_3
+    first = patcher.model.diffusion_model.transformer_blocks[0]
+    names = ("attn1", "attn2", "audio_to_video_attn", "audio_ff")
+    hooks = [getattr(first, n).register_forward_hook(lambda m, a, out: out.float() * 1.001) for n in names]
+    try:
+        ours = both(patcher, of, steps=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seen = node_of(ours).prepared[0].sites
+    said = [site.name.rpartition(".")[2] for site in seen if "keeps its dtype" in str(site.reasons)]
+    assert sorted(said) == ["audio_output", "audio_to_video_norm", "norm2", "norm3"]
 
 
 def test_an_attention_override_is_called_as_often(of_2_3):
@@ -594,6 +710,38 @@ def test_a_matrix_that_somebody_else_made(of_2_3):
 
     ours = both(patcher, of, prepare=prepare, steps=1)
     assert any("not those that the model has made" in reason for reason in reasons(ours))
+
+
+@pytest.mark.skipif(not upstream.BY_KITCHEN, reason="tables are cos and sin up to 0.27, which may be any")
+@pytest.mark.parametrize("method", ["_precompute_freqs_cis", "_prepare_positional_embeddings"])
+def test_tables_that_another_node_makes(of_2_3, method):
+    """From some step on: shapes that were compared before then are of the model's own tables."""
+    patcher, of = of_2_3
+    model, latents = patcher.model.diffusion_model, host.noise(of)
+
+    def other(found):
+        if torch.is_tensor(found):
+            return found * torch.tensor([[1.0, 1.5], [1.0, 1.0]], dtype=found.dtype)
+        return type(found)(map(other, found)) if isinstance(found, (tuple, list)) else found
+
+    def make(self, *args, **kwargs):
+        return other(getattr(type(self), method)(self, *args, **kwargs))
+
+    def prepare(clone):
+        clone.add_object_patch(f"diffusion_model.{method}", types.MethodType(make, model))
+        return clone
+
+    ours = wrapper.attach(patcher, Options())
+    host.sample(ours, of, latents, steps=1)
+    assert not reasons(ours)
+    expected = host.sample(prepare(patcher.clone()), of, latents, steps=1)
+    assert bitfuse.compare(expected, host.sample(prepare(ours.clone()), of, latents, steps=1)) is None
+    assert any("not those that the model has made" in reason for reason in reasons(ours))
+    own = host.sample(patcher, of, latents, steps=1)
+    assert bitfuse.compare(expected, own) is not None
+    again = wrapper.attach(patcher, Options(strict=True))  # the patch was taken back
+    assert bitfuse.compare(own, host.sample(again, of, latents, steps=1)) is None
+    vars(model).pop(method, None)
 
 
 # -- code that is not known --------------------------------------------------------------------------------------------
@@ -841,6 +989,27 @@ def test_without_bitfuse_the_model_is_unchanged(of_2_3, monkeypatch):
     assert "bitfuse does not import here" in nodes.BitfuseReport.execute(ours).args[0]
     with pytest.raises(ImportError):
         nodes.BitfuseLTX2.execute(patcher, strict=True, audit=0, cuda_graph=False)
+
+
+def test_what_does_not_import_is_said_where_comfyui_runs(of_2_3, monkeypatch, caplog):
+    """Not everybody has a report node. Where bitfuse is there, to install it is no cure."""
+    import sys
+
+    for module, cure in (("bitfuse.hosts.handle", "pip install"), (wrapper.__name__, "another version of this")):
+        with monkeypatch.context() as patch:
+            if module == wrapper.__name__:
+                found = types.ModuleType(nodes.__package__)
+                found.__getattr__ = lambda name: raising(ImportError("ComfyUI 9.9 has no CrossAttention"))
+                patch.setitem(sys.modules, nodes.__package__, found)
+            else:
+                patch.setitem(sys.modules, module, None)
+            caplog.clear()
+            nodes.BitfuseLTX2.execute(of_2_3[0], strict=False, audit=0, cuda_graph=False)
+        assert cure in caplog.text
+
+
+def raising(error):
+    raise error
 
 
 def test_what_is_restated_is_a_part():

@@ -21,6 +21,7 @@ from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import Entry, entries, functions, of_operators, why_not_read, why_not_stock
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.qk_norm import QK_RMS_NORM
+from bitfuse.run.swap import bound
 from bitfuse.tools import packages
 
 from . import block as blocks
@@ -56,6 +57,9 @@ _OF_ROTARY = ("apply_rotary_emb", "apply_rotary_emb_qk")
 _OF_KITCHEN = ("apply_rope_split_half", "apply_rope_split_half1", "apply_rope", "apply_rope1")
 
 
+_MAKING_TABLES = ("_forward", "_prepare_positional_embeddings", "_precompute_freqs_cis")
+
+
 class Blocks(Part):
     """In place of `LTXAVModel._process_transformer_blocks`: it notes what all blocks are handed, and runs ComfyUI's.
 
@@ -71,6 +75,11 @@ class Blocks(Part):
         self.step: Step = model.step  # type: ignore[attr-defined]
         self.graph: Any = None
 
+    def why_stock(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Tables of another's making may be any matrix: attentions then find none that are the model's."""
+        replaced = (name for name in _MAKING_TABLES if not _own(module, name))
+        return next((f"another node has replaced {name} of this model" for name in replaced), None)
+
     def fused(
         self, module: Any, x: Any, context: Any, attention_mask: Any, timestep: Any, pe: Any, **kwargs: Any
     ) -> Any:
@@ -80,6 +89,12 @@ class Blocks(Part):
     def run(self, x: Any, context: Any, attention_mask: Any, timestep: Any, pe: Any, **kwargs: Any) -> Any:
         with self.step.of(self.module, pe):
             return self.stock(x, context, attention_mask, timestep, pe, **kwargs)
+
+
+def _own(module: Any, name: str) -> bool:
+    """Also where an object patch was taken back, which leaves a bound method of the class's own."""
+    had = vars(module).get(name)
+    return (had is None or had == bound(module, name)) and getattr(type(module), name) is getattr(_av.LTXAVModel, name)
 
 
 def transformers(target: Any) -> list[Any]:

@@ -176,14 +176,14 @@ class CrossAttention(Part):
 
     def _form(self, attn: Any, q: Tensor, k: Tensor, pe: Any, k_pe: Any) -> tuple[Operator | None, Any, str | None]:
         """(operator, its tables, None), or (None, None, why there is none); looked for once per forward and shape."""
+        forward = self._step.forward
+        if forward is None:
+            return self._look_for_form(attn, q, k, pe, k_pe)
         key = id(pe), id(k_pe), q.shape, k.shape, q.dtype, q.device, attn.heads, _backends()
-        kept = self._step.forms.get(key)
-        if kept is not None and kept[0] is pe and kept[1] is k_pe:
-            return kept[2]
-        found = self._look_for_form(attn, q, k, pe, k_pe)
-        if self._step.under_way:
-            self._step.forms[key] = pe, k_pe, found
-        return found
+        kept = forward.forms.get(key)
+        if kept is None or kept[0] is not pe or kept[1] is not k_pe:
+            forward.forms[key] = kept = pe, k_pe, self._look_for_form(attn, q, k, pe, k_pe)
+        return kept[2]
 
     def _look_for_form(
         self, attn: Any, q: Tensor, k: Tensor, pe: Any, k_pe: Any

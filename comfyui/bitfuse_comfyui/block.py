@@ -78,6 +78,7 @@ class Stream:
 
     def add_and_norm(self, site: str, *modulations: tuple[Any, ...]) -> list[Tensor]:
         """Add to the tokens what is pending, if anything is; their norm under each of one or two modulations."""
+        self._settle(site)
         pending, self.pending = self.pending, None
         if pending is None:  # its attention was left out
             normed = [self._call(site, NATIVE.norm, self.x, *m, EPS) for m in modulations]
@@ -100,8 +101,24 @@ class Stream:
 
     def feed_forward(self, module: Any) -> None:
         (n,) = self.add_and_norm(f"{self._prefix}norm3", modulation(self.ada[4], self.ada[3]))
-        y = self._seen_by_frame(module(n))
-        self.x = self._call(f"{self._prefix}output", GATED_RESIDUAL_ADDCMUL, self.x, y, *self.ada[5])
+        site = f"{self._prefix}output"
+        self.add(module(n), self.ada[5], once=True)
+        self._settle(site)
+        if self.pending is not None:
+            self.x = self._call(site, GATED_RESIDUAL_ADDCMUL, self.x, *self.pending[:3])
+            self.pending = None
+
+    def _settle(self, site: str) -> None:
+        """Add what is pending as stock does where an operator's sum would be of another dtype: into x, which stays."""
+        given = [t for t in (self.pending or ())[:3] if t is not None]
+        if all(t.dtype == self.x.dtype for t in given):
+            return
+        y, gate, table, once = self.pending  # type: ignore[misc]
+        kinds = ", ".join(str(t.dtype) for t in given)
+        self._ours.named_sites[site].fall(f"{self.x.dtype} is added to with {kinds}, and ComfyUI's sum keeps its dtype")
+        gate = gate if table is None else table + gate
+        self.x = self.x.clone().addcmul_(y, gate) if once else self.x.clone().add_(y if gate is None else y * gate)
+        self.pending = None
 
     def result(self, seen: bool) -> Tensor:
         """The tokens, in the memory of those that were given where somebody could see that."""
@@ -117,7 +134,7 @@ class Stream:
         if self.frames is None:
             return t
         count, per_frame = self.frames
-        return t.view(self.batch * count, per_frame, t.shape[-1])
+        return t.reshape(self.batch * count, per_frame, t.shape[-1])  # a view, of what a block usually is given
 
     def _as_given(self, t: Tensor) -> Tensor:
         return t if self.frames is None else t.view(self._given.shape)

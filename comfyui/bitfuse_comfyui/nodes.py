@@ -6,12 +6,15 @@ bitfuse is imported when a node runs: ComfyUI loads the pack where bitfuse, or t
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from comfy_api.latest import ComfyExtension, io, ui
 
 CATEGORY = "model/patch"
-MISSING = "bitfuse does not import here ({}: {}); the model is unchanged. Cure: pip install bitfuse, with Triton"
+MISSING = "bitfuse does not import here ({}: {}); the model is unchanged. Cure: {}"
+INSTALL = "pip install bitfuse, with Triton, into the Python that runs ComfyUI"
+UPDATE = "another version of this pack, or of ComfyUI"
 NOT_THERE = "There is no bitfuse node before this model."
 
 
@@ -73,8 +76,11 @@ class BitfuseLTX2(io.ComfyNode):
         except ImportError as error:
             if strict:
                 raise
+            cure = INSTALL if isinstance(error, ModuleNotFoundError) else UPDATE
+            sentence = MISSING.format(type(error).__name__, error, cure)
+            logging.warning(sentence)  # who has no report node sees it where ComfyUI runs
             unchanged = model.clone()
-            unchanged.set_attachments("bitfuse", Unavailable(MISSING.format(type(error).__name__, error)))
+            unchanged.set_attachments("bitfuse", Unavailable(sentence))
             return io.NodeOutput(unchanged)
         options = Options(strict=strict, audit=audit or None, cuda_graph=cuda_graph)
         return io.NodeOutput(wrapper.attach(model, options))

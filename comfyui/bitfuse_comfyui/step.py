@@ -8,6 +8,7 @@ to each of its 48 blocks. So what is made of them here is kept by the identity o
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator
 from operator import attrgetter
@@ -22,50 +23,53 @@ from .forms import tables_of
 Frames = tuple[int, int]  # frames of a video, and tokens of each
 
 
-class Step:
-    """The forward of a model that is under way, if one is.
+class _Forward:
+    """One forward of a model, and what is kept for as long as it is under way."""
 
-    model       of which the blocks are (`LTXAVModel`)
-    under_way   whether one is; outside of one nothing is kept, as nobody says when it ends
-    """
+    __slots__ = ("forms", "resident", "rows", "tables")
 
     def __init__(self) -> None:
-        self.under_way = False
         self.forms: dict[Any, Any] = {}  # what attentions have found for their shapes
-        self._tables: dict[int, tuple[Any, tuple[Tensor, Tensor]]] = {}
-        self._rows: dict[tuple[int, Frames | None], tuple[Any, Tensor]] = {}
+        self.tables: dict[int, tuple[Any, tuple[Tensor, Tensor]]] = {}
+        self.rows: dict[tuple[int, Frames | None], tuple[Any, Tensor]] = {}
+        self.resident: bool | None = None
+
+
+class Step:
+    """The forward of a model that is under way in this thread, if one is: the innermost, where a node runs one in
+    another's midst."""
+
+    def __init__(self) -> None:
+        self._here = threading.local()  # .forward
         self._with_weights: list[weakref.ref[Any]] = []  # modules
-        self._resident: bool | None = None
+
+    @property
+    def forward(self) -> _Forward | None:
+        """None: nothing is kept, as nobody says when it ends."""
+        return getattr(self._here, "forward", None)
 
     @contextlib.contextmanager
     def of(self, model: Any, pe: Any) -> Iterator[None]:
         """While this block is entered: the forward whose rotary tables these are."""
+        around, forward = self.forward, _Forward()
+        for one in (table for of_stream in pe for table in of_stream):
+            _note(forward, one)
+        if not self._with_weights:
+            self._with_weights = [weakref.ref(module) for module in model.modules() if module._parameters]
         try:
-            for one in (table for of_stream in pe for table in of_stream):
-                self._note(one)
-            if not self._with_weights:
-                self._with_weights = [weakref.ref(module) for module in model.modules() if module._parameters]
-            self._resident, self.under_way = None, True
+            self._here.forward = forward
             yield
         finally:
-            self.under_way = False
-            self.forms.clear()
-            self._tables.clear()
-            self._rows.clear()
+            self._here.forward = around
 
     # -- rotary tables -------------------------------------------------------------------------------------------------
-
-    def _note(self, pe: Any) -> None:
-        """Up to 0.27 the tables are cos and sin; from 0.30 on a matrix (c, -s; s, c) for each pair of channels."""
-        if upstream.BY_KITCHEN:
-            self._tables[id(pe)] = pe, tables_of(*pe)
 
     def tables(self, pe: Any) -> tuple[Tensor, Tensor] | None:
         """cos and sin of an attention's `pe`, [B, H, T, D / 2] where halves are turned; None where they are not known:
         a matrix that somebody else has made may be any matrix."""
         if not upstream.BY_KITCHEN:
             return pe[0], pe[1]
-        found = self._tables.get(id(pe))
+        found = None if self.forward is None else self.forward.tables.get(id(pe))
         return found[1] if found is not None and found[0] is pe else None
 
     # -- AdaLN timesteps -----------------------------------------------------------------------------------------------
@@ -74,12 +78,12 @@ class Step:
         """AdaLN's values of a timestep: [B, T or 1, D], or with `frames` [B * F, P or 1, D], for tokens seen so."""
         if not isinstance(timestep, upstream.av_model.CompressedTimestep) and frames is None:
             return timestep
-        key = id(timestep), frames
-        found = self._rows.get(key)
+        if self.forward is None:
+            return _rows(timestep, frames, batch)
+        key, rows = (id(timestep), frames), self.forward.rows
+        found = rows.get(key)
         if found is None or found[0] is not timestep:
-            found = timestep, _rows(timestep, frames, batch)
-            if self.under_way:
-                self._rows[key] = found
+            rows[key] = found = timestep, _rows(timestep, frames, batch)
         return found[1]
 
     # -- weights -------------------------------------------------------------------------------------------------------
@@ -89,13 +93,20 @@ class Step:
 
         Looked at once per forward: 0.3 ms for the 3,500 of 48 layers.
         """
-        if not self.under_way:
+        forward = self.forward
+        if forward is None:
             return False
-        if self._resident is None:
+        if forward.resident is None:
             modules = (module for reference in self._with_weights if (module := reference()) is not None)
             weights = (t for module in modules for t in module._parameters.values() if t is not None)
-            self._resident = set(map(attrgetter("device"), weights)) == {device}
-        return self._resident
+            forward.resident = set(map(attrgetter("device"), weights)) == {device}
+        return forward.resident
+
+
+def _note(forward: _Forward, pe: Any) -> None:
+    """Up to 0.27 the tables are cos and sin; from 0.30 on a matrix (c, -s; s, c) for each pair of channels."""
+    if upstream.BY_KITCHEN:
+        forward.tables[id(pe)] = pe, tables_of(*pe)
 
 
 def plain(t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ KEY = "bitfuse"
 REPLACED = "another node has replaced this forward, and is left in place"
 
 
+_placing = threading.RLock()
+"""Of all that puts forwards into a model or takes them out: nodes in several branches may run one model at once."""
+
+
 class Parked(Handle):
     """An acceleration whose forwards stand in the model inside `with standing():` only.
 
@@ -40,7 +44,6 @@ class Parked(Handle):
         self._forwards: list[Forward] = []  # which hold their modules weakly
         self._standing: list[tuple[dict[str, Any], Forward, Any]] = []
         self._inside = 0
-        self._counting = threading.Lock()
 
     def put(self, module: Any, ours: Forward) -> None:
         if isinstance(ours, ModelForward):
@@ -64,14 +67,14 @@ class Parked(Handle):
         """While this block is entered, by any number of threads, the forwards stand in the model."""
         entered = False
         try:
-            with self._counting:
+            with _placing:
                 self._inside += 1
                 entered = True
                 for ours in tuple(self._forwards) if self._inside == 1 else ():
                     self._place(ours)
             yield
         finally:
-            with self._counting:
+            with _placing:
                 self._inside -= entered
                 if self._inside == 0:
                     self.clear()
@@ -89,7 +92,7 @@ class Parked(Handle):
                 site.fall(REPLACED)
 
     def forget(self) -> None:
-        """Of a model that is gone: let go of what knew its modules, without waiting for Python's collector."""
+        """Of a model or a node that is gone: let go of what knew modules, without waiting for Python's collector."""
         self._forwards.clear()
         self._standing.clear()
         self._put.clear()
@@ -101,6 +104,13 @@ class Parked(Handle):
             self._standing.pop()
 
 
+def _let_go(of: Iterable[weakref.ref[Parked]]) -> None:
+    """Forget those that are left. It holds none of them: they would live as long as their models do."""
+    for reference in tuple(of):
+        if (parked := reference()) is not None and not parked.under_way:
+            parked.forget()
+
+
 def _take_out(held: dict[str, Any], ours: Forward, had: Any) -> None:
     if held.get(ours.method) is not ours:
         return
@@ -110,34 +120,49 @@ def _take_out(held: dict[str, Any], ours: Forward, had: Any) -> None:
         held[ours.method] = had
 
 
+_last_at_work: weakref.WeakKeyDictionary[Any, weakref.ref[Parked]] = weakref.WeakKeyDictionary()  # by model
+
+
 class Wrapper:
     """A `DIFFUSION_MODEL` wrapper. One serves all clones of the patcher that it was added to, on whichever devices."""
 
     def __init__(self, options: Options):
         self.options = options
         self._of: weakref.WeakKeyDictionary[Any, Parked] = weakref.WeakKeyDictionary()
-        self._making = threading.Lock()
+        self._made: list[weakref.ref[Parked]] = []
+        weakref.finalize(self, _let_go, self._made).atexit = False
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         model = executor.class_obj
         if torch.compiler.is_compiling() or not isinstance(model, upstream.av_model.LTXAVModel):
             return executor(*args, **kwargs)
-        if isinstance(vars(model).get(adapter.Blocks.method), Forward):  # another node of ours is at work already
-            return executor(*args, **kwargs)
-        parked = self.of(model)
-
-        def run() -> Any:
-            with parked.standing():
+        with contextlib.ExitStack() as entered:
+            with _placing:
+                parked = self._at_work(model)
+                if parked is not None:
+                    entered.enter_context(parked.standing())
+            if parked is None or parked.around is None:
                 return executor(*args, **kwargs)
+            return parked.around.around(executor, *args, **kwargs)
 
-        return run() if parked.around is None else parked.around.around(run)
+    def _at_work(self, model: Any) -> Parked | None:
+        """Whose forwards run this model now: another node's, while they stand in it; None: `bitfuse.accelerate`'s."""
+        last = _last_at_work.get(model)
+        if last is not None and (other := last()) is not None and other.under_way:
+            return other
+        if isinstance(vars(model).get(adapter.Blocks.method), Forward):
+            return None
+        found = self.of(model)
+        _last_at_work[model] = weakref.ref(found)
+        return found
 
     def of(self, model: Any) -> Parked:
         """What was prepared for this model; at the first call it is. `NotFused` where all must be fused and is not."""
-        with self._making:
+        with _placing:
             if (found := self._of.get(model)) is None:
                 found = self._of[model] = _prepared(model, self.options)
-                weakref.finalize(model, found.forget).atexit = False
+                self._made.append(weakref.ref(found))
+                weakref.finalize(model, _let_go, [weakref.ref(found)]).atexit = False
             return found
 
     @property
