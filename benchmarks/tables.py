@@ -493,6 +493,17 @@ def comfyui(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gelu(document: dict[str, Any]) -> str:
+    """The feed-forward's GELU beside PyTorch's and a plain copy, each into another tensor."""
+    lines = ["| x in bf16 | PyTorch's | ours | | of a plain copy |", "| --- | --- | --- | --- | --- |"]
+    for row in document["operators"]:
+        if row["mismatch"] is not None:
+            raise ValueError(f"{row['case']}: {row['mismatch']}")
+        times = " | ".join(f"{row['us'][way]['median']:.1f} us" for way in ("eager", "fused"))
+        lines.append(f"| {row['x']} | {times} | {row['speed_up']:.2f}x | {row['of_copy']:.0%} |")
+    return "\n".join([*lines, "", f"Medians with a cold L2, every bit equal. {_sources([document], '../')}"])
+
+
 def diffusion_decoder(document: dict[str, Any]) -> str:
     """The operators of LTX-2.5's diffusion decoder at its real sizes, and one of its blocks without its attention."""
     lines = ["| operator | case | PyTorch chain | fused | | of a plain copy |", "| --- | --- | --- | --- | --- | --- |"]
@@ -607,6 +618,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "run stages table": lambda: whole_runs(newest_or_none("run"), least=0.0, up="../"),
     "decoder table": lambda: decoder([newest("video-decoder"), newest("ltx-core-decoder")], newest("run")),
     "diffusion decoder table": lambda: diffusion_decoder(newest("diffusion-decoder")),
+    "gelu table": lambda: gelu(newest("gelu-operators")),
     "comfyui table": lambda: comfyui(newest("comfyui")),
     "rotary table": lambda: rotary(newest("rotary")),
     "operators table": lambda: operators(newest_of_each("operators")),
