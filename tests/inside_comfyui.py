@@ -803,6 +803,18 @@ def test_replays_have_the_bits_of_the_forward(graphed, image_to_video):
     assert (replay.captures, replay.replays) == (1, 4), dict(replay.reasons)
 
 
+def test_no_graph_with_tables_of_another_nodes(graphed):
+    ours, of, replay = graphed
+    model = ours.model.diffusion_model
+    ours.add_object_patch("diffusion_model._forward", lambda *a, **k: type(model)._forward(model, *a, **k))
+    latents = host.noise(of)
+    expected = host.sample(stock_of(ours), of, latents, steps=4)
+    assert bitfuse.compare(expected, host.sample(ours, of, latents, steps=4)) is None
+    assert (replay.captures, dict(replay.reasons)) == (0, {"another node has replaced _forward of this model": 4})
+    ours.unpatch_model()
+    vars(model).pop("_forward", None)
+
+
 def stock_of(patcher):
     import comfy.patcher_extension as extension
 

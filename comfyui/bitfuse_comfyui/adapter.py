@@ -9,6 +9,7 @@ All of it only for sources whose hash is in `upstream.READ`: any other version r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,10 +64,10 @@ _MAKING_TABLES = ("_forward", "_prepare_positional_embeddings", "_precompute_fre
 class Blocks(Part):
     """In place of `LTXAVModel._process_transformer_blocks`: it notes what all blocks are handed, and runs ComfyUI's.
 
-    graph    runs it as a CUDA graph (`graph.py`), where that was asked for
+    graph    runs it as a CUDA graph (`graph.py`), where that was asked for; `no_graph` counts why there is none
     """
 
-    __slots__ = ("graph", "step")
+    __slots__ = ("graph", "no_graph", "step")
     method = "_process_transformer_blocks"
     kind = "tables"
 
@@ -74,6 +75,10 @@ class Blocks(Part):
         super().__init__(module, model)
         self.step: Step = model.step  # type: ignore[attr-defined]
         self.graph: Any = None
+        self.no_graph: Counter[str] = Counter()
+
+    def fall(self, reason: str) -> None:
+        self.no_graph[reason] += 1
 
     def why_stock(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Tables of another's making may be any matrix: attentions then find none that are the model's."""

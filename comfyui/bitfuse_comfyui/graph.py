@@ -49,7 +49,7 @@ def graph_blocks(transformer: Any, ours: Any, shared: Model) -> None:
         read = {name: options[name] for name in READ_AS_VALUES if name in options}
         return replay(x[0], x[1], _packed(rest | {"self_attention_mask": mask}), read)
 
-    ours.graph = run
+    ours.graph, ours.no_graph = run, replay.reasons
     retire = weakref.WeakMethod(replay.retire)
     shared.handle.on_restore(lambda: (found := retire()) and found("bitfuse was restored"))
 
