@@ -21,10 +21,12 @@ PADDING = (0, 1, 1)
 @pytest.fixture(autouse=True)
 def _undecided(monkeypatch):
     CONVOLUTION.forget()
+    proof.forget()
     monkeypatch.setattr(convolution, "_why_elsewhere", lambda x: None)
     monkeypatch.setattr(volumes, "_PIECE", 1)
     yield
     CONVOLUTION.forget()
+    proof.forget()
 
 
 def products(x: Tensor, weight: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ def test_a_proof_without_memory_is_not_repeated_at_every_call(monkeypatch):
     assert {(route.reason, route.lasts) for route in routes} == {
         ("the device ran out of memory while it was being proved", False)
     }
-    CONVOLUTION._failures.clear()  # when it has waited
+    proof._failures.clear()  # when it has waited
     monkeypatch.setattr(convolution, "F", SimpleNamespace(conv3d=like_cudnn()))
     assert CONVOLUTION.routed(*call()).reason is None
 

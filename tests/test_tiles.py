@@ -24,10 +24,10 @@ ZEROS = "2.0, not causal, zeros at the edges"  # tiles of one pixel can't be mir
 @pytest.fixture
 def quick(launched_as_reference):
     tiles.difference.cache_clear()
-    tiles._failures.clear()
+    proof._failures.clear()
     yield
     tiles.difference.cache_clear()
-    tiles._failures.clear()
+    proof._failures.clear()
 
 
 def volume(seed, *shape, dtype=BF16):
@@ -350,7 +350,7 @@ def test_without_memory_the_host_blends(where, monkeypatch):
         assert bitfuse.compare(right, decoded(vae, z)) is None
         assert len(tried) == (1 if where == "while it is tried" else 0)
     assert any("ran out of memory while rows" in reason for reason in losses(handle))
-    tiles._failures.clear()
+    proof._failures.clear()
     counts = [dict(extra.reasons) for extra in handle.report().not_used]
     assert bitfuse.compare(right, decoded(vae, z)) is None
     assert [dict(extra.reasons) for extra in handle.report().not_used] == counts

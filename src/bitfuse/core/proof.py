@@ -110,8 +110,9 @@ def remember(store: dict[Any, Any], key: Any, value: Any, most: int) -> None:
     store[key] = value
 
 
-def key_of(operator: Named, tier: Named | str, signature: tuple) -> _Key:
-    return operator.name, tier if isinstance(tier, str) else tier.name, signature
+def key_of(operator: Named | str, tier: Named | str, signature: tuple) -> _Key:
+    name, way = (one if isinstance(one, str) else one.name for one in (operator, tier))
+    return name, way, signature
 
 
 def known(operator: Named, tier: Named, signature: tuple) -> Verdict | None:
@@ -120,8 +121,11 @@ def known(operator: Named, tier: Named, signature: tuple) -> Verdict | None:
     return condemned.get(key) or refuted.get(key) or _verdicts.get(key)
 
 
-def waiting(operator: Named, tier: Named, signature: tuple) -> Verdict | None:
-    """The verdict of the last try, where that met an error of the moment and it is too early to try again."""
+def waiting(operator: Named | str, tier: Named | str, signature: tuple) -> Verdict | None:
+    """The verdict of the last try, where that met an error of the moment and it is too early to try again.
+
+    Whatever is tried in a process may ask so, and `postpone`, by names of its own.
+    """
     patience = _failures.get(key_of(operator, tier, signature))
     return patience.verdict if patience is not None and patience.waiting else None
 
@@ -178,7 +182,7 @@ def prove(
     return known(operator, tier, signature) or verdict
 
 
-def postpone(operator: Named, tier: Named, signature: tuple, failure: Verdict) -> None:
+def postpone(operator: Named | str, tier: Named | str, signature: tuple, failure: Verdict) -> None:
     """Note an error of the moment, which the next try may not meet (`Patience`)."""
     key = key_of(operator, tier, signature)
     patience = _failures.get(key) or Patience()

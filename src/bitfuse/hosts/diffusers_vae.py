@@ -12,9 +12,9 @@ from typing import Any
 from diffusers.models.autoencoders import autoencoder_kl_ltx2 as upstream
 from torch import Tensor
 
+from bitfuse.hosts import tiles
 from bitfuse.hosts.part import Model
 from bitfuse.hosts.sources import entries, functions, own_method, why_not_read, why_not_stock
-from bitfuse.hosts.tiles import BlendH, BlendT, BlendV, TiledDecode
 from bitfuse.hosts.video_decoder import LEFT_OUT as _SHARED
 from bitfuse.hosts.video_decoder import Names, Stage, Values, VideoDecoder
 
@@ -135,19 +135,23 @@ class LTX2VideoDecoder3d(VideoDecoder):
         return decoder.patch_size_t, decoder.patch_size
 
 
+class TiledDecode(tiles.TiledDecode):
+    """In place of upstream's `tiled_decode`."""
+
+    __slots__ = ()
+    output = upstream.DecoderOutput
+
+
 def accelerate(vae: Any, shared: Model, host: str) -> None:
     """Give the decoder of an `AutoencoderKLLTX2Video` the forward above."""
     sources = functions(upstream, *READ)
     reason = next(why_not_stock(vae.decoder, _Decoder, "decoder", host, READ, sources), None)
     LTX2VideoDecoder3d.take_over(vae.decoder, _Decoder, shared, reason)
-    for name, read in READ_OF_TILES.items():
-        method = name.partition(".")[2]
-        reason = next(why_not_read(host, {name: read}, functions(upstream, name)), None)
-        if reason is None and not own_method(vae, method, upstream.AutoencoderKLLTX2Video):
-            reason = f"the autoencoder has a {method} of its own"
-        if reason is not None:
+    for part in (tiles.BlendV, tiles.BlendH, tiles.BlendT, TiledDecode):
+        reason = next(why_not_read(host, READ_OF_TILES, functions(upstream, f"{_VAE}.{part.method}")), None)
+        if reason is None and not own_method(vae, part.method, upstream.AutoencoderKLLTX2Video):
+            reason = f"the autoencoder has a {part.method} of its own"
+        if reason is None:
+            shared.handle.put(vae, part(vae, shared))
+        else:
             shared.handle.extras.tiles.fall(reason)
-            continue
-        blend = next((kind for kind in (BlendV, BlendH, BlendT) if kind.method == method), None)
-        ours = TiledDecode(vae, shared, upstream.DecoderOutput) if blend is None else blend(vae, shared)
-        shared.handle.put(vae, ours)

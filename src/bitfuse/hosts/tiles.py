@@ -22,7 +22,7 @@ from torch import Tensor
 from bitfuse.core import proof
 from bitfuse.core.bits import compare
 from bitfuse.core.conditions import HALVES, around, capturing
-from bitfuse.hosts.part import Model, Part
+from bitfuse.hosts.part import Part
 from bitfuse.run.swap import bound
 
 _MOST = 1 << 10  # rows of an overlap
@@ -80,34 +80,34 @@ def difference(extent: int, dtype: torch.dtype, device: torch.device) -> str | N
     )
 
 
-_failures: dict[Any, proof.Patience] = {}  # with what there was no memory to try
-_FAILURES_KEPT = 256
-
-
 def why_not(extent: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """`difference`, and where there is no memory to try it, that: it is tried again later."""
-    key = extent, dtype, device
-    patience = _failures.get(key)
-    if patience is not None and patience.waiting:
-        return patience.verdict.sentence
+    trial = "tiles", "blended at once", (extent, dtype, device)
+    if (failed := proof.waiting(*trial)) is not None:
+        return failed.sentence
     start = time.perf_counter()
     try:
-        found = difference(extent, dtype, device)
+        return difference(extent, dtype, device)
     except torch.OutOfMemoryError:
         reason = "the device ran out of memory while rows blended at once were tried"
-        patience = patience or proof.Patience()
-        patience.failed(proof.Verdict(False, reason, seconds=time.perf_counter() - start, final=False))
-        proof.remember(_failures, key, patience, _FAILURES_KEPT)
+        proof.postpone(*trial, proof.Verdict(False, reason, seconds=time.perf_counter() - start, final=False))
         return reason
-    _failures.pop(key, None)
-    return found
 
 
-class Blend(Part):
-    """In place of `blend_v`, `blend_h` or `blend_t`."""
+class OfTiles(Part):
+    """Base of what stands in place of an autoencoder's methods for tiles."""
 
     __slots__ = ()
     kind = "tiles"
+
+    def fall(self, reason: str) -> None:
+        self.model.handle.extras.tiles.fall(reason)
+
+
+class Blend(OfTiles):
+    """In place of `blend_v`, `blend_h` or `blend_t`."""
+
+    __slots__ = ()
     dim: int
 
     def why_stock(self, vae: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -134,9 +134,6 @@ class Blend(Part):
             return f"the overlap has {extent} rows, or a CUDA graph is being captured"
         return why_not(extent, b.dtype, b.device) if extent > 0 else None
 
-    def fall(self, reason: str) -> None:
-        self.model.handle.extras.tiles.fall(reason)
-
     def fused(self, vae: Any, a: Tensor, b: Tensor, blend_extent: int) -> Tensor:
         try:
             return blended(a, b, blend_extent, self.dim)
@@ -160,15 +157,15 @@ class BlendT(Blend):
     method, dim = "blend_t", 2
 
 
-class TiledDecode(Part):
-    """In place of `tiled_decode`: the host's own, but that each row of tiles is blended once it is decoded."""
+class TiledDecode(OfTiles):
+    """In place of `tiled_decode`: the host's own, but that each row of tiles is blended once it is decoded.
 
-    __slots__ = ("output",)
-    kind, method = "tiles", "tiled_decode"
+    output    the host's DecoderOutput
+    """
 
-    def __init__(self, vae: Any, model: Model, output: Any):
-        super().__init__(vae, model)
-        self.output = output  # the host's DecoderOutput
+    __slots__ = ()
+    method = "tiled_decode"
+    output: Any
 
     def why_stock(self, vae: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Somebody else's blend may change the tile above, or draw numbers, for which the order of all calls counts."""
@@ -177,9 +174,6 @@ class TiledDecode(Part):
             if not isinstance(blend, kind) or getattr(type(vae), kind.method) is not blend.own:
                 return f"the {kind.method} of the autoencoder is not the one that bitfuse read"
         return None
-
-    def fall(self, reason: str) -> None:
-        self.model.handle.extras.tiles.fall(reason)
 
     def fused(
         self, vae: Any, z: Tensor, temb: Tensor | None, causal: bool | None = None, return_dict: bool = True

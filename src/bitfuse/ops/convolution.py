@@ -57,7 +57,6 @@ class Convolution:
 
     def __init__(self) -> None:
         self._verdicts: dict[tuple, str | None] = {}  # by signature: why not, or None
-        self._failures: dict[tuple, proof.Patience] = {}  # by signature: errors of the moment
 
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sides, padding: Sides) -> Any:
         """What an audit compares a call with: on CUDA the host's own call adds the bias by a kernel of its own."""
@@ -71,9 +70,9 @@ class Convolution:
             if capturing(x):
                 reason = "this layout is not decided yet and a CUDA graph is being captured"
                 return Route(_stock, reason, lasts=False)
-            patience, start = self._failures.get(signature) or proof.Patience(), time.perf_counter()
-            if patience.waiting:
-                return Route(_stock, patience.verdict.sentence, lasts=False)
+            if (failed := proof.waiting(self, self.tier, signature)) is not None:
+                return Route(_stock, failed.sentence, lasts=False)
+            start = time.perf_counter()
             try:
                 with torch.no_grad():
                     found, result = _difference(*args)
@@ -82,8 +81,7 @@ class Convolution:
             except Exception as error:  # the host's own call may not meet it
                 failure = proof.failure(error, time.perf_counter() - start, "being proved")
                 if not failure.final:
-                    patience.failed(failure)
-                    self._failures[signature] = patience
+                    proof.postpone(self, self.tier, signature, failure)
                     return Route(_stock, failure.sentence, lasts=False)
                 found = failure.sentence
             keep = self._verdicts.setdefault if found is None else self._verdicts.__setitem__
@@ -121,9 +119,8 @@ class Convolution:
         return known is None
 
     def forget(self) -> None:
-        """Drop every verdict (for tests and measurements)."""
+        """Drop every verdict (for tests and measurements); `proof.forget` drops the errors of the moment."""
         self._verdicts.clear()
-        self._failures.clear()
 
 
 CONVOLUTION = Convolution()
