@@ -64,6 +64,18 @@ class Evidence:
     steps: tuple[str, ...] = ()
 
 
+def retiled(constant: str, sizes: Iterable[int]) -> Callable[[Plan], Iterator[Plan]]:
+    """For `Evidence.retiled`: a launch whose first scalar says how many there are in all, and this constant how many of
+    them a program takes, with each of these sizes instead."""
+
+    def cut(plan: Plan) -> Iterator[Plan]:
+        for size in sizes:
+            grid = (-(-plan.scalars[0] // size), *plan.grid[1:])
+            yield replace(plan, grid=grid, constants={**plan.constants, constant: size})
+
+    return cut
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A wrong kernel: the operator's own with source edits and compiler options. The battery must catch it.

@@ -97,6 +97,7 @@ def _asked(owner: Any, name: str) -> list[Any]:
 # implementation gives the same bits. CUDA's mean does not call sum, which torch 2.14 and newer send elsewhere under
 # PYTORCH_SUM_INNER_TREE.
 _OPS = ("_fused_rms_norm", "rms_norm", "mean.dim", "gelu", "silu", "sigmoid")
+_GELU = _OPS.index("gelu")
 _CHOSEN = {key: [f"aten/{op}/{key}" for op in _OPS] for key in ("CUDA", "CPU")}
 _in_python: Any = torch.library._impls  # of every op and dispatch key that Python code is registered for (2.11 to 2.15)
 
@@ -115,7 +116,7 @@ def rerouted(is_cuda: bool) -> tuple[bool, ...]:
 
 def gelu_is_pythons(is_cuda: bool) -> bool:
     """Whether Python code stands in for ATen's `gelu`, which `gelu_` does not call."""
-    return _CHOSEN["CUDA" if is_cuda else "CPU"][3] in _in_python
+    return _CHOSEN["CUDA" if is_cuda else "CPU"][_GELU] in _in_python
 
 
 # -- what a reference calls ----------------------------------------------------------------------------------------

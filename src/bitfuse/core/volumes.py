@@ -64,14 +64,18 @@ def why_not_volumes(
 ) -> Iterator[str]:
     """Why a call on volumes can't be fused; its arguments by name, `y` a volume, `residual` another.
 
-    misfits    what does not fit in their shapes, in sentences
+    misfits    what does not fit in their shapes, in sentences, where y has five dimensions
     """
     tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
     y = given["y"]
     if reasons := list(plain(tensors)):  # of which nothing further can be asked: inside of vmap, no layout
         yield from (*reasons, *runnable(tensors))
         return
-    reasons += fitting(reference, given, next(misfits(given), None))
+    if y.ndim == 5:
+        misfit = next(misfits(given), None)
+    else:
+        misfit = f"y is {list(y.shape)}; accepted: [B, C, D, H, W], five dimensions"
+    reasons += fitting(reference, given, misfit)
     reasons += runnable(tensors)
     for name, t in tensors.items():
         if t.dtype != torch.bfloat16:

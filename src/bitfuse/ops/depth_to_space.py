@@ -211,9 +211,6 @@ def _why_not(*args: Any, reference: Any) -> Iterator[str]:
 
 def _misfits(given: dict[str, Any]) -> Iterator[str]:
     y = given["y"]
-    if y.ndim != 5:
-        yield f"y is {list(y.shape)}; accepted: [B, C, D, H, W], five dimensions"
-        return
     each = 1
     for name in _FACTORS:
         if name in given:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bitfuse.core.emulated import layer_norm_mean_square
-from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed
-from bitfuse.core.launch import Plan, named
+from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed, retiled
+from bitfuse.core.launch import named
 from bitfuse.core.values import ROW_FAMILIES, lookalike
 from bitfuse.ops.grid_rotary import TABLES, qk_rms_norm_grid_rotary, statistics_of_aten, turned_on_grid
 
@@ -237,12 +237,6 @@ _AUDIT = Audit(
 )
 
 
-def _retiled(plan: Plan) -> Iterator[Plan]:
-    for per_program in (1, 4, 64):
-        grid = (-(-plan.scalars[0] // per_program), 1, 1)
-        yield replace(plan, grid=grid, constants={**plan.constants, "ROWS": per_program})
-
-
 EVIDENCE = {
     "qk_rms_norm_grid_rotary": Evidence(
         battery=_battery,
@@ -252,7 +246,7 @@ EVIDENCE = {
         emulated=_emulated,
         witness=statistics_of_aten,
         emulated_witness=_emulated_statistics,
-        retiled=_retiled,
+        retiled=retiled("ROWS", (1, 4, 64)),
         steps=("norm", "rsqrt", "quotient"),
     )
 }

@@ -6,14 +6,13 @@ Loaded when a kernel is about to be proved (`bitfuse.core.evidence`), and by tes
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bitfuse.core import values
-from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed
-from bitfuse.core.launch import Plan
+from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed, retiled
 from bitfuse.core.values import lookalike
 
 
@@ -99,10 +98,8 @@ _AUDIT = Audit(
 )
 
 
-def _retiled(plan: Plan) -> Iterator[Plan]:
-    for heads in (1, 4, 64):
-        grid = (-(-plan.scalars[0] // heads), 1, 1)
-        yield replace(plan, grid=grid, constants={**plan.constants, "HEADS": heads})
-
-
-EVIDENCE = {"head_gate": Evidence(_battery, _CASES, _MUTANTS, (_AUDIT,), retiled=_retiled, steps=("sigmoid",))}
+EVIDENCE = {
+    "head_gate": Evidence(
+        _battery, _CASES, _MUTANTS, (_AUDIT,), retiled=retiled("HEADS", (1, 4, 64)), steps=("sigmoid",)
+    )
+}

@@ -4,15 +4,14 @@ wrong kernels, counts."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bitfuse.core import values
 from bitfuse.core.emulated import multiply_add
-from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed
-from bitfuse.core.launch import Plan
+from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed, retiled
 from bitfuse.core.values import lookalike
 from bitfuse.ops.head_gate import head_gate
 
@@ -240,12 +239,6 @@ _SUM_AUDITS = (
 )
 
 
-def _retiled(plan: Plan) -> Iterator[Plan]:
-    for heads in (1, 4, 64):
-        grid = (-(-plan.scalars[0] // heads), *plan.grid[1:])
-        yield replace(plan, grid=grid, constants={**plan.constants, "HEADS": heads})
-
-
 EVIDENCE = {
     "lerp_head_gate": Evidence(
         _battery,
@@ -253,10 +246,15 @@ EVIDENCE = {
         _LERP_MUTANTS,
         (_LERP_AUDIT,),
         emulated=_emulated_lerp,
-        retiled=_retiled,
+        retiled=retiled("HEADS", (1, 4, 64)),
         steps=("sigmoid",),
     ),
     "weighted_sum_head_gate": Evidence(
-        _battery, _cases(gated_only=False), _SUM_MUTANTS, _SUM_AUDITS, retiled=_retiled, steps=("sigmoid",)
+        _battery,
+        _cases(gated_only=False),
+        _SUM_MUTANTS,
+        _SUM_AUDITS,
+        retiled=retiled("HEADS", (1, 4, 64)),
+        steps=("sigmoid",),
     ),
 }

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bitfuse.core import values
-from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed
-from bitfuse.core.launch import Plan
+from bitfuse.core.evidence import Audit, Evidence, Mutant, flushed, retiled
 from bitfuse.core.values import lookalike
 
 
@@ -90,10 +89,4 @@ _AUDITS = (
 )
 
 
-def _retiled(plan: Plan) -> Iterator[Plan]:
-    for block in (256, 1024, 8192):
-        grid = (-(-plan.scalars[0] // block), 1, 1)
-        yield replace(plan, grid=grid, constants={**plan.constants, "BLOCK": block})
-
-
-EVIDENCE = {"swiglu": Evidence(_battery, _CASES, _MUTANTS, _AUDITS, retiled=_retiled)}
+EVIDENCE = {"swiglu": Evidence(_battery, _CASES, _MUTANTS, _AUDITS, retiled=retiled("BLOCK", (256, 1024, 8192)))}
