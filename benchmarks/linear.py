@@ -49,6 +49,7 @@ from bitfuse.ops.adaln import GATED_RESIDUAL, RMS_NORM_MODULATE_COMPOSED
 from bitfuse.ops.gelu import GELU_TANH, in_place
 from bitfuse.tools.machine import machine
 from bitfuse.tools.prove.linear import difference as linear_difference
+from bitfuse.tools.prove.linear import follow
 from bitfuse.tools.prove.summation import difference
 
 PARTS = ("trial", "gelu", "core", "shapes", "chain", "steady", "steps", "proof", "orders")
@@ -87,9 +88,7 @@ Call = Callable[[], Tensor]
 def stock(given: Layer, epilogue: str) -> Tensor:
     """The hosts' ops, one after another."""
     y = F.linear(given.x, given.w, given.bias)
-    if epilogue == "gelu":
-        return F.gelu(y, approximate="tanh")
-    return given.residual + y * given.gate if epilogue == "gated" else y
+    return y if epilogue == "plain" else follow(y, given, epilogue)
 
 
 def today(given: Layer, epilogue: str) -> Tensor:
@@ -100,6 +99,15 @@ def today(given: Layer, epilogue: str) -> Tensor:
     if epilogue == "gated":
         return GATED_RESIDUAL(given.residual[None], y[None], given.gate[None, None])[0]
     return y
+
+
+def without_kernels(given: Layer, epilogue: str) -> dict[str, Call]:
+    """The ways in which no kernel of this experiment takes part."""
+    return {
+        "F.linear": lambda: F.linear(given.x, given.w, given.bias),
+        "stock": lambda: stock(given, epilogue),
+        "today": lambda: today(given, epilogue),
+    }
 
 
 def aten_gelu(y: Tensor) -> Tensor:
@@ -397,11 +405,7 @@ def shapes(run: Run) -> dict[str, Any]:
     for (m, n, k), epilogue, ways in cases:
         given = layer(m, n, k, exact=run.tiny)
         wanted = stock(given, epilogue)
-        calls: dict[str, Call] = {
-            "F.linear": lambda given=given: F.linear(given.x, given.w, given.bias),
-            "stock": lambda given=given, epilogue=epilogue: stock(given, epilogue),
-            "today": lambda given=given, epilogue=epilogue: today(given, epilogue),
-        }
+        calls = without_kernels(given, epilogue)
         row: dict[str, Any] = {}
         for way in ways:
             if not way.fits(n, k) or not run.works(way):
@@ -494,11 +498,7 @@ def steady(run: Run) -> dict[str, Any]:
         epilogue = "gelu" if n > k else "gated"
         given = layer(m, n, k, exact=run.tiny)
         wanted = stock(given, epilogue)
-        calls: dict[str, Call] = {
-            "F.linear": lambda given=given: F.linear(given.x, given.w, given.bias),
-            "stock": lambda given=given, epilogue=epilogue: stock(given, epilogue),
-            "today": lambda given=given, epilogue=epilogue: today(given, epilogue),
-        }
+        calls = without_kernels(given, epilogue)
         if epilogue == "gelu":
             calls["F.linear, own GELU"] = lambda given=given: own_gelu(F.linear(given.x, given.w, given.bias))
         row: dict[str, Any] = {}

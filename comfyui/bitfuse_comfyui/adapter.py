@@ -18,7 +18,6 @@ import torch
 from bitfuse.hosts import ltx2
 from bitfuse.hosts.handle import Handle
 from bitfuse.hosts.part import Model, ModelForward, Part
-from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import Entry, entries, functions, of_operators, why_not_read, why_not_stock
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.qk_norm import QK_RMS_NORM
@@ -127,9 +126,7 @@ def accelerate(transformer: Any, handle: Handle) -> None:
 
 def _take_over_attention(name: str, rotates: bool, attn: Any, shared: Model, forms: Forms) -> None:
     gated = attn.to_gate_logits is not None
-    operator = FIRST.qk if rotates else QK_RMS_NORM
-    site, gate_site = Site(name, operator.name), Site(f"{name}.gate", HEAD_GATE.name)
-    shared.handle.sites += [site, gate_site] if gated else [site]
+    site, gate_site = ltx2.attention_sites(shared.handle, name, FIRST if rotates else None, gated=gated)
     sources = functions(_model, *_OF_AN_ATTENTION) | functions(_ops, *_OF_NORMS)
     reason = next(why_not_stock(attn, _model.CrossAttention, "attention", NAME, upstream.READ, sources), None)
     site.declined = gate_site.declined = reason
@@ -147,20 +144,16 @@ def _why_block_stays(block: Any) -> Iterator[str]:
 
 def _take_over_tables(transformer: Any, shared: Model) -> None:
     """Without these each attention to something that is rotated keeps its own rotary embedding, and says so."""
-    sources = functions(_av, *_OF_TABLES) | functions(_model, *_OF_TABLES_BELOW)
+    above = functions(_av, *_OF_TABLES)
+    sources = above | functions(_model, *_OF_TABLES_BELOW)
     if next(why_not_read(NAME, upstream.READ, sources), None) is not None or Blocks.method in vars(transformer):
         return
-    if any(getattr(type(transformer), name.partition(".")[2]) is not _at(name) for name in _OF_TABLES):
+    if any(getattr(type(transformer), name.partition(".")[2]) is not code for name, code in above.items()):
         return
     ours = Blocks(transformer, shared)
     shared.handle.put(transformer, ours)
     if shared.handle.cuda_graph:
         graph_blocks(transformer, ours, shared)
-
-
-def _at(path: str) -> Any:
-    kind, _, name = path.partition(".")
-    return getattr(getattr(_av, kind), name)
 
 
 # -- what is left out --------------------------------------------------------------------------------------------------

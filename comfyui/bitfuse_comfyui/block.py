@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitfuse.core.operator import Operator
 from bitfuse.hosts import ltx2
-from bitfuse.hosts.ltx2 import ABSENT, AUDIO, NATIVE, UNGATED, VIDEO, Ada, Fork, modulation
+from bitfuse.hosts.ltx2 import ABSENT, AUDIO, BETWEEN, NATIVE, UNGATED, VIDEO, Ada, Fork, modulation
 from bitfuse.hosts.part import Model
 from bitfuse.ops.adaln import (
     GATED_RESIDUAL_ADDCMUL,
@@ -33,7 +33,6 @@ from .step import Frames, Step, frames_of, plain
 EPS = 1e-6  # what comfy.rmsnorm.rms_norm adds where it is not told
 _Block: Any = upstream.av_model.BasicAVTransformerBlock
 METHODS = ("get_ada_values", "_apply_text_cross_attention")
-BETWEEN = {VIDEO: "audio_to_video_norm", AUDIO: "video_to_audio_norm"}
 OPERATORS = (*NATIVE, MODULATE, GATED_RESIDUAL_ADDCMUL, RESIDUAL_ADDCMUL_RMS_NORM_MODULATE_NATIVE)
 
 

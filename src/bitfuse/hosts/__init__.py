@@ -10,7 +10,10 @@ An adapter of a host (`registry.Host.adapter`) is a module that has
     accelerate_besides(one, handle)
                                 take over one of these; its site, which the handle does not have yet
 
-An adapter may be without the last three.
+    look(device)                for `bitfuse doctor`, of all else that the bits depend on: an iterator over (what, "ok"
+                                or "note", what was found, what it means, what to do)
+
+An adapter may be without the last four.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ NATIVE = NormOperators(
 """Where it calls `F.rms_norm`."""
 
 VIDEO, AUDIO = "", "audio_"  # before the names of a stream's modules and sites
-_BETWEEN = {VIDEO: "audio_to_video_norm", AUDIO: "video_to_audio_norm"}
+BETWEEN = {VIDEO: "audio_to_video_norm", AUDIO: "video_to_audio_norm"}
 
 
 def block_operators(norms: NormOperators) -> tuple[Operator, ...]:
@@ -86,7 +86,7 @@ def block_sites(norms: NormOperators, *, text: bool, streams: Sequence[str] = (V
     """The sites of a block by their names in it. `text`: whether the text is modulated (from LTX-2.3 on)."""
     found = {"norm1": norms.norm, "norm2": norms.residual}
     found |= {"text": MODULATE} if text else {}
-    between = {_BETWEEN[stream]: norms.twice for stream in streams} if len(streams) == 2 else {}
+    between = {BETWEEN[stream]: norms.twice for stream in streams} if len(streams) == 2 else {}
     after = {"norm3": norms.residual, "output": GATED_RESIDUAL}
 
     def of_each(sites: dict[str, Operator]) -> dict[str, Operator]:
@@ -133,7 +133,7 @@ class Stream:
     def between(self, ada: Sequence[Ada], a2v: bool, v2a: bool) -> list[Tensor | None]:
         """The same for the attentions of video to audio and of audio to video; None for one that is left out."""
         wanted = [modulation(ada[i], ada[i + 1]) for i, runs in ((0, a2v), (2, v2a)) if runs]
-        found = iter(self._add_and_norm(_BETWEEN[self._prefix], *wanted))
+        found = iter(self._add_and_norm(BETWEEN[self._prefix], *wanted))
         return [next(found) if runs else None for runs in (a2v, v2a)]
 
     def feed_forward(self, module: Any) -> None:

@@ -508,8 +508,7 @@ def _hosts(device: torch.device) -> Iterator[Finding]:
         yield from _video_decoder(host)
         if host == "diffusers":
             yield from _diffusion_decoder(device)
-        if host == "comfyui":
-            yield from _comfyui(device)
+        yield from _looked_at(host, device)
     if not installed:
         found = f"none of {', '.join(HOSTS)} is installed"
         meaning = "no model can be accelerated; operators can be called by themselves"
@@ -587,13 +586,13 @@ def _diffusion_decoder(device: torch.device) -> Iterator[Finding]:
     yield Finding("diffusers' diffusion decoder: attention", NOTE, found, meaning, advice)
 
 
-def _comfyui(device: torch.device) -> Iterator[Finding]:
-    """What the bits of ComfyUI's LTX-2 depend on besides its own code."""
+def _looked_at(host: str, device: torch.device) -> Iterator[Finding]:
+    """What the bits of a host's LTX-2 depend on besides its own code, where its adapter looks at that."""
     try:
-        adapter = HOSTS["comfyui"].load()
-    except ImportError:
-        return  # said above
-    for name, state, found, meaning, advice in adapter.look(device):
+        adapter = HOSTS[host].load()
+    except Exception:  # said above
+        return
+    for name, state, found, meaning, advice in adapter.look(device) if hasattr(adapter, "look") else ():
         yield Finding(f"{adapter.NAME}: {name}", {"ok": OK, "note": NOTE}[state], found, meaning, advice)
 
 
