@@ -471,24 +471,36 @@ def decoder(documents: list[dict[str, Any]], run: dict[str, Any]) -> str:
 
 
 def comfyui(document: dict[str, Any]) -> str:
-    """A step of ComfyUI's model by the node, without and with a CUDA graph."""
-    lines = ["| video tokens | stock | bitfuse | CUDA graph | launches a block | peak memory of a step | output |"]
+    """A step of ComfyUI's model by the node, without and with a CUDA graph, and by KJNodes' fused blocks."""
+    lines = [
+        "| video tokens | stock | bitfuse | CUDA graph | KJNodes' blocks | launches a block | peak memory of a step |"
+    ]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for row in document["rows"]:
+        if row["differs"]:
+            raise ValueError(f"{row['tokens']} tokens: {row['differs']}")
         ms, speed_up, peak, kinds = row["ms"], row["speedup"], row["peak_gb_of_a_step"], row["kernels"]
-        ways = " | ".join(f"{ms[way]['median']:.0f} ms, {speed_up[way]:.2f}x" for way in ("bitfuse", "graph"))
+        ways = " | ".join(
+            f"{ms[way]['median']:.0f} ms, {speed_up[way]:.2f}x" for way in ("bitfuse", "graph", "KJNodes")
+        )
+        differ = re.search(r"\((\d+) of (\d+) elements\)", row["peer_differs"])
+        if differ is None:
+            raise ValueError(f"{row['tokens']} tokens: {row['peer_differs']}")
+        share = int(differ[1]) / int(differ[2])
         launches = " to ".join(f"{kinds[way]['launches_a_block']['other']:.0f}" for way in ("stock", "bitfuse"))
-        output = "identical in every bit" if not row["differs"] else "; ".join(row["differs"].values())
         memory = ", ".join(f"{peak[way]:.2f} GB" for way in ("stock", "bitfuse", "graph"))
         lines.append(
-            f"| {row['tokens']} | {ms['stock']['median']:.0f} ms | {ways} | {launches} | {memory} | {output} |"
+            f"| {row['tokens']} | {ms['stock']['median']:.0f} ms | {ways}; {share:.0%} of values differ | {launches} | "
+            f"{memory} |"
         )
     made = document["machine"]
     lines += [
         "",
         f"LTX-{document['ltx']}, {document['rows'][0]['layers']} layers, ComfyUI {made['comfyui']}, comfy-kitchen "
-        f"{made['comfy_kitchen']}, built by ComfyUI's own loader with random weights; medians by turns; launches that "
-        f"are neither matmul nor attention. Build {document['build']}. {_sources([document], '../')}",
+        f"{made['comfy_kitchen']}, built by ComfyUI's own loader with random weights; medians by turns; every bit of "
+        "video and sound as stock's with bitfuse, without and with the graph. KJNodes' are its LTX2 Attention Tuner "
+        "Patch's. Launches are those that are neither matmul nor attention; memory beyond the weights: stock's, then "
+        f"bitfuse's without and with the graph. {_sources([document], '../')}",
     ]
     return "\n".join(lines)
 

@@ -28,11 +28,11 @@ import ltx_core
 import torch
 from ltx_core import utils
 from ltx_core.guidance.perturbations import BatchedPerturbationConfig, PerturbationType
-from ltx_core.model.transformer import attention, model, rope, transformer, transformer_args
+from ltx_core.model.transformer import attention, gelu_approx, model, rope, transformer, transformer_args
 from torch import Tensor
 
 from bitfuse.core.conditions import around
-from bitfuse.hosts import ltx2
+from bitfuse.hosts import activation, ltx2
 from bitfuse.hosts.handle import Handle
 from bitfuse.hosts.ltx2 import ABSENT, AUDIO, NATIVE, UNGATED, VIDEO, Ada, Rotary, RotaryTrial, Stream, Tables
 from bitfuse.hosts.part import Model, ModelForward, Part, Seam
@@ -76,6 +76,7 @@ NAME = _name()
 _Attention: Any = attention.Attention
 _Block: Any = transformer.BasicAVTransformerBlock
 _Preprocessor: Any = transformer_args.TransformerArgsPreprocessor
+_GELU: Any = gelu_approx.GELUApprox
 
 
 def _apply(function: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -115,6 +116,7 @@ READ = {
         "ecbca3ee09cc2ca0",  # 1.2.0
     },
     "rms_norm": {"7d09eaca80640dad"},  # 1.0.0 to 1.2.0
+    "GELUApprox.forward": {"40d91503e9f5a0e4"},  # 1.0.0 to 1.2.0
     "PytorchPreAttention": {"5d127133fa0f2609"},  # these four 1.1.4 to 1.2.0
     "PytorchGatedAttention": {"c22e340e266d95af"},
     "PytorchAdaZeroFunction": {"9d80678ecb99567a"},
@@ -617,7 +619,9 @@ def accelerate(transformer: Any, handle: Handle) -> None:
         shared.take_over_is_done()
         return
     tables = entries(transformer_args, f"TransformerArgsPreprocessor.{_TABLES}")
-    shared = Model(handle, {"attention": _of_attentions(), "block": _of_blocks(), "tables": tables})
+    activations = [*entries(gelu_approx, "GELUApprox.forward"), *activation.LEFT_OUT]
+    left_out = {"attention": _of_attentions(), "block": _of_blocks(), "activation": activations, "tables": tables}
+    shared = Model(handle, left_out)
     for found in ltx2.attentions(transformer):
         _take_over_attention(*found, shared)
 
@@ -636,6 +640,8 @@ def accelerate(transformer: Any, handle: Handle) -> None:
         _why_block_stays,
         otherwise=fill_seams,
     )
+    sources = {"GELUApprox.forward": _GELU.forward}
+    activation.activate_in_place(transformer.transformer_blocks, shared, _GELU, NAME, READ, sources)
     _hold_grids(transformer, shared)
     ModelForward.install(transformer, shared)
     if handle.cuda_graph:
