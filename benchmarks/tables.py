@@ -472,9 +472,7 @@ def decoder(documents: list[dict[str, Any]], run: dict[str, Any]) -> str:
 
 def comfyui(document: dict[str, Any]) -> str:
     """A step of ComfyUI's model by the node, without and with a CUDA graph, and by KJNodes' fused blocks."""
-    lines = [
-        "| video tokens | stock | bitfuse | CUDA graph | KJNodes' blocks | launches a block | peak memory |"
-    ]
+    lines = ["| video tokens | stock | bitfuse | CUDA graph | KJNodes' blocks | launches a block | peak memory |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for row in document["rows"]:
         if row["differs"]:

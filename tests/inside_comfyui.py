@@ -456,6 +456,21 @@ def test_fp8_weights():
     assert len(sites(ours, "fused")) == 48
 
 
+@pytest.mark.parametrize("quantisation", ["float8_e4m3fn", "mxfp8", "nvfp4", "int8_tensorwise"])
+def test_quantised_checkpoints(quantisation):
+    """Linears in a format of ComfyUI's own, whose weights are tensors of comfy-kitchen's; here by its eager backend."""
+    if quantisation not in getattr(upstream.quant_ops, "QUANT_ALGOS", {}):
+        pytest.skip(f"{upstream.NAME} has no {quantisation}")
+    with torch.inference_mode():  # as ComfyUI loads and runs all: such weights can't be moved outside of it
+        patcher, of = host.load("2.3", quantisation=quantisation), host.config("2.3")
+        first = patcher.model.diffusion_model.transformer_blocks[0]
+        for linear in (first.attn1.to_q, first.ff.net[0].proj, first.ff.net[2]):
+            assert type(linear.weight).__name__ == "QuantizedTensor"
+        ours = both(patcher, of, options=Options(strict=True))
+    assert len(sites(ours, "fused")) == 48
+    assert "GELU in place" not in node_of(ours).report()
+
+
 class Subclass(torch.Tensor):
     """As GGUF's loader has weights: a tensor subclass, of which nothing is known."""
 
