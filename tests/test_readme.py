@@ -21,7 +21,9 @@ def test_tables_are_those_of_the_json():
     tables = _tables()
     for page in tables.PAGES:
         text = (ROOT / page).read_text()
-        assert set(re.findall(r"<!-- (\w[\w. ]* table) -->", text)) <= set(tables.TABLES), page
+        named = re.findall(r"<!-- (\w[\w. ]* table[\w. ]*) -->", text)
+        assert set(named) <= set(tables.TABLES), page
+        assert len(re.findall(r"^<!-- end -->$", text, re.MULTILINE)) == len(named), f"{page}: a table without its end"
         assert tables.filled(text) == text, f"{page}: run `make readme`"
 
 
