@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOUND = ROOT / "benchmarks" / "roundings.json"
 PRECISION = 8  # significant bits of bf16, the first of them not stored
 
-# y, gate and x of the example: the fewest bits set of all triples whose two roundings give another number than one
+# y, gate and x of the example: of the triples that come out otherwise where r2 is left out, the first of those with the
+# fewest bits set
 EXAMPLE = tuple(Fraction(value) for value in ("129/128", "33/32", "1"))
 
 
@@ -44,15 +45,13 @@ class Rounded:
 
     @property
     def why(self) -> str:
+        """Why it is rounded in that way; the part that is cut off is counted in units of the last bit that is kept."""
+        way = "down" if self.value < self.exact else "up"
         if self.beyond == 0:
-            return "it fits"
+            return "nothing is cut off"
         if self.beyond == 1:
-            return f"exactly half a unit is cut off: to the even neighbour, {self._way}"
-        return f"{'less' if self.beyond < 1 else 'more'} than half a unit is cut off: {self._way}"
-
-    @property
-    def _way(self) -> str:
-        return "down" if self.value < self.exact else "up"
+            return f"exactly half: to the even one, {way}"
+        return f"{'less' if self.beyond < 1 else 'more'} than half: {way}"
 
 
 def rounded(exact: Fraction) -> Rounded:
@@ -219,8 +218,8 @@ def drawn_bits() -> str:
         parts.append(_text(beside, top + 17, decimal, anchor="start"))
         parts.append(_text(beside + 134, top + 17, why, kind, anchor="start"))
     top = 18 + 7 * 34 - 1
-    parts.append(f'<path d="M16,{top} H964" class="line" stroke-dasharray="4 4"/>')
-    return _picture(980, 18 + 9 * 34 + 22, "the example in binary: what each rounding keeps and cuts off", parts)
+    parts.append(f'<path d="M16,{top} H824" class="line" stroke-dasharray="4 4"/>')
+    return _picture(840, 18 + 9 * 34 + 22, "the example in binary: what each rounding keeps and cuts off", parts)
 
 
 def _bit(x: float, y: float, bit: str) -> str:
