@@ -1,7 +1,7 @@
 """What pages tell a user to type works: README, CONTRIBUTING, RELEASING, everything in docs, the node pack's page.
 
-Every line of every block of shell, every command that stands in a sentence and every example of `--help` is tried by
-the program's own parser, up to where its work would begin (`fault`): a wrong option, name or file fails here, without a
+Every line of every block of shell, every command that stands in a sentence, at the head of a script or as an example of
+`--help` is tried by the program's own parser, up to where its work would begin (`fault`): a wrong option, name or file fails here, without a
 GPU and without a network. Every block of Python runs, on a pipeline of a few megabytes. Links are for `make docs`.
 """
 
@@ -36,7 +36,7 @@ from bitfuse.tools import seeded
 from bitfuse.tools.prove import verify
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "RELEASING.md", "comfyui/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "RELEASING.md", "comfyui/README.md", ".github/ISSUE_TEMPLATE/bug.yml"]
 PAGES += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
@@ -136,6 +136,8 @@ def _python(args: list[str], patch: pytest.MonkeyPatch) -> str | None:
         return _module(args[1], args[2:], patch)
     if not (ROOT / args[0]).is_file():
         return f"{args[0]} is no file"
+    if not re.search("^import (argparse|typer)$", read(args[0]), re.MULTILINE):  # it would begin to work at once
+        return f"{args[0]} takes no arguments" if args[1:] else None
     sys.path.insert(0, str((ROOT / args[0]).parent))
     patch.setattr(sys, "argv", args)
     runpy.run_path(str(ROOT / args[0]), run_name="__main__")
@@ -257,6 +259,10 @@ def commands() -> Iterator[Command]:
             lines.append(f"{span} --help" if named else span)
         for line in lines:
             yield from (Command(page, part.strip()) for part in line.split(" && ") if part.strip())
+    for path in [*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        head = ast.get_docstring(ast.parse(path.read_text())) or ""
+        lines = [line.strip() for line in head.splitlines() if re.match(r" {4}\S", line)]
+        yield from (Command(path.relative_to(ROOT).as_posix(), line) for line in filter(IS_COMMAND.match, lines))
     for name, examples in EXAMPLES.items():
         yield from (Command(f"{name} --help", span) for span in SPAN.findall(examples))
 
@@ -297,6 +303,7 @@ def test_every_help_has_an_example():
         ("python benchmarks/nope.py", "benchmarks/nope.py is no file"),
         ("python benchmarks/stacking.py --nope", "exit code 2"),
         ("python benchmarks/session.py nope", "'nope' is no plan"),
+        ("python benchmarks/roundings.py nope", "benchmarks/roundings.py takes no arguments"),
         ("python benchmarks/compatibility.py nope", "'nope' is no host"),
         ("python -m bitfuse.tools.prove.nope", "bitfuse.tools.prove.nope is no module"),
         ("python -m bitfuse.tools.prove.ptx --nope", "exit code 2"),
