@@ -1,8 +1,9 @@
 """What pages tell a user to type works: README, CONTRIBUTING, RELEASING, everything in docs, the node pack's page.
 
 Every line of every block of shell, every command that stands in a sentence, at the head of a script or as an example of
-`--help` is tried by the program's own parser, up to where its work would begin (`fault`): a wrong option, name or file fails here, without a
-GPU and without a network. Every block of Python runs, on a pipeline of a few megabytes. Links are for `make docs`.
+`--help` is tried by the program's own parser, up to where its work would begin (`fault`): a wrong option, name or file
+fails here, without a GPU and without a network. Every block of Python runs, on a pipeline of a few megabytes. Links are
+for `make docs`.
 """
 
 from __future__ import annotations
