@@ -20,7 +20,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMPATIBILITY = ROOT / "benchmarks" / "compatibility.json"
 STACKING = ROOT / "benchmarks" / "stacking.json"
 COMPILED = ROOT / "benchmarks" / "compiled.json"
-PAGES = ("README.md", "docs/bench.md", "docs/decode.md", "docs/hosts.md", "docs/linear.md", "docs/stacking.md")
+ROUNDINGS = ROOT / "benchmarks" / "roundings.json"
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("bench", "decode", "exactness", "hosts", "linear", "stacking")))
 SHOWN = ([1, 6144, 4096], [1, 24576, 4096], [1, 6144, 2048], [1, 126, 2048])  # the others are in the JSON
 
 
@@ -603,6 +604,50 @@ def _sources(documents: list[dict[str, Any]], up: str = "") -> str:
     return f"{'; '.join(machines)} ({links})."
 
 
+def roundings(document: dict[str, Any]) -> str:
+    """The example of docs/exactness.md, step by step, and of how many numbers the same holds."""
+    lines = ["| step | in binary | value | |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {r['what'].replace('*', chr(92) + '*')} | {r['bits']} | {r['value']} | {r['why']} |"
+        for r in document["rows"]
+    ]
+    triples, differing = document["triples"], document["differing"]
+    lines += [
+        "",
+        f"Of all {triples:,} triples of bf16 numbers from 1 to 2, {differing:,} ({differing / triples:.0%}) come out "
+        "otherwise where the first rounding is left out ([JSON](../benchmarks/roundings.json), by "
+        "`benchmarks/roundings.py`).",
+    ]
+    return "\n".join(lines)
+
+
+def wrong_kernels(document: dict[str, Any], operator: str) -> str:
+    """What became of the wrong kernels of an operator in a document of `verify`: a row for each kind, and its sums."""
+    of_it = [control for control in document["controls"] if control["operator"] == operator]
+    lines = ["| wrong kernels | caught | one of them, and what was found |", "| --- | --- | --- |"]
+    for kind in dict.fromkeys(control["kind"] for control in of_it):
+        ones = [control for control in of_it if control["kind"] == kind]
+        caught = [control for control in ones if control["caught"]]
+        example = f"`{ones[0]['mutant']}`: {ones[0]['found']}"
+        lines.append(f"| {kind or 'listed by hand'} | {len(caught)} of {len(ones)} | {example} |")
+    checks = [check for check in document["checks"] if check["operator"] == operator]
+    equal = [check for check in checks if check["outcome"] == "equal"]
+    lines += [
+        "",
+        f"`bitfuse verify` of `{operator}`: {len(equal)} of {len(checks)} cases equal in every bit, "
+        f"{sum(check['elements'] for check in equal):,} elements; {sum(c['caught'] for c in of_it)} of {len(of_it)} "
+        f"wrong kernels caught. {_sources([document], '../')}",
+    ]
+    return "\n".join(lines)
+
+
+def newest_proof() -> dict[str, Any]:
+    """The newest document of `verify` over all operators."""
+    everything = {"operators": None, "cases": None, "deep": False, "host": None}
+    found = [_load(path) for path in RESULTS.glob("*-verify.json")]
+    return max((d for d in found if d.get("asked") == everything), key=lambda d: d["machine"]["date"])
+
+
 def newest(name: str) -> dict[str, Any]:
     """The document of that name with the latest date in its file name (`<date>-<machine>-<name>.json`)."""
     return _load(max(RESULTS.glob(f"*-{name}.json")))
@@ -642,6 +687,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear orders table": lambda: linear_orders(newest("linear-turns")),
     "linear turns table": lambda: linear_turns(newest("linear-turns")),
     "linear step table": lambda: linear_one_step(newest("linear-turns")),
+    "roundings table": lambda: roundings(json.loads(ROUNDINGS.read_text())),
+    "wrong kernels table": lambda: wrong_kernels(newest_proof(), "gated_residual"),
     "stacking table": lambda: stacking(json.loads(STACKING.read_text())),
     "compatibility table": lambda: compatibility(json.loads(COMPATIBILITY.read_text())),
 }

@@ -27,7 +27,7 @@ FILMS = tuple(f"{run}.{suffix}" for run in ("stock", "bitfuse") for suffix in ("
 COMPARED = ("compare.json", "compare.html", *FILMS)
 """Every file that it may write."""
 
-HOSTS = ("diffusers", "ltx-core", "sglang")
+HOSTS = ("diffusers", "ltx-core", "sglang", "comfyui")
 OPERATORS = (
     "gated_residual",
     "gated_residual_addcmul",
