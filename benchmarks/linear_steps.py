@@ -4,17 +4,21 @@
     TRITON_INTERPRET=1 python benchmarks/linear_steps.py --tiny --out FILE    # without one: torch's ops stand in
 
 The engine is quack's GEMM (`linear_quack.py` says what it needs), beside the kernels of `linear_gluon.py`.
-FILE is written after each row, so that a run that is cut off leaves what it has. In this order, and what the time
-(`--seconds`) no longer allows is left out:
+FILE is written after each row, so that a run that is cut off leaves what it has. First every kernel is tried on small
+shapes, and GELU of all finite values: who fails sits out, and its traceback is printed. Then the parts, in this order;
+what the time (`--seconds`) no longer allows is left out:
 
-    trial    every kernel on small shapes, and GELU of all finite values; who fails sits out, its traceback is printed
-    layers   one layer again and again for half a second: milliseconds, millijoules and watts
-    6144     whole steps, each way a CUDA graph, by turns: first the GELU's configurations, then one layer at a time,
-             then layers together; ten seconds of some ways for power and clock; then why plain linears could lose
-    24576    the same with the few that matter
-    kernels  each kernel of one step of three ways, by the profiler (which may slow down what comes after it)
+    layers     one layer again and again for half a second: milliseconds, millijoules and watts
+    gelu       whole steps at 6144 tokens, each way a CUDA graph, by turns, with GELU in one of several configurations
+    single     with one kind of layers changed
+    together   with several
+    energy     some of them for ten seconds each, by turns: time, power, clock
+    why        plain linears in other circumstances: without the second stream, launched otherwise
+    24576      the few that matter, at 24576 tokens
+    kernels    each kernel of one step, by the profiler (which may slow down what comes after it)
 
-A way whose outputs differ from stock's in a bit gets no time.
+A way whose outputs differ from stock's in a bit gets no time, nor does one whose graph is not the one that was captured
+with its kernels.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +52,7 @@ from bitfuse.tools.machine import machine
 from bitfuse.tools.names import LATENTS
 from bitfuse.tools.prove.linear import follow
 
+PARTS = ("layers", "gelu", "single", "together", "energy", "why", "24576", "kernels")
 DEVICE, BF16 = lin.DEVICE, lin.BF16
 _BEGAN = time.perf_counter()
 _linear = F.linear  # the host's, also while another stands in its place
@@ -71,14 +76,15 @@ class Stand(NamedTuple):
 
 # -- a step with other linears -----------------------------------------------------------------------------------------
 
-LARGE_SHAPES = ((4096, 4096), (16384, 4096), (4096, 16384), (2048, 4096), (4096, 2048))  # N, K of the video's layers
+UP, ANY = (16384, 4096), (0, 0)
+LARGE_SHAPES = ((4096, 4096), UP, (4096, 16384), (2048, 4096), (4096, 2048))  # N, K of the video's layers
 
 
 class Tried(NamedTuple):
     """Which kernel runs which of the video's layers, and what else is changed; None: as it is.
 
     up, down, out    with GELU; with gate and residual; the last layers of gated attentions, likewise
-    plain            every other layer of at least 2048 rows of `LARGE_SHAPES`, with its bias
+    plain            other layers of at least 2048 rows, with their bias: by N and K
     one_stream       the audio's kernels between the video's and not beside them
     """
 
@@ -142,10 +148,10 @@ def patched(tried: Tried) -> Iterator[list[str]]:
         return x.shape[-2] >= 2048 or DEVICE.type == "cpu"
 
     def by_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-        known = tuple(w.shape) in LARGE_SHAPES or DEVICE.type == "cpu"
-        if bias is None or x.ndim < 2 or not (known and wide(x) and x.is_contiguous()):
+        way = plain.get(tuple(w.shape), plain.get(ANY))
+        if way is None or bias is None or x.ndim < 2 or not (wide(x) and x.is_contiguous()):
             return _linear(x, w, bias)
-        return by_kernel(plain, x, w, bias, "plain", None, None)
+        return by_kernel(way, x, w, bias, "plain", None, None)
 
     def by_gelu(self: Any, activation: Any, hidden: Tensor) -> Tensor:
         if not wide(hidden):
@@ -213,20 +219,30 @@ class Steps:
         if tried.one_stream:
             for block in twin.transformer_blocks:
                 ours_in(block).second_stream = None  # type: ignore[union-attr]
-        call = seeded.one_step(twin, self.inputs)
-        call()  # in which the first block runs stock
+        step = seeded.one_step(twin, self.inputs)
+        step()  # in which the first block runs stock
         with patched(tried) as ran:
-            call()
+            step()
             self.ran[name] = dict(Counter(ran))
+            linear = F.linear
             for _ in range(2):
-                got = call()
+                step()
+
+        def call() -> Any:
+            F.linear = linear  # a graph's key holds it: with another one it is another graph, or none
+            try:
+                return step()
+            finally:
+                F.linear = _linear
+
+        got = call()
         wanted = {"gelu": tried.up, "plain": tried.plain, "gated": tried.down or tried.out}
         if self.ran[name].keys() != {form for form, way in wanted.items() if way is not None}:
             return f"these ran by a kernel: {self.ran[name]}"
         if DEVICE.type == "cuda":
-            got = call()  # a replay
-            if not handle.report().as_dict()["graphs"][0]["captures"]:
-                return "no graph was captured"
+            graph = handle.report().as_dict()["graphs"][0]
+            if graph["captures"] != 1 or graph["replays"] < 2:
+                return f"no replays of the one graph that was captured with these kernels: {graph}"
         if any(differ := [lin.unequal(a, b) for a, b in zip(got, self.wanted, strict=True)]):
             return f"{differ} elements differ"
         self.calls[name] = call
@@ -237,28 +253,26 @@ class Steps:
 
 
 def by_turns(calls: dict[str, lin.Call], rounds: int, count: int) -> dict[str, dict[str, Any]]:
-    """Milliseconds and joules of a step: medians of turns of `count` steps each, of which the first warms up."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    """Milliseconds of a step: medians of turns of `count` steps each, of which the first warms up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for index in range(rounds):
         for name in names[index % len(names) :] + names[: index % len(names)]:
             times[name].append(_turn(calls[name], count))
-    found = {}
-    for name, turns in times.items():
-        ms, joules = (statistics.median(values) for values in zip(*turns, strict=True))
-        found[name] = {"ms": round(ms, 3), "J": round(joules, 2), "turns": [round(t, 2) for t, _ in turns]}
-    return found
+    return {
+        name: {"ms": round(statistics.median(turns), 3), "turns": [round(ms, 2) for ms in turns]}
+        for name, turns in times.items()
+    }
 
 
-def _turn(call: lin.Call, count: int) -> tuple[float, float]:
+def _turn(call: lin.Call, count: int) -> float:
     call()
     lin._synchronize()
-    before, began = lin.millijoules(), time.perf_counter()
+    began = time.perf_counter()
     for _ in range(count - 1):
         call()
     lin._synchronize()
-    took, spent = time.perf_counter() - began, lin.millijoules() - before
-    return 1e3 * took / (count - 1), spent / 1e3 / (count - 1)
+    return 1e3 * (time.perf_counter() - began) / (count - 1)
 
 
 def megahertz() -> float:
@@ -441,18 +455,21 @@ def layers(run: Run, ways: dict[str, list[Any]]) -> None:
         lin.free()
 
 
-def stage(
-    run: Run,
-    steps: Steps,
-    row: dict[str, Any],
-    tried: dict[str, Tried],
-    rounds: int,
-    count: int,
-    beside: Sequence[str] = ("bitfuse",),
-) -> None:
-    """Whole steps by turns: those tried now, and some that were prepared before; into `row`, by their names."""
-    names = [name for name in beside if name in steps.calls]
+def stage(run: Run, steps: Steps, row: dict[str, Any], tried: dict[str, Tried], rounds: int, count: int) -> None:
+    """Whole steps by turns, `bitfuse` beside those tried; into `row`, by their names."""
+    names = prepared(run, steps, row, {"bitfuse": Tried()} | tried)
+    row |= by_turns({name: steps.calls[name] for name in names}, rounds, count)
+    for name in names:
+        row[name]["by a kernel"] = steps.ran[name]
+        run.say(f"{name}: {row[name]}, {row['bitfuse']['ms'] / row[name]['ms']:.4f}x")
+    run.keep()
+
+
+def prepared(run: Run, steps: Steps, row: dict[str, Any], tried: dict[str, Tried]) -> list[str]:
+    """The names of those that `steps` has or gets a call of; what is wrong with others goes into `row`."""
     for name, one in tried.items():
+        if name in steps.calls:
+            continue
         if run.left() < 25:
             row[name] = "no time was left"
             continue
@@ -463,81 +480,70 @@ def stage(
         run.say(name, wrong or "equal", steps.ran.get(name))
         if wrong:
             row[name] = wrong
-        else:
-            names.append(name)
         run.keep()
-    row |= by_turns({name: steps.calls[name] for name in names}, rounds, count)
-    for name in names:
-        row[name]["by a kernel"] = steps.ran[name]
-        run.say(f"{name}: {row[name]}, {row['bitfuse']['ms'] / row[name]['ms']:.4f}x")
-    run.keep()
+    return [name for name in tried if name in steps.calls]
 
 
-def at_6144(run: Run, steps: Steps, ways: dict[str, list[Any]]) -> dict[str, Tried]:
-    """The stages at 6144 tokens; those that are to be seen at more tokens, too."""
-    found = run.results["6144 tokens"] = {"layers": run.layers}
-    rounds, count = (1, 2) if run.tiny else (2, 5)
+class Ways(NamedTuple):
+    """What is tried in steps, by name; configurations are those with which steps took the least time."""
 
-    ups = {f"GELU: {way.name}": Tried(up=way) for way in ways["gelu"] if not getattr(way, "tanh", False)}
-    first = found["GELU's configurations"] = {}
-    stage(run, steps, first, {"bitfuse": Tried(), "bitfuse again": Tried(), **ups}, 1 if run.tiny else 3, count)
-    up = _fastest(first, ups, "up")
+    gelu: dict[str, Tried]
+    single: dict[str, Tried]
+    together: dict[str, Tried]
+    energy: dict[str, Tried]
+    why: dict[str, Tried]
+    few: dict[str, Tried]
 
-    second = found["one change at a time"] = {}
-    tried: dict[str, Tried] = {}
-    for name in ("down", "out"):
-        tried |= {f"{name}: {way.name}": Tried(**{name: way}) for way in ways["gated"][:2]}
-    tried |= {f"plain: {way.name}": Tried(plain=way) for way in ways["plain"][:1]}
-    stage(run, steps, second, tried, rounds, count)
 
-    third = found["together"] = {}
-    down, out = _fastest(second, tried, "down"), _fastest(second, tried, "out")
-    plain = ways["plain"][0] if ways["plain"] else None
-    few = {"down, out": Tried(down=down, out=out), "GELU, down, out": Tried(up, down, out)}
-    few["all large linears"] = Tried(up, down, out, plain)
-    if ways["gluon"]:
-        few["down, out in Gluon"] = Tried(down=ways["gluon"][0], out=ways["gluon"][0])
-    gelu_name = next((name for name, one in ups.items() if one.up == up), "none")
-    plain_name = next((name for name in tried if name.startswith("plain") and name in steps.calls), "none")
-    stage(run, steps, third, few, rounds, count, ("bitfuse", gelu_name))
+def named(ways: dict[str, list[Any]]) -> Ways:
+    gelu = {f"GELU, {way.name}": Tried(up=way) for way in ways["gelu"]}
+    up, gated, plain = ways["gelu"][0], ways["gated"], ways["plain"]
 
-    energy = found["ten seconds"] = {}
-    for name in ("bitfuse", gelu_name, "down, out", plain_name, "all large linears"):
-        if name in steps.calls and run.left() > 25:
-            energy[name] = watched(steps.calls[name], 0.05 if run.tiny else 10.5)
-            run.say("ten seconds of", name, energy[name])
+    def every(way: Any) -> Tried:
+        return Tried(plain=dict.fromkeys((*LARGE_SHAPES, ANY) if isinstance(way, Stand) else LARGE_SHAPES, way))
+
+    single = dict([next(iter(gelu.items()))])
+    single |= {f"up without GELU, {up.name}": Tried(plain={ANY if isinstance(up, Stand) else UP: up})}
+    single |= {f"down, {way.name}": Tried(down=way) for way in gated}
+    single |= {f"out, {way.name}": Tried(out=way) for way in gated}
+    single |= {f"all, plain, {way.name}": every(way) for way in plain}
+    down, out = gated[0], gated[-1]
+    together = {
+        "GELU, down": Tried(up, down),
+        "GELU, down, out": Tried(up, down, out),
+        "all, with what follows": every(plain[0])._replace(up=up, down=down, out=out),
+        "down, out in Gluon": Tried(down=ways["gluon"][0], out=ways["gluon"][0]),
+    }
+    (of_gelu, first), of_plain = next(iter(gelu.items())), f"all, plain, {plain[0].name}"
+    some = {of_gelu: first, of_plain: every(plain[0])}
+    why = {of_plain: every(plain[0]), "bitfuse, one stream": Tried(one_stream=True)}
+    why |= {f"all, plain, one stream, {plain[0].name}": every(plain[0])._replace(one_stream=True)}
+    why |= {f"all, plain, {way.name}": every(way) for way in ways["why"]}
+    return Ways(
+        gelu, single, together, some | {"all, with what follows": together["all, with what follows"]}, why, some
+    )
+
+
+def seconds_by_turns(run: Run, steps: Steps, tried: dict[str, Tried]) -> None:
+    """Two spans of ten seconds of each way, the second time in the opposite order."""
+    row = run.results["6144 tokens"]["ten seconds"] = {}
+    names = prepared(run, steps, row, tried)
+    for name in [*names, *reversed(names)]:
+        if run.left() > 25:
+            row.setdefault(name, []).append(watched(steps.calls[name], 0.05 if run.tiny else 10.5))
+            run.say("ten seconds of", name, row[name][-1])
             run.keep()
-
-    why = found["why"] = {}
-    others = {"bitfuse, one stream": Tried(one_stream=True)}
-    if plain is not None:
-        others[f"plain, one stream: {plain.name}"] = Tried(plain=plain, one_stream=True)
-    others |= {f"plain: {way.name}": Tried(plain=way) for way in ways["why"]}
-    stage(run, steps, why, others, rounds, count, ("bitfuse", plain_name))
-
-    for name in [name for name in steps.calls if name not in ("bitfuse", gelu_name, plain_name)]:
-        del steps.calls[name]
-    lin.free()
-    return {"GELU": Tried(up=up), "all large linears": few["all large linears"]}
-
-
-def _fastest(row: dict[str, Any], tried: dict[str, Tried], layer: str) -> Any:
-    """The kernel of that layer with which a step took the least time, where one was timed."""
-    times = {name: row[name]["ms"] for name, one in tried.items() if isinstance(row.get(name), dict)}
-    times = {name: ms for name, ms in times.items() if getattr(tried[name], layer) is not None}
-    return getattr(tried[min(times, key=lambda name: times[name])], layer) if times else None
 
 
 def at_24576(run: Run, model: Any, geometry: Any, few: dict[str, Tried]) -> None:
-    if run.left() < 60 and not run.tiny:
-        run.results["24576 tokens"] = "no time was left"
+    row = run.results["24576 tokens"]["together"] = {}
+    if run.left() < 50:
+        row["bitfuse"] = "no time was left"
         return
-    found = run.results["24576 tokens"] = {"layers": run.layers}
-    row = found["together"] = {}
     if not run.tiny:
         frames, height, width = LATENTS[24576]
         geometry = replace(geometry, frames=frames, height=height, width=width)
-    stage(run, Steps(model, geometry), row, {"bitfuse": Tried(), **few}, 1 if run.tiny else 2, 3)
+    stage(run, Steps(model, geometry), row, few, 1 if run.tiny else 2, 3)
 
 
 def engines(run: Run) -> dict[str, list[Any]]:
@@ -545,23 +551,20 @@ def engines(run: Run) -> dict[str, list[Any]]:
     if run.tiny:
         stand = Stand()
         return {form: [stand] for form in ("gelu", "gated", "plain", "why", "gluon")}
-    gluon = [lin.LARGE[4]]
     try:
         import linear_quack as quack
     except Exception as error:
         run.results["quack"] = _failed(run, "importing quack", error)
         run.keep()
         raise SystemExit(1) from None
-    some = list(quack.CONFIGURATIONS)
-    pingpong, together = some[0], some[1]
-    why = [pingpong._replace(dependent=False), pingpong._replace(schedule="dynamic"), together]
-    why.append(together._replace(schedule="once"))
+    narrow, together, wide, pingpong = quack.CONFIGURATIONS
+    why = [narrow._replace(dependent=False), narrow._replace(schedule="dynamic"), together._replace(schedule="once")]
     return {
-        "gelu": [*some[:4], some[0]._replace(tanh=True)],
-        "gated": some[:3],
-        "plain": some[:3],
+        "gelu": [pingpong, narrow, together, wide, pingpong._replace(tanh=True)],
+        "gated": [together, narrow],
+        "plain": [narrow, together],
         "why": why,
-        "gluon": gluon,
+        "gluon": [lin.LARGE[4]],
     }
 
 
@@ -580,9 +583,11 @@ def table(results: dict[str, Any]) -> Iterator[str]:
         for part, row in found.items() if tokens.endswith("tokens") and isinstance(found, dict) else ():
             if isinstance(row, dict):
                 yield f"{tokens}, {part}"
-                base = row.get("bitfuse", {}).get("ms", float("nan"))
+                base = row["bitfuse"]["ms"] if isinstance(row.get("bitfuse"), dict) else float("nan")
                 for name, one in row.items():
-                    if isinstance(one, dict):
+                    if isinstance(one, list):
+                        yield from (f"    {name:48} {span}" for span in one)
+                    elif isinstance(one, dict):
                         shown = {key: value for key, value in one.items() if key not in ("turns", "by a kernel")}
                         yield f"    {name:48} {base / one['ms']:.4f}x {shown}"
                     else:
@@ -593,12 +598,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where the JSON goes; the profile goes beside it")
     parser.add_argument("--tiny", action="store_true", help="a dry run on a CPU, in Triton's interpreter")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of the names of ways; the others sit out")
     parser.add_argument("--layers", type=int, default=48, help="of the transformer")
     parser.add_argument("--seconds", type=float, default=400.0, help="after which nothing more is begun")
     given = parser.parse_args()
     if DEVICE.type != "cuda" and not (given.tiny and interpreting()):
         parser.error("there is no GPU here; accepted without one: TRITON_INTERPRET=1 and --tiny")
     torch.manual_seed(17)
+    only = tuple(given.only)
     results = {
         "what": "whole steps with other linears",
         "machine": machine(DEVICE),
@@ -608,28 +616,40 @@ def main() -> None:
     run = Run(given.tiny, 1 if given.tiny else given.layers, given.seconds, results, given.out)
     with torch.no_grad():
         ways = engines(run)
-        for name, part in {"trial": trial, "layers": layers}.items():
-            part(run, ways)
-            run.say(f"-- {name}")
-            if not ways["gelu"]:
-                raise SystemExit("no kernel of quack is right: nothing to decide")
+        trial(run, ways)
+        if not all(ways[form] for form in ("gelu", "gated", "plain", "gluon")):
+            raise SystemExit("of one form no kernel is right: nothing to decide")
+        if "layers" in given.parts:
+            layers(run, ways)
         if run.tiny:
             geometry, _ = seeded.geometry_for(DEVICE, run.layers)
         else:
             geometry = _geometry(DEVICE, 6144, run.layers, "2.0", image_to_video=False)
         model = seeded.build(geometry, DEVICE, seed=0)
-        steps = Steps(model, geometry)
         run.say("-- the model")
-        few: dict[str, Tried] = {}
-        parts: dict[str, Callable[[], Any]] = {
-            "6144": lambda: few.update(at_6144(run, steps, ways)),
-            "24576": lambda: at_24576(run, model, geometry, few),
-            "kernels": lambda: _profile(run, steps),
+        steps, tried, few = Steps(model, geometry), named(ways), (1, 2) if run.tiny else (2, 5)
+        tried = Ways(*({name: one for name, one in some.items() if name.startswith(only)} for some in tried))
+        found = results["6144 tokens"] = {"layers": run.layers}
+        results["24576 tokens"] = {"layers": run.layers}
+        again = {"bitfuse again": Tried()}
+        plainly = {"bitfuse": Tried()}
+
+        def of(part: str, some: dict[str, Tried]) -> Callable[[], None]:
+            return lambda: stage(run, steps, found.setdefault(part, {}), some, *few)
+
+        parts: dict[str, Callable[[], None]] = {
+            "gelu": of("GELU's configurations", again | tried.gelu),
+            "single": of("one change at a time", again | tried.single),
+            "together": of("together", tried.together),
+            "energy": lambda: seconds_by_turns(run, steps, plainly | tried.energy),
+            "why": of("why", tried.why),
+            "24576": lambda: at_24576(run, model, geometry, tried.few),
+            "kernels": lambda: _profile(run, steps, plainly | tried.few),
         }
         failed = False
-        for name, call in parts.items():
+        for name in (name for name in parts if name in given.parts):
             try:
-                call()
+                parts[name]()
             except Exception as error:
                 failed = True
                 results[f"{name} failed"] = _failed(run, name, error)
@@ -643,10 +663,10 @@ def main() -> None:
         print(line)
 
 
-def _profile(run: Run, steps: Steps) -> None:
+def _profile(run: Run, steps: Steps, some: dict[str, Tried]) -> None:
     if DEVICE.type != "cuda" or run.left() < 10:
         return
-    found = {name: kernels(call) for name, call in steps.calls.items()}
+    found = {name: kernels(call) for name, call in steps.calls.items() if name in some}
     totals = run.results["kernels"] = {}
     for name, one in found.items():
         total: dict[str, list[float]] = {}
