@@ -10,7 +10,7 @@ Parts, in this order, and FILE is written after each, so that a run that is cut 
     core     the model of the tensor core (`bitfuse.core.tensor_core`) against wgmma and cuBLAS
     shapes   the layers of an LTX-2 step: each way's outputs compared with stock's in every bit, then timed
     chain    feed-forwards of four blocks end to end, in one CUDA graph a way, by turns
-    steady   one layer again and again for a second: at the power limit time is energy, which turns of milliseconds hide
+    steady   one layer again and again for 1.5 s: at the power limit time is energy, which turns of milliseconds hide
     proof    what `bitfuse.tools.prove.linear` says of these kernels at the sizes of a step, and how long it takes
     orders   where cuBLAS adds along K as one chain (`bitfuse.tools.prove.summation`), M from 1 to 300, K to 16384
 
@@ -30,6 +30,7 @@ import select
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -518,7 +519,7 @@ def steady(run: Run) -> dict[str, Any]:
     return found
 
 
-def sustained(call: Call, seconds: float = 0.5) -> dict[str, float]:
+def sustained(call: Call, seconds: float = 1.5) -> dict[str, float]:
     """Of one call: `ms`, `mJ`, and the power meanwhile."""
     if DEVICE.type != "cuda":
         return {"ms": round(1e3 * _seconds(call), 3)}
@@ -533,15 +534,14 @@ def sustained(call: Call, seconds: float = 0.5) -> dict[str, float]:
         replay()
     torch.cuda.synchronize()
     replays = max(2, round(1e3 * seconds / ms))
-    before = millijoules()
-    start.record()
-    for _ in range(replays):
-        replay()
-    end.record()
-    torch.cuda.synchronize()
-    spent, took = millijoules() - before, start.elapsed_time(end)
-    each = replays * repeats
-    return {"ms": round(took / each, 4), "mJ": round(spent / each, 1), "W": round(spent / took, 1)}
+    with ticks() as found:
+        start.record()
+        for _ in range(replays):
+            replay()
+        end.record()
+        torch.cuda.synchronize()
+    ms, power = start.elapsed_time(end) / (replays * repeats), watts(found)
+    return {"ms": round(ms, 4), "mJ": round(power * ms, 1), "W": round(power, 1)}
 
 
 def proof(run: Run) -> dict[str, Any]:
@@ -628,6 +628,48 @@ def millijoules() -> float:
     if (known := _nvml()) is None or known[0].nvmlDeviceGetTotalEnergyConsumption(known[1], ctypes.byref(spent)):
         return float("nan")
     return float(spent.value)
+
+
+class Tick(NamedTuple):
+    """When NVML's counter of energy moved, which it does some ten times a second: seconds, and millijoules by then.
+
+    Between two ticks power is exact; between two readings at any other times it is not: half a second of one layer
+    came out as 617 to 817 W so, all at the same limit of power (H200, 2026-11-29).
+    """
+
+    seconds: float
+    millijoules: float
+
+
+@contextlib.contextmanager
+def ticks(at_each: Callable[[], None] = lambda: None) -> Iterator[list[Tick]]:
+    """The ticks within this block, as they come; `at_each` is called at each."""
+    found: list[Tick] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        last = millijoules()
+        while not done.wait(0.002):
+            if (now := millijoules()) > last:
+                found.append(Tick(time.perf_counter(), now))
+                at_each()
+                last = now
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+
+
+def watts(found: list[Tick]) -> float:
+    """Between the second tick, when work has begun for certain, and the last one; NaN without them."""
+    if len(found) < 3:
+        return float("nan")
+    first, last = found[1], found[-1]
+    return (last.millijoules - first.millijoules) / 1e3 / (last.seconds - first.seconds)
 
 
 def _synchronize() -> None:

@@ -8,7 +8,7 @@ FILE is written after each row, so that a run that is cut off leaves what it has
 shapes, and GELU of all finite values: who fails sits out, and its traceback is printed. Then the parts, in this order;
 what the time (`--seconds`) no longer allows is left out:
 
-    layers     one layer again and again for half a second: milliseconds, millijoules and watts
+    layers     one layer again and again for 1.5 s: milliseconds, millijoules and watts
     gelu       whole steps at 6144 tokens, each way a CUDA graph, by turns, with GELU in one of several configurations
     single     with one kind of layers changed
     together   with several
@@ -29,7 +29,6 @@ import ctypes
 import functools
 import json
 import statistics
-import threading
 import time
 import traceback
 from collections import Counter
@@ -284,55 +283,27 @@ def megahertz() -> float:
 
 
 def watched(call: lin.Call, seconds: float) -> dict[str, Any]:
-    """Of a step run for so long: `ms`, `W`, `J` and the multiprocessors' clock in `MHz`.
-
-    NVML's counter of energy moves in ticks of some 100 ms: the power is taken between two of them, both while the GPU
-    is at work.
-    """
-    ticks: list[tuple[float, float]] = []
+    """Of a step run for so long: `ms`, `W`, `J` and the multiprocessors' clock in `MHz`."""
     clocks: list[float] = []
-    done = threading.Event()
-
-    def watch() -> None:
-        last = lin.millijoules()
-        while not done.wait(0.002):
-            if (now := lin.millijoules()) != last:
-                ticks.append((time.perf_counter(), now))
-                clocks.append(megahertz())
-                last = now
-
+    ends: list[Any] = []
     call()
     lin._synchronize()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    began, count = time.perf_counter(), 0
-    ends: list[Any] = []
-    while time.perf_counter() - began < seconds:
-        call()
-        count += 1
-        if DEVICE.type == "cuda":  # two steps ahead of the GPU, no further
-            ends.append(torch.cuda.Event())
-            ends[-1].record()
-            if len(ends) > 2:
-                ends.pop(0).synchronize()
-    lin._synchronize()
-    ended = time.perf_counter()
-    done.set()
-    watcher.join()
-    ms = 1e3 * (ended - began) / count
-    inside = [tick for tick in ticks if began + 0.5 <= tick[0] <= ended]
-    if len(inside) < 2:
-        return {"ms": round(ms, 3)}
-    (first, from_mj), (last, to_mj) = inside[0], inside[-1]
-    watts = (to_mj - from_mj) / 1e3 / (last - first)
-    return {
-        "ms": round(ms, 3),
-        "W": round(watts, 1),
-        "J": round(watts * ms / 1e3, 2),
-        "MHz": round(statistics.mean(clocks), 1),
-        "steps": count,
-        "seconds": round(last - first, 2),
-    }
+    with lin.ticks(lambda: clocks.append(megahertz())) as found:
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            call()
+            count += 1
+            if DEVICE.type == "cuda":  # two steps ahead of the GPU, no further
+                ends.append(torch.cuda.Event())
+                ends[-1].record()
+                if len(ends) > 2:
+                    ends.pop(0).synchronize()
+        lin._synchronize()
+        ms = 1e3 * (time.perf_counter() - began) / count
+    watts = lin.watts(found)
+    clock = statistics.mean(clocks) if clocks else float("nan")
+    figures = {"ms": ms, "W": watts, "J": watts * ms / 1e3, "MHz": clock}
+    return {name: round(figure, 2) for name, figure in figures.items()} | {"steps": count}
 
 
 def kernels(call: lin.Call) -> dict[str, Any]:
@@ -427,7 +398,7 @@ def _every_value(way: Any) -> str:
 
 
 def layers(run: Run, ways: dict[str, list[Any]]) -> None:
-    """By layer and way, of one CUDA graph replayed for half a second: milliseconds, millijoules, watts."""
+    """By layer and way, of one CUDA graph replayed for 1.5 s: milliseconds, millijoules, watts."""
     found = run.results["layers"] = {}
     cases = [((6144, 16384, 4096), "gelu"), ((6144, 4096, 16384), "gated"), ((6144, 4096, 4096), "gated")]
     cases = [((70, 96, 48), "gelu")] if run.tiny else [*cases, ((6144, 4096, 4096), "plain")]
