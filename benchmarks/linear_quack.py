@@ -1,6 +1,6 @@
 """quack's GEMM (quack-kernels 0.6.5, CuTe DSL) as an engine: a linear layer with what follows it, rounded as ATen
-rounds. What this file needs is no dependency of bitfuse: quack-kernels, nvidia-cutlass-dsl with its libraries for CUDA
-13, apache-tvm-ffi. Importing it imports them.
+rounds. What this file needs is no dependency of bitfuse: it is in `carry-quack.txt`. Importing it imports that, which
+from torch 2.13 on changes torch's own rms_norm on Hopper: so only an experiment does.
 
 quack calls a function of an element of the fp32 accumulator when it traces a kernel. A rounding is a conversion to bf16
 and back; what is one instruction of ours is written as one, so that no compiler fuses a product and a sum. Row vectors

@@ -151,7 +151,7 @@ def test_a_dry_run(tmp_path):
 
 @needs_interpreter
 @pytest.mark.slow
-def test_a_dry_run_of_steps(tmp_path):
+def test_a_dry_run_of_steps(tmp_path, monkeypatch):
     out = tmp_path / "steps.json"
     command = [sys.executable, str(BENCHMARKS / "linear_steps.py"), "--tiny", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -159,12 +159,19 @@ def test_a_dry_run_of_steps(tmp_path):
     found = json.loads(out.read_text())
     assert found["exit_code"] == 0
     assert set(found["trial"].values()) == {"equal"}
-    ways = [way for part in found["6144 tokens"].values() if isinstance(part, dict) for way in part.values()]
+    parts = [part for part in found["6144 tokens"].values() if isinstance(part, dict)]
+    ways = [way for part in parts for way in part.values() if not isinstance(way, list)]
     assert len(ways) > 15
     assert all(isinstance(way, dict) for way in ways), "every way was equal, so each has a time"
     together = found["6144 tokens"]["together"]
     assert together["bitfuse"]["by a kernel"] == {}
-    assert together["all large linears"]["by a kernel"] == {"gelu": 2, "gated": 4, "plain": 48}
+    assert together["all, with what follows"]["by a kernel"] == {"gelu": 2, "gated": 4, "plain": 48}
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import tables
+
+    document = found | {"path": "out/steps.json"}
+    assert "| all, with what follows | " in tables.linear_steps(document)
+    assert tables.linear_power(document).count("| bitfuse | ") == 2
 
 
 @needs_interpreter
