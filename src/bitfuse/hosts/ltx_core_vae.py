@@ -26,8 +26,9 @@ from torch import Tensor
 from bitfuse.hosts.code import source_hash
 from bitfuse.hosts.part import Model
 from bitfuse.hosts.sources import entries, functions, why_not_stock
+from bitfuse.hosts.video_coder import Names, Stage, Values
 from bitfuse.hosts.video_decoder import LEFT_OUT as _SHARED
-from bitfuse.hosts.video_decoder import Names, Stage, Values, VideoDecoder
+from bitfuse.hosts.video_decoder import VideoDecoder
 from bitfuse.run.swap import named
 
 # `VideoDecoder` is the name of a protocol in 1.2.0
@@ -74,7 +75,7 @@ class ConvVideoDecoder(VideoDecoder):
     whose = "ltx-core's"
     names = Names(
         resnet=resnet.ResnetBlock3D,
-        upsampler=sampling.DepthToSpaceUpsample,
+        sampler=sampling.DepthToSpaceUpsample,
         convolution=convolution.CausalConv3d,
         norm=normalization.PixelNorm,
         given="sample",
@@ -85,8 +86,8 @@ class ConvVideoDecoder(VideoDecoder):
     )
 
     @classmethod
-    def stages(cls, decoder: Any) -> Iterator[Stage]:
-        for number, block in enumerate(decoder.up_blocks):
+    def stages(cls, coder: Any) -> Iterator[Stage]:
+        for number, block in enumerate(coder.up_blocks):
             name = f"up_blocks.{number}"
             if isinstance(block, resnet.UNetMidBlock3D):
                 steps = [(f"{name}.res_blocks.{index}", one) for index, one in enumerate(block.res_blocks)]
@@ -96,18 +97,18 @@ class ConvVideoDecoder(VideoDecoder):
 
     def why_not_block(self, stage: Stage) -> str | None:
         for name, module in stage.steps:
-            if type(module) not in (self.names.resnet, self.names.upsampler):
+            if type(module) not in (self.names.resnet, self.names.sampler):
                 return f"{name} is a {named(type(module))}; accepted: a ResnetBlock3D or DepthToSpaceUpsample"
-            if type(module) is self.names.upsampler and module.stride[0] not in (1, 2):
+            if type(module) is self.names.sampler and module.stride[0] not in (1, 2):
                 return f"{name} makes {module.stride[0]} frames of one, and keeps them all; accepted: 1 or 2"
             if stage.module is None and getattr(module, "timestep_conditioning", False):
                 return f"{name} stands by itself and asks for a timestep"
         return None
 
-    def why_not_given(self, decoder: Any, x: Tensor) -> str | None:
+    def why_not_given(self, coder: Any, x: Tensor) -> str | None:
         if type(x) is not Tensor or not _CASTS:
-            return super().why_not_given(decoder, x)
-        dtype = _weights_dtype(decoder)
+            return super().why_not_given(coder, x)
+        dtype = _weights_dtype(coder)
         return None if dtype == torch.bfloat16 else f"the decoder's weights are {dtype}; accepted: torch.bfloat16"
 
     def changes_channels(self, resnet: Any) -> bool:
@@ -116,36 +117,36 @@ class ConvVideoDecoder(VideoDecoder):
     def frames_of(self, convolution: Any) -> int:
         return convolution.time_kernel_size
 
-    def conditioned(self, decoder: Any) -> bool:
-        return decoder.timestep_conditioning
+    def conditioned(self, coder: Any) -> bool:
+        return coder.timestep_conditioning
 
-    def draws(self, decoder: Any) -> bool:
-        return decoder.timestep_conditioning or super().draws(decoder)  # noise on the latents
+    def draws(self, coder: Any) -> bool:
+        return coder.timestep_conditioning or super().draws(coder)  # noise on the latents
 
-    def causal(self, decoder: Any, *args: Any, **kwargs: Any) -> bool:
-        return decoder.causal
+    def causal(self, coder: Any, *args: Any, **kwargs: Any) -> bool:
+        return coder.causal
 
-    def decoded(
+    def coded(
         self,
-        decoder: Any,
+        coder: Any,
         sample: Tensor,
         timestep: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         dtype, device = sample.dtype, sample.device
         if _CASTS:
-            sample = sample.to(_weights_dtype(decoder))
-        if decoder.timestep_conditioning:
+            sample = sample.to(_weights_dtype(coder))
+        if coder.timestep_conditioning:
             noise = torch.randn(sample.size(), generator=generator, dtype=sample.dtype, device=device)
-            sample = noise * decoder.decode_noise_scale + (1.0 - decoder.decode_noise_scale) * sample
-        sample = decoder.per_channel_statistics.un_normalize(sample)
+            sample = noise * coder.decode_noise_scale + (1.0 - coder.decode_noise_scale) * sample
+        sample = coder.per_channel_statistics.un_normalize(sample)
         scaled = None
-        if decoder.timestep_conditioning:
+        if coder.timestep_conditioning:
             if timestep is None:
-                timestep = torch.full((sample.shape[0],), decoder.decode_timestep, device=device, dtype=sample.dtype)
-            scaled = timestep * decoder.timestep_scale_multiplier.to(sample)
-        causal = decoder.causal
-        video = self.after_first(decoder, decoder.conv_in(sample, causal=causal), scaled, causal, generator)
+                timestep = torch.full((sample.shape[0],), coder.decode_timestep, device=device, dtype=sample.dtype)
+            scaled = timestep * coder.timestep_scale_multiplier.to(sample)
+        causal = coder.causal
+        video = self.after_first(coder, coder.conv_in(sample, causal=causal), scaled, causal, generator)
         return video.to(dtype) if _CASTS else video
 
     def values_of_block(self, block: Any, timestep: Any, x: Tensor) -> Any:
@@ -157,18 +158,18 @@ class ConvVideoDecoder(VideoDecoder):
     def values_of_resnet(self, resnet: Any, of_block: Any, x: Tensor) -> Values:
         return _values(resnet.scale_shift_table, of_block, x) if resnet.timestep_conditioning else (None,) * 4
 
-    def last_values(self, decoder: Any, timestep: Any, x: Tensor) -> Values:
-        if not decoder.timestep_conditioning:
+    def last_values(self, coder: Any, timestep: Any, x: Tensor) -> Values:
+        if not coder.timestep_conditioning:
             return (None,) * 2
-        return _values(decoder.last_scale_shift_table, _embedded(decoder.last_time_embedder, timestep, x), x)
+        return _values(coder.last_scale_shift_table, _embedded(coder.last_time_embedder, timestep, x), x)
 
     def noise_scale(self, resnet: Any, number: int, y: Tensor) -> Tensor | None:
         if not resnet.inject_noise:
             return None
         return getattr(resnet, f"per_channel_scale{number}").to(device=y.device, dtype=y.dtype)
 
-    def patches(self, decoder: Any) -> tuple[int, int]:
-        return 1, decoder.patch_size
+    def patches(self, coder: Any) -> tuple[int, int]:
+        return 1, coder.patch_size
 
 
 def _weights_dtype(decoder: Any) -> torch.dtype:

@@ -35,6 +35,7 @@ from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
 from bitfuse.ops.pixel_norm_evidence import PixelCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
+from bitfuse.ops.space_to_depth_evidence import DownsampleCase
 from bitfuse.ops.swiglu_evidence import SwigluCase
 
 WHAT = "offsets beyond 2^31 elements"
@@ -57,6 +58,8 @@ def cases(operator: Operator) -> tuple[Any, ...]:
         names = named(case.reference, ())
         there = {"modulated": "scale" in names, "noisy": True, "whole": True, "inside": False}
         sizes: dict[str, Any] = {"front": 0, "edge": 0, "batch": 1, "up": (1, 2, 2), "patch": 2, "repeats": 2}
+        if isinstance(case, DownsampleCase):  # of which each pixel becomes one, as there are as many after it
+            sizes["up"] = (1, 1, 1)
         channels = 64 if "patch" in names or "height" in names else _WIDTH
         volume = replace(case, name=WHAT, channels=channels, sides=(2, 2, 1 << 24), **sizes, **there)
         apart = replace(volume, name=f"{WHAT}, between scales", sides=(1, 1, 1 << 12), batch=_BATCH)
