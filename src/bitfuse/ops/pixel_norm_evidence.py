@@ -250,6 +250,7 @@ def _cases(reference: Callable[..., Any]) -> tuple[PixelCase, ...]:
         case(name="768x512x121, not causal, zeros at the edges", channels=128, sides=(121, 192, 128), front=1, back=1,
              edge=0, real=True),
         case(name="1536x1024x121, 1024 channels", channels=1024, sides=(16, 48, 32), real=True),
+        case(name="an encoder's, 768x512x1, 2048 channels", channels=2048, sides=(1, 16, 24), edge=0, real=True),
         case(name="modulated, with noise", channels=256, sides=(61, 96, 64), modulated=True, noisy=True, real=True),
         case(name="small", channels=16, sides=(3, 4, 6), batch=2),
         case(name="small, modulated, with noise", channels=32, sides=(2, 5, 8), batch=2, modulated=True, noisy=True),
