@@ -27,6 +27,7 @@ from bitfuse.core.launch import Plan, named
 from bitfuse.core.lines import error_line
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.proof import Verdict
+from bitfuse.core.volumes import channels_last
 from bitfuse.ops.adaln import modulate
 from bitfuse.ops.adaln_evidence import AdalnCase
 from bitfuse.ops.grid_rotary_evidence import GridCase
@@ -165,9 +166,13 @@ def _run(
             pointers.append(None)
         else:
             plant(tuple(form.shape), form.stride(), small)
-    for t in plan.before(*args) if plan.before else ():  # dense: [1, window, ...], of a volume a mean for each pixel
+    for t in plan.before(*args) if plan.before else ():  # dense: [1, window, ...], of a volume in channels_last_3d
         whole = tuple(forms[0].shape)
-        shape = (whole[0], 1, *whole[2:]) if t.ndim == 5 else (_BATCH, tokens, *t.shape[2:])
+        if t.ndim == 5:
+            out = channels_last((whole[0], t.shape[1], *whole[2:]), t.dtype)
+            plant(out.shape, out.strides, t.contiguous())
+            continue
+        shape = (_BATCH, tokens, *t.shape[2:])
         plant(shape, tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape))), t.contiguous())
     written = []
     for out, t in zip((*plan.witnesses, *plan.outputs), expected, strict=True):
