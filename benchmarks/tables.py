@@ -470,6 +470,22 @@ def decoder(documents: list[dict[str, Any]], run: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"By turns in one process. {_sources([run, *documents], '../')}"])
 
 
+def encoder(document: dict[str, Any] | None) -> str:
+    """The video encoder, by version and size; nothing where none was measured yet."""
+    if document is None:
+        return ""
+    lines = ["| LTX, encode | stock | bitfuse | peak beyond the weights | launches | output |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for row in document["rows"]:
+        stock, ours = min(row["stock_ms"]), min(row["bitfuse_ms"])
+        peaks = f"{row['peak_gb']['stock']:.2f} to {row['peak_gb']['bitfuse']:.2f} GB"
+        launches = " to ".join(str(row["kernels"][way]["launches"]) for way in ("stock", "bitfuse"))
+        output = "identical in every bit" if row["equal"] else "differs"
+        times = f"{stock:.1f} ms | {ours:.1f} ms, {stock / ours:.2f}x"
+        lines.append(f"| {row['encode']} | {times} | {peaks} | {launches} | {output} |")
+    return "\n".join([*lines, "", f"By turns in one process. {_sources([document], '../')}"])
+
+
 def comfyui(document: dict[str, Any]) -> str:
     """A step of ComfyUI's model by the node, without and with a CUDA graph."""
     lines = ["| video tokens | stock | bitfuse | CUDA graph | launches a block | peak memory of a step | output |"]
@@ -617,6 +633,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "run table": lambda: whole_runs(newest_or_none("run")),
     "run stages table": lambda: whole_runs(newest_or_none("run"), least=0.0, up="../"),
     "decoder table": lambda: decoder([newest("video-decoder"), newest("ltx-core-decoder")], newest("run")),
+    "encoder table": lambda: encoder(newest_or_none("video-encoder")),
     "diffusion decoder table": lambda: diffusion_decoder(newest("diffusion-decoder")),
     "gelu table": lambda: gelu(newest("gelu-operators")),
     "comfyui table": lambda: comfyui(newest("comfyui")),

@@ -27,6 +27,7 @@ from diffusers import AutoencoderKLLTX2Video
 from torch import Tensor
 
 import bitfuse
+from bitfuse.core import proof
 from bitfuse.core.bits import BITS
 from bitfuse.tools import seeded
 from bitfuse.tools.bench.measure import kernel_class, with_peak
@@ -125,13 +126,14 @@ def row(encode: Encode, tiny: bool, device: torch.device, models: dict[str, Any]
         bits = BITS[found.element_size()]
         return found.stride() == expected.stride() and torch.equal(expected.view(bits), found.view(bits))
 
-    before = sum(site.fused for site in handle.sites)
+    before, proved = sum(site.fused for site in handle.sites), len(proof.verdicts())
     first, samples, equal = {}, {way: [] for way in WAYS}, []
     first["stock"], expected = timed("stock")
     low, high = expected.float().aminmax()
     first["bitfuse"], found = timed("bitfuse")
     equal.append(same(found))
     del found
+    proofs = list(proof.verdicts().values())[proved:]
     for turn in range(-1, encode.turns):  # the first of them warms up
         for way in WAYS[:: -1 if turn % 2 else 1]:
             seconds, found = timed(way)
@@ -145,6 +147,7 @@ def row(encode: Encode, tiny: bool, device: torch.device, models: dict[str, Any]
         "range": [float(low), float(high)],
         **{f"{way}_ms": samples[way] for way in WAYS},
         "first_s": first,
+        "proofs": {"kernels": len(proofs), "s": sum(verdict.seconds for verdict in proofs)},
         "equal": all(equal) and bool(low.isfinite() and high.isfinite() and low < high),
         "compared": len(equal),
         "fused_calls": sum(site.fused for site in handle.sites) - before,

@@ -612,6 +612,8 @@ def test_ltx_core_and_a_source_of_it_that_is_not_known(monkeypatch):
     assert (found["LTX-2.0"].state, found["LTX-2.0"].found) == (OK, "16 of 16 sites of a block")
     decoder = found["video decoder"]
     assert (decoder.state, decoder.found) == (OK, "14 of 14 sites before and after convolutions")
+    encoder = found["video encoder"]
+    assert (encoder.state, encoder.found) == (OK, "13 of 13 sites before and after convolutions")
     monkeypatch.setitem(adapter.READ, "BasicAVTransformerBlock.forward", set())
     found = hosts_found("ltx-core")
     assert found["LTX-2.0"].state == WARNING

@@ -1,4 +1,4 @@
-"""What the first decode or encode of a size costs: memory beside stock's, at the real sizes, on PyTorch's meta device."""
+"""What the first decode or encode of a size costs: memory beside stock's, at real sizes, on PyTorch's meta device."""
 
 from __future__ import annotations
 

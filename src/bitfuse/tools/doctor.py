@@ -547,20 +547,20 @@ def _connectors() -> Iterator[Finding]:
 
 
 def _video_coders(host: str) -> Iterator[Finding]:
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {}
     if host == "diffusers":
-        from diffusers import AutoencoderKLLTX2Video as kind
+        from diffusers import AutoencoderKLLTX2Video
 
-        sizes: dict[str, Any] = {}
+        kinds = dict.fromkeys(("decoder", "encoder"), (AutoencoderKLLTX2Video, {}))
     elif host == "ltx-core":
-        from bitfuse.hosts.ltx_core_vae import HOST_CLASS as kind
+        from bitfuse.hosts.ltx_core_vae import HOST_CLASS, HOST_ENCODER
 
-        blocks = [("res_x", {"num_layers": 1}), ("compress_all", {"residual": True, "multiplier": 2})]
-        sizes = {"decoder_blocks": [*blocks, ("res_x", {"num_layers": 1})]}
-    else:
-        return
-    with torch.device("meta"):
-        model = torch.nn.Module.to(kind(**sizes), torch.bfloat16)
-    for coder in ("decoder", "encoder") if host == "diffusers" else ("decoder",):
+        resnet, up = ("res_x", {"num_layers": 1}), ("compress_all", {"residual": True, "multiplier": 2})
+        kinds["decoder"] = HOST_CLASS, {"decoder_blocks": [resnet, up, resnet]}
+        kinds["encoder"] = HOST_ENCODER, {"encoder_blocks": [resnet, ("compress_all_res", {}), resnet]}
+    for coder, (kind, sizes) in kinds.items():
+        with torch.device("meta"):
+            model = torch.nn.Module.to(kind(**sizes), torch.bfloat16)
         yield _taken_over(host, model, f"video {coder}", "sites before and after convolutions", coder)
 
 
