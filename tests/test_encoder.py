@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import inspect
 import pickle
 
 import pytest
@@ -569,6 +570,27 @@ def test_a_pipeline_is_taken_over_with_its_encoder(pipe):
     assert ours_in(pipe.vae.encoder) is None
     assert "forward" not in pipe.vae.encoder.__dict__
     assert bitfuse.compare(expected, encoded(pipe.vae, x)) is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_pipeline_from_image_to_video_encodes_its_image_by_it(pipe):
+    ltx2 = pytest.importorskip("diffusers.pipelines.ltx2")
+    image = pytest.importorskip("PIL.Image").effect_noise((64, 64), 80).convert("RGB")
+    from_image = ltx2.LTX2ImageToVideoPipeline(**pipe.components)
+    from_image.set_progress_bar_config(disable=True)
+    call = {**tiny.CALL, **tiny.UNGUIDED, "image": image, "prompt": "a red fox", "output_type": "latent"}
+    if "image_crf" in inspect.signature(from_image.__call__).parameters:  # else it wants PyAV
+        call["image_crf"] = 0
+
+    def run():
+        return from_image(**call, generator=torch.Generator().manual_seed(0), return_dict=False)
+
+    expected = run()
+    with bitfuse.accelerated(from_image) as handle:
+        found = run()
+        ours = elementwise(handle, "encoder")
+        assert {(site.state, site.fused) for site in ours} == {("fused", 1)}, handle.report()
+    assert [bitfuse.compare(a, b) for a, b in zip(expected, found, strict=True)] == [None] * 2
 
 
 @pytest.mark.usefixtures("quick")
