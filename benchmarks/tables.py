@@ -484,7 +484,7 @@ def encoder(document: dict[str, Any] | None) -> str:
         first = " to ".join(f"{row['first_s'][way]:.1f}" for way in ("stock", "bitfuse"))
         times = f"{stock:.1f} ms | {ours:.1f} ms, {stock / ours:.2f}x | {first} s"
         lines.append(f"| {row['encode']} | {times} | {peaks} | {launches} | {output} |")
-    said = "By turns in one process, which began with an empty Triton cache, in the order of the rows."
+    said = "By turns in one process, in the order of the rows; a first call is that of its size in the process."
     return "\n".join([*lines, "", f"{said} {_sources([document], '../')}"])
 
 
