@@ -471,6 +471,24 @@ def decoder(documents: list[dict[str, Any]], run: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"By turns in one process. {_sources([run, *documents], '../')}"])
 
 
+def encoder(document: dict[str, Any] | None) -> str:
+    """The video encoder, by version and size; nothing where none was measured yet."""
+    if document is None:
+        return ""
+    lines = ["| LTX, encode | stock | bitfuse | first call | peak beyond the weights | launches | output |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in document["rows"]:
+        stock, ours = min(row["stock_ms"]), min(row["bitfuse_ms"])
+        peaks = f"{row['peak_gb']['stock']:.2f} to {row['peak_gb']['bitfuse']:.2f} GB"
+        launches = " to ".join(str(row["kernels"][way]["launches"]) for way in ("stock", "bitfuse"))
+        output = "identical in every bit" if row["equal"] else "differs"
+        first = " to ".join(f"{row['first_s'][way]:.1f}" for way in ("stock", "bitfuse"))
+        times = f"{stock:.1f} ms | {ours:.1f} ms, {stock / ours:.2f}x | {first} s"
+        lines.append(f"| {row['encode']} | {times} | {peaks} | {launches} | {output} |")
+    said = "By turns in one process, in the order of the rows; a first call is that of its size in the process."
+    return "\n".join([*lines, "", f"{said} {_sources([document], '../')}"])
+
+
 def comfyui(document: dict[str, Any]) -> str:
     """A step of ComfyUI's model by the node, without and with a CUDA graph, and by KJNodes' fused blocks."""
     lines = ["| video tokens | stock | bitfuse | CUDA graph | KJNodes' blocks | launches a block | peak memory |"]
@@ -718,6 +736,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "run table": lambda: whole_runs(newest_or_none("run")),
     "run stages table": lambda: whole_runs(newest_or_none("run"), least=0.0, up="../"),
     "decoder table": lambda: decoder([newest("video-decoder"), newest("ltx-core-decoder")], newest("run")),
+    "encoder table": lambda: encoder(newest_or_none("video-encoder")),
     "diffusion decoder table": lambda: diffusion_decoder(newest("diffusion-decoder")),
     "gelu table": lambda: gelu(newest("gelu-operators")),
     "comfyui table": lambda: comfyui(newest("comfyui")),
