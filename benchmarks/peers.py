@@ -19,6 +19,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -54,14 +56,20 @@ class Absent(Exception):
 # -- peers' modules ----------------------------------------------------------------------------------------------------
 
 
+def on_path(part: str) -> list[Path]:
+    """What of this name there is in --peers and on Python's path."""
+    return [found for entry in sys.path if (found := Path(entry).resolve() / part).exists()]
+
+
 def bare(name: str) -> None:
-    """A package of --peers of whose own `__init__` nothing runs: its modules can then be imported one by one."""
-    folder = FOLDER / name.replace(".", "/")
+    """A package on the path of whose own `__init__` nothing runs: its modules can then be imported one by one."""
     if name not in sys.modules:
-        if not folder.is_dir():
-            raise Absent("not installed")
+        part = name.replace(".", "/")
+        folders = [str(folder) for folder in on_path(part) if folder.is_dir()]
+        if not folders:
+            raise Absent(f"not installed: no folder {part} on Python's path")
         module = types.ModuleType(name)
-        module.__path__ = [str(folder.resolve())]
+        module.__path__ = folders
         sys.modules[name] = module
 
 
@@ -190,24 +198,45 @@ def answered(function: Callable[..., Any], *args: Any) -> Call:
     return call
 
 
-@functools.cache
-def _building(module: str, maker: str, *args: Any) -> Future[Any]:
-    found = sglang(module)
-    return _JIT.submit(getattr(found, maker), *args)
-
-
 _MODULATE = ("ops.diffusion.modulate.modulate_scale_shift_jit", "_jit_modulate_scale_shift_kernel", torch.bfloat16)
 _RESIDUAL = ("kda_kernels.residual_gate_add_jit", "_jit_residual_gate_add_module", torch.bfloat16)
 _QK_ROPE = ("kda_kernels.ltx2_qknorm_split_rope_jit", "_jit_ltx2_qknorm_split_rope_module", True)
 _GRID_ROPE = ("ops.diffusion.rope.ltx25_decoder_rope_jit", "_jit_ltx25_decoder_rope_module", torch.bfloat16)
+BUILT = "built"  # the folder of those that were compiled before
+OF_SGLANG = (_MODULATE, _RESIDUAL, _QK_ROPE, _GRID_ROPE)
+"""SGLang's CUDA kernels: the module, what compiles it there, and with which arguments."""
 
 
 def built(module: str, maker: str, *args: Any) -> Any:
-    """A module of SGLang's whose CUDA kernel is compiled."""
+    """A module of SGLang's whose CUDA kernel is compiled: by `--build` before, or here and now where there is nvcc."""
     if not on_cuda():
         raise Absent("its CUDA kernel needs a GPU")
     _building(module, maker, *args).result(timeout=90)
     return sglang(module)
+
+
+@functools.cache
+def _building(module: str, maker: str, *args: Any) -> Future[Any]:
+    found = sglang(module)
+    if libraries := on_path(f"{BUILT}/{maker}.so"):
+        found.load_jit = lambda *_, **__: importlib.import_module("tvm_ffi").load_module(str(libraries[0]))
+    return _JIT.submit(getattr(found, maker), *args)
+
+
+def build(capability: str) -> None:
+    """Compile SGLang's CUDA kernels for a GPU of that capability ("9.0") into --peers, by SGLang's own `load_jit`."""
+    arch, loader = sglang("jit.utils.arch"), sglang("jit.utils.compile.loader")
+    for module, maker, *args in OF_SGLANG:
+        library = FOLDER.resolve() / BUILT / f"{maker}.so"
+        library.parent.mkdir(exist_ok=True)
+
+        def keep(compiled: Path, library: Path = library) -> Any:  # instead of loading it, which takes a GPU
+            shutil.copy(compiled, library)
+            return mock.MagicMock()
+
+        with mock.patch.object(loader, "_load", keep), arch.override_jit_cuda_arch(*_version(capability)):
+            getattr(sglang(module), maker)(*args)
+        print(library)
 
 
 @way("SGLang, exact", "split_rotary_per_op")
@@ -531,22 +560,28 @@ def lines(found: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     global FOLDER, KJNODES
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--build", metavar="CAPABILITY", help="only compile SGLang's CUDA kernels, for 9.0 say")
     parser.add_argument("--peers", type=Path, default=FOLDER, help="folder with the peers' packages")
     parser.add_argument("--kjnodes", type=Path, help="nodes/ltxv_nodes.py of ComfyUI-KJNodes")
     parser.add_argument("--only", action="append", choices=(*BY_TOKENS, *OF_DECODER), help="operators; default: all")
     parser.add_argument("--tokens", type=int, nargs="+", default=[6144, 1536, 24576])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=170.0, help="no operator is begun after so many")
     parser.add_argument("--tiny", action="store_true", help="try the script on few tokens, on any device")
     asked = parser.parse_args()
+    FOLDER, KJNODES = asked.peers, asked.kjnodes
+    sys.path.insert(0, str(FOLDER.resolve()))
+    if asked.build:
+        build(asked.build)
+        return
+    if asked.out is None:
+        parser.error("--out is missing; accepted: a file for the JSON")
     device = torch.device("cuda" if on_cuda() else "cpu")
     if device.type == "cpu" and not asked.tiny:
         parser.error("there is no CUDA device; accepted without one: --tiny, with TRITON_INTERPRET=1")
     if asked.tiny:
         asked.tokens = asked.tokens[:1]
-    FOLDER, KJNODES = asked.peers, asked.kjnodes
-    sys.path.insert(0, str(FOLDER.resolve()))
     start = time.perf_counter()
     found: dict[str, Any] = {"what": "operators and their peers by turns", "machine": machine(device)}
     found |= {"peers": versions(), "elsewhere": ELSEWHERE, "errors": {}, "not_begun": [], "rows": []}
@@ -555,7 +590,7 @@ def main() -> None:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         asked.out.write_text(json.dumps(found, indent=1))
 
-    for of in (_MODULATE, _RESIDUAL, _QK_ROPE, _GRID_ROPE) if on_cuda() else ():
+    for of in OF_SGLANG if on_cuda() else ():
         try:
             _building(*of)
         except Exception as error:  # their rows will say so

@@ -1,0 +1,181 @@
+"""Plots of docs/benchmarks.md from rows of the committed JSON: SVG, for a light and for a dark page.
+
+The same rows give the same bytes on any machine with the matplotlib of constraints.txt: text stays text, in whatever
+sans-serif font a reader has; nothing says when or by whom it was drawn; ids are numbered as they come, and coordinates
+are rounded to hundredths, since the last digits of a float are its processor's.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK = {"light": "#1f2328", "dark": "#e6edf3"}
+FAINT = {"light": "#d0d7de", "dark": "#3d444d"}
+COLORS = {  # of ways and peers, told apart by their lightness too
+    "stock": "#8c959f",
+    "eager": "#8c959f",
+    "bitfuse": "#2da44e",
+    "CUDA graph": "#0a7d6b",
+    "compiled, CUDA graph": "#bf5af2",
+    "torch.compile": "#bf5af2",
+    "SGLang": "#e36209",
+    "vLLM-Omni": "#0969da",
+    "comfy-kitchen": "#d4a72c",
+    "KJNodes": "#cf222e",
+    "quack": "#57606a",
+}
+PALETTE = ("#2da44e", "#0969da", "#bf5af2", "#e36209", "#d4a72c", "#cf222e", "#8c959f")
+RC = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bitfuse",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Arial"],  # the first, which comes with matplotlib, measures the text
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+Draw = Callable[[Axes, str], None]
+
+
+def svg(draw: Draw, shade: str, width: float, height: float) -> str:
+    """One plot for a "light" or a "dark" page, `width` x `height` inches."""
+    ink = INK[shade]
+    colors = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **RC, **colors, "grid.color": FAINT[shade]}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.add_subplot(), ink)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return stable(out.getvalue())
+
+
+def stable(text: str) -> str:
+    """The same picture with numbered ids and rounded coordinates."""
+    numbers: dict[str, str] = {}
+    text = re.sub(r"\b([mpCh])([0-9a-f]{10})\b", lambda m: numbers.setdefault(m[0], f"{m[1]}{len(numbers)}"), text)
+    text = re.sub(r" <metadata>.*?</metadata>\n", "", text, flags=re.DOTALL)
+    text = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".replace("-0.00", "0.00"), text)
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+# -- plots: each takes plain numbers and gives what draws them ---------------------------------------------------------
+
+
+def stacked(bars: dict[str, dict[str, float]], unit: str) -> Draw:
+    """Horizontal bars, each made of named parts: of the ways of a run, the seconds of its stages."""
+    parts = list(dict.fromkeys(name for bar in bars.values() for name in bar))
+
+    def draw(axes: Axes, ink: str) -> None:
+        for index, (way, bar) in enumerate(bars.items()):
+            left = 0.0
+            for part, color in zip(parts, PALETTE, strict=False):
+                value = bar.get(part, 0.0)
+                axes.barh(-index, value, left=left, color=color, label=part if index == 0 else None, height=0.6)
+                left += value
+            axes.text(left, -index, f" {left:.2f} {unit}", va="center", color=ink)
+        axes.set_yticks([-index for index in range(len(bars))], list(bars))
+        axes.set_xlim(0, 1.12 * max(sum(bar.values()) for bar in bars.values()))
+        axes.set_xlabel(unit)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.3), ncols=4, fontsize=9)
+
+    return draw
+
+
+def grouped(groups: dict[str, dict[str, float]], unit: str, log: bool = False, form: str = "{:.1f}") -> Draw:
+    """Horizontal bars side by side: for each name a bar for each way."""
+    ways = list(dict.fromkeys(way for group in groups.values() for way in group))
+
+    def draw(axes: Axes, ink: str) -> None:
+        height = 0.8 / len(ways)
+        for place, way in enumerate(ways):
+            for index, group in enumerate(groups.values()):
+                if way in group:
+                    y = -index - (place - (len(ways) - 1) / 2) * height
+                    label = way if index == next(i for i, g in enumerate(groups.values()) if way in g) else None
+                    color = COLORS.get(way, PALETTE[place])
+                    axes.barh(y, group[way], height=0.9 * height, color=color, label=label)
+                    axes.text(group[way], y, " " + form.format(group[way]), va="center", fontsize=8, color=ink)
+        axes.set_yticks([-index for index in range(len(groups))], list(groups))
+        if log:
+            axes.set_xscale("log")
+        axes.margins(x=0.12)
+        axes.set_xlabel(unit)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=len(ways), fontsize=9)
+
+    return draw
+
+
+def curves(lines: dict[str, dict[int, float]], x: str, y: str, log: bool = True, one: bool = False) -> Draw:
+    """Lines over numbers of tokens. `one`: a line at 1, as what is drawn is a ratio to stock."""
+
+    def draw(axes: Axes, ink: str) -> None:
+        for place, (name, points) in enumerate(lines.items()):
+            color = COLORS.get(name, PALETTE[place % len(PALETTE)])
+            axes.plot(list(points), list(points.values()), marker="o", markersize=4, color=color, label=name)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({tokens for points in lines.values() for tokens in points})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        if log:
+            axes.set_yscale("log")
+        if one:
+            axes.axhline(1, color=ink, linewidth=0.8, linestyle=":")
+        axes.grid(axis="y", linewidth=0.5)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.legend(fontsize=9)
+
+    return draw
+
+
+def ranked(values: dict[str, float], x: str, mark: float) -> Draw:
+    """Dots, the largest on top, and a line at `mark`."""
+
+    def draw(axes: Axes, ink: str) -> None:
+        names = sorted(values, key=lambda name: values[name])
+        axes.hlines(range(len(names)), 0, [values[name] for name in names], color=COLORS["bitfuse"], linewidth=1)
+        axes.plot([values[name] for name in names], range(len(names)), "o", color=COLORS["bitfuse"], markersize=5)
+        for index, name in enumerate(names):
+            axes.text(values[name], index, f"  {values[name]:.0%}", va="center", fontsize=8, color=ink)
+        axes.axvline(mark, color=ink, linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_xlim(0, 1.2 * max(values.values()))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.set_xlabel(x)
+
+    return draw
+
+
+def beside(rows: dict[str, list[tuple[str, float, bool]]], x: str) -> Draw:
+    """For each operator (peer, time as a multiple of bitfuse's, whether its bits are eager's): full where they are."""
+
+    def draw(axes: Axes, ink: str) -> None:
+        seen: set[str] = set()
+        for index, found in enumerate(rows.values()):
+            for peer, ratio, exact in found:
+                color = COLORS[peer]
+                face = color if exact else "none"
+                label = None if peer in seen else peer
+                seen.add(peer)
+                axes.scatter(ratio, -index, s=36, facecolors=face, edgecolors=color, label=label, zorder=3)
+        axes.axvline(1, color=COLORS["bitfuse"], linewidth=1.2)
+        axes.set_yticks([-index for index in range(len(rows))], list(rows), fontsize=8)
+        axes.grid(axis="y", linewidth=0.5)
+        axes.set_xscale("log", base=2)
+        ticks = [0.5, 1, 2, 4, 8, 16]
+        largest = max(ratio for found in rows.values() for _, ratio, _ in found)
+        axes.set_xticks([t for t in ticks if t <= 2 * largest], [f"{t:g}x" for t in ticks if t <= 2 * largest])
+        axes.minorticks_off()
+        axes.set_xlabel(x)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=7, fontsize=8)
+
+    return draw
