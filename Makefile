@@ -31,6 +31,7 @@ lint: $(READY)
 
 readme: $(READY)
 	$(VENV)/bin/python benchmarks/tables.py
+	$(VENV)/bin/python benchmarks/page.py
 
 # torch goes in first and pinned: asked for by another package, it would be the newest build, gigabytes of CUDA
 # libraries included. Of ltx-core and SGLang only the tests make use, of their transformers alone, so nothing else that

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import tables
@@ -30,6 +29,8 @@ def picture(name: str, says: str) -> str:
 
 def times(t: dict[str, float], unit: str = "ms") -> str:
     """Median and spread, to three digits: 10th to 90th percentile, or the least where that alone was kept."""
+    if unit == "ms" and t["median"] >= 1e4:
+        t, unit = {key: value / 1e3 for key, value in t.items()}, "s"
     spread = f"{_digits(t['p10'])} to {_digits(t['p90'])}" if "p10" in t else f"least {_digits(t['min'])}"
     return f"{_digits(t['median'])} {unit} ({spread})"
 
@@ -93,8 +94,8 @@ def claim() -> str:
     document, row = found
     machine, total = document["machine"], row["total"]
     return (
-        f"**A whole two-stage LTX-{row['version']} run is {total['speed_up']:.2f}x as fast with bitfuse, every frame and "
-        f"every sample identical: {machine['device']}, {machine['date'][:10]}.**"
+        f"**A whole two-stage LTX-{row['version']} run is {total['speed_up']:.2f}x as fast with bitfuse, every frame "
+        f"and every sample identical: {machine['device']}, {machine['date'][:10]}.**"
     )
 
 
@@ -106,10 +107,9 @@ def whole_run() -> str:
     whole = {"stage": "**a whole run**", "bits": row["mismatch"] or "equal", **row["total"]}
     rows = []
     for stage in [whole, *row["stages"]]:
-        ms = {way: {key: value / 1e3 for key, value in t.items()} for way, t in stage["ms"].items()}
         ratio = "-" if stage["speed_up"] is None else f"{stage['speed_up']:.2f}x"
         bits = {"equal": "identical", None: "-"}.get(stage["bits"], stage["bits"])
-        rows.append([stage["stage"], times(ms["stock"], "s"), times(ms["bitfuse"], "s"), ratio, bits])
+        rows.append([stage["stage"], *(times(stage["ms"][way]) for way in ("stock", "bitfuse")), ratio, bits])
     return "\n\n".join(
         [
             "## A whole run, by stage",
@@ -163,9 +163,9 @@ def steps_by_tokens() -> str:
             ),
             picture("hosts", "Speed-up of a step over the host's own, over the number of video tokens, for each host"),
             table(heads, rows),
-            "One step of the whole transformer on seeded weights, all ways of a row by turns in one process, its output "
-            "compared with the host's stock step in the same run. `compiled` is torch.compile with a CUDA graph, "
-            f"`tier high` is SGLang's with all its fusions: both give other bits.{said} "
+            "One step of the whole transformer on seeded weights, all ways of a row by turns in one process, its "
+            "output compared with the host's stock step in the same run. `compiled` is torch.compile with a CUDA "
+            f"graph, `tier high` is SGLang's with all its fusions: both give other bits.{said} "
             f"{sources(*unique([document for document, _ in found]))}",
         ]
     )
@@ -186,9 +186,9 @@ def operators() -> str:
             "## Operators against a copy of the same bytes",
             picture("operators", "Speed of each operator as a share of a plain copy that moves the same bytes"),
             table(["operator", "x", "fused", "the copy", "of its speed", "PyTorch chain", "speed-up"], rows),
-            "One case of each, that of 768x512x121 where it has one; every size is in the JSON. With a cold L2, by turns, "
-            "bits compared first in the same run. An operator above 100% reads what the caches still hold, or less than "
-            f"was counted. {sources(*unique([document for document in documents if document.get('operators')]))}",
+            "One case of each, that of 768x512x121 where it has one; every size is in the JSON. With a cold L2, by "
+            "turns, bits compared first in the same run. `layer_norm_modulate` leaves the LayerNorm to ATen. "
+            f"{sources(*unique([document for document in documents if document.get('operators')]))}",
         ]
     )
 
@@ -212,14 +212,17 @@ def memory() -> str:
         return ""
     document, row = found
     rows = [
-        [stage["stage"], *(f"{stage['peak_gb'][way]:.2f} GB" for way in ("stock", "bitfuse")), _less(stage["peak_gb"])]
+        [stage["stage"], *(_gb(stage["peak_gb"], way) for way in ("stock", "bitfuse")), _less(stage["peak_gb"])]
         for stage in [{"stage": "**a whole run**", **row["total"]}, *row["stages"]]
         if stage["peak_gb"]
     ]
     of_steps = [(d, r) for d, r in steps() if "stock" in r["peak_gb"]]
     more = [
-        [_name(r), str(r["tokens"]), f"{r['peak_gb']['stock']:.2f} GB", f"{r['peak_gb']['bitfuse']:.2f} GB"]
-        + [_less(r["peak_gb"]), f"{r['peak_gb']['graph']:.2f} GB" if "graph" in r["peak_gb"] else "-"]
+        [
+            *(_name(r), str(r["tokens"])),
+            *(_gb(r["peak_gb"], way) for way in ("stock", "bitfuse")),
+            *(_less(r["peak_gb"]), _gb(r["peak_gb"], "graph")),
+        ]
         for _, r in of_steps
     ]
     return "\n\n".join(
@@ -233,6 +236,10 @@ def memory() -> str:
             f"{sources(*unique([d for d, _ in of_steps]))}",
         ]
     )
+
+
+def _gb(peak: dict[str, float], way: str) -> str:
+    return f"{peak[way]:.2f} GB" if way in peak else "-"
 
 
 def _less(peak: dict[str, float]) -> str:
@@ -269,8 +276,8 @@ def first() -> str:
             "## The first step of a process",
             picture("first", "Seconds that the first step and the first decode of a process take beyond stock's"),
             table(["what", "Triton's caches", "stock", "bitfuse", "beyond it", "proofs among it", "output"], rows),
-            "Each in a fresh process, from before `accelerate` to the end of the first step or decode; one run of each, "
-            "so without a spread. The output is compared with that of the stock process by its SHA-256. "
+            "Each in a fresh process, from before `accelerate` to the end of the first step or decode; one run of "
+            "each, so without a spread. The output is compared with that of the stock process by its SHA-256. "
             f"{sources(*unique([document for document, _, _ in found]))}",
         ]
     )
@@ -292,8 +299,8 @@ def energy() -> str:
             "## Energy",
             picture("energy", "Joules of a step of diffusers' LTX-2.0 transformer, by the number of video tokens"),
             table(["a step of", "tokens", "stock", *WAYS.values(), "bitfuse over stock"], rows),
-            "The card's own counter of energy over all the time in which a way stepped, as a mean power, times the median "
-            "of a step. A way that keeps the card busy draws its limit, so that what it saves is time. "
+            "The card's own counter of energy over all the time in which a way stepped, as a mean power, times the "
+            "median of a step. A way that keeps the card busy draws its limit, so that what it saves is time. "
             f"{sources(*unique([document for document, _ in found]))}",
         ]
     )
@@ -319,8 +326,9 @@ def proof() -> str:
         [
             "## What proof costs",
             table(["what", "how many", "", "cost"], rows),
-            "The first lines are `bitfuse verify`, which is run when somebody wants it; the proofs that a process makes of "
-            "the kernels that it uses stand above, in its first step. An audit computes one fused call in so many again. "
+            "The first lines are `bitfuse verify`, run when somebody wants it; the proofs that a process makes of the "
+            "kernels that it uses stand above, in its first step. An audit computes one fused call in so many "
+            "again and compares it. "
             f"{sources(*documents, *unique([d for d, _ in audits]))}",
         ]
     )
@@ -381,9 +389,8 @@ def peers() -> str:
             picture("peers", "Time of each peer's operator as a multiple of bitfuse's; full dots have eager's bits"),
             " ".join(said),
             table(["operator", "x", "way", "time", "of bitfuse's", "elements with other bits than eager"], rows),
-            "One process, by turns, with a cold L2. Full dots above, and `none` here, are equal to the PyTorch chain in "
-            "every bit on these inputs, random and live; what a peer proves before it runs, if anything, is its own. "
-            "`in place` spares a peer an allocation and the output's memory. "
+            "One process, by turns, with a cold L2. Full dots above, and `none` here, are equal to the PyTorch chain "
+            "in every bit on these inputs, random and normal; that says nothing of others. "
             f"{versions}. {sources(document)}",
             "Not timed here:\n\n" + "\n".join(left),
             "Published by others, measured elsewhere and not comparable with the times above:\n\n"
@@ -411,10 +418,10 @@ HEAD = """# Benchmarks
 <!-- made by `make readme` from benchmarks/results: edit benchmarks/page.py -->"""
 TAIL = """## How it was measured
 
-`python benchmarks/session.py everything --out out --seconds 570` on a machine with a GPU, called again until it says that
-all is done, and `make readme`. Every result whose time stands here was compared with stock of the same host, in every bit
-and in the same run, before it was timed ([bench](bench.md)). Times are medians, in brackets the 10th and the 90th
-percentile."""
+`python benchmarks/session.py everything --out out --seconds 570` on a machine with a GPU, called again until it says
+that all is done, and `make readme`. Every result whose time stands here was compared with stock of the same host, in
+every bit and in the same run, before it was timed ([bench](bench.md)). Times are medians, in brackets the 10th and the
+90th percentile."""
 
 
 def page() -> str:
@@ -426,8 +433,9 @@ def pictures() -> Iterator[tuple[str, str]]:
     import plots
 
     def both(name: str, draw: plots.Draw, width: float, height: float) -> Iterator[tuple[str, str]]:
-        for shade in ("light", "dark"):
-            yield f"{name}-{shade}.svg", plots.svg(draw, shade, width, height)
+        text = plots.svg(draw, width, height)
+        yield f"{name}-light.svg", text
+        yield f"{name}-dark.svg", plots.darkened(text)
 
     if run := a_run():
         whole = run[1]["total"]["ms"]["stock"]["median"]
@@ -447,7 +455,7 @@ def pictures() -> Iterator[tuple[str, str]]:
             name: {row["tokens"]: row["ms"][way]["median"] for row in of_diffusers if way in row["ms"]}
             for way, name in {"stock": "stock", **WAYS}.items()
         }
-        yield from both("steps", plots.curves(lines, "video tokens", "ms a step"), 8, 3.6)
+        yield from both("steps", plots.curves(lines, "video tokens", "ms a step", [100, 200, 500, 1000, 2000]), 8, 3.6)
     if found:
         lines = {}
         for row in found:
@@ -455,7 +463,10 @@ def pictures() -> Iterator[tuple[str, str]]:
                 if way in row["ms"]:
                     lines.setdefault(f"{_name(row)}{name}", {})[row["tokens"]] = row["speed_ups"][way]
         yield from both(
-            "hosts", plots.curves(lines, "video tokens", "times as fast as stock", log=False, one=True), 8, 4.5
+            "hosts",
+            plots.curves(lines, "video tokens", "times as fast as stock", [1, 1.25, 1.5, 2, 3, 4], mark=1),
+            8,
+            4.5,
         )
     if chosen := of_operators(tables.newest_of_each("operators")):
         shares = {name: row["of_copy"] for name, row in chosen.items()}
@@ -473,7 +484,7 @@ def pictures() -> Iterator[tuple[str, str]]:
             }
             for row in with_energy
         }
-        yield from both("energy", plots.grouped(joules, "J a step", log=True, form="{:.0f}"), 8, 3.6)
+        yield from both("energy", plots.grouped(joules, "J a step", form="{:.0f}"), 8, 3.6)
     if document := tables.newest_or_none("peers"):
         beside: dict[str, list[tuple[str, float, bool]]] = {}
         largest = {}

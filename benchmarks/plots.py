@@ -10,14 +10,13 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-INK = {"light": "#1f2328", "dark": "#e6edf3"}
-FAINT = {"light": "#d0d7de", "dark": "#3d444d"}
+INK, FAINT = "#1f2328", "#d0d7de"  # of text and axes, and of grids, on a light page
+DARK = {INK: "#e6edf3", FAINT: "#3d444d"}  # what they are on a dark one
 COLORS = {  # of ways and peers, told apart by their lightness too
     "stock": "#8c959f",
     "eager": "#8c959f",
@@ -43,19 +42,25 @@ RC = {
     "legend.frameon": False,
 }
 
-Draw = Callable[[Axes, str], None]
+Draw = Callable[[Axes], None]
 
 
-def svg(draw: Draw, shade: str, width: float, height: float) -> str:
-    """One plot for a "light" or a "dark" page, `width` x `height` inches."""
-    ink = INK[shade]
-    colors = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **RC, **colors, "grid.color": FAINT[shade]}):
+def svg(draw: Draw, width: float, height: float) -> str:
+    """One plot for a light page, `width` x `height` inches."""
+    colors = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **RC, **colors, "grid.color": FAINT}):
         figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure.add_subplot(), ink)
+        draw(figure.add_subplot())
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return stable(out.getvalue())
+
+
+def darkened(text: str) -> str:
+    """The same plot for a dark page."""
+    for light, dark in DARK.items():
+        text = text.replace(light, dark)
+    return text
 
 
 def stable(text: str) -> str:
@@ -74,27 +79,27 @@ def stacked(bars: dict[str, dict[str, float]], unit: str) -> Draw:
     """Horizontal bars, each made of named parts: of the ways of a run, the seconds of its stages."""
     parts = list(dict.fromkeys(name for bar in bars.values() for name in bar))
 
-    def draw(axes: Axes, ink: str) -> None:
-        for index, (way, bar) in enumerate(bars.items()):
+    def draw(axes: Axes) -> None:
+        for index, bar in enumerate(bars.values()):
             left = 0.0
             for part, color in zip(parts, PALETTE, strict=False):
                 value = bar.get(part, 0.0)
                 axes.barh(-index, value, left=left, color=color, label=part if index == 0 else None, height=0.6)
                 left += value
-            axes.text(left, -index, f" {left:.2f} {unit}", va="center", color=ink)
+            axes.text(left, -index, f" {left:.2f} {unit}", va="center", color=INK)
         axes.set_yticks([-index for index in range(len(bars))], list(bars))
         axes.set_xlim(0, 1.12 * max(sum(bar.values()) for bar in bars.values()))
         axes.set_xlabel(unit)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.3), ncols=4, fontsize=9)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.3), ncols=5, fontsize=9)
 
     return draw
 
 
-def grouped(groups: dict[str, dict[str, float]], unit: str, log: bool = False, form: str = "{:.1f}") -> Draw:
+def grouped(groups: dict[str, dict[str, float]], unit: str, form: str = "{:.1f}") -> Draw:
     """Horizontal bars side by side: for each name a bar for each way."""
     ways = list(dict.fromkeys(way for group in groups.values() for way in group))
 
-    def draw(axes: Axes, ink: str) -> None:
+    def draw(axes: Axes) -> None:
         height = 0.8 / len(ways)
         for place, way in enumerate(ways):
             for index, group in enumerate(groups.values()):
@@ -103,10 +108,8 @@ def grouped(groups: dict[str, dict[str, float]], unit: str, log: bool = False, f
                     label = way if index == next(i for i, g in enumerate(groups.values()) if way in g) else None
                     color = COLORS.get(way, PALETTE[place])
                     axes.barh(y, group[way], height=0.9 * height, color=color, label=label)
-                    axes.text(group[way], y, " " + form.format(group[way]), va="center", fontsize=8, color=ink)
+                    axes.text(group[way], y, " " + form.format(group[way]), va="center", fontsize=8, color=INK)
         axes.set_yticks([-index for index in range(len(groups))], list(groups))
-        if log:
-            axes.set_xscale("log")
         axes.margins(x=0.12)
         axes.set_xlabel(unit)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=len(ways), fontsize=9)
@@ -114,21 +117,24 @@ def grouped(groups: dict[str, dict[str, float]], unit: str, log: bool = False, f
     return draw
 
 
-def curves(lines: dict[str, dict[int, float]], x: str, y: str, log: bool = True, one: bool = False) -> Draw:
-    """Lines over numbers of tokens. `one`: a line at 1, as what is drawn is a ratio to stock."""
+def curves(lines: dict[str, dict[int, float]], x: str, y: str, ticks: list[float], mark: float | None = None) -> Draw:
+    """Lines over numbers of tokens, both axes logarithmic; one with ", CUDA graph" in its name is dashed, in the color
+    of the line of the same name without it. `mark`: a dotted line at this value."""
+    names = list(dict.fromkeys(name.removesuffix(DASHED) for name in lines))
 
-    def draw(axes: Axes, ink: str) -> None:
-        for place, (name, points) in enumerate(lines.items()):
-            color = COLORS.get(name, PALETTE[place % len(PALETTE)])
-            axes.plot(list(points), list(points.values()), marker="o", markersize=4, color=color, label=name)
+    def draw(axes: Axes) -> None:
+        for name, points in lines.items():
+            whose = name.removesuffix(DASHED)
+            color, style = COLORS.get(name) or PALETTE[names.index(whose)], "--" if name != whose else "-"
+            axes.plot(list(points), list(points.values()), style, marker="o", markersize=4, color=color, label=name)
         axes.set_xscale("log", base=2)
-        ticks = sorted({tokens for points in lines.values() for tokens in points})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_yscale("log")
+        tokens = sorted({n for points in lines.values() for n in points})
+        axes.set_xticks(tokens, [str(n) for n in tokens])
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        if log:
-            axes.set_yscale("log")
-        if one:
-            axes.axhline(1, color=ink, linewidth=0.8, linestyle=":")
+        if mark is not None:
+            axes.axhline(mark, color=INK, linewidth=0.8, linestyle=":")
         axes.grid(axis="y", linewidth=0.5)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
@@ -137,16 +143,19 @@ def curves(lines: dict[str, dict[int, float]], x: str, y: str, log: bool = True,
     return draw
 
 
+DASHED = ", CUDA graph"
+
+
 def ranked(values: dict[str, float], x: str, mark: float) -> Draw:
     """Dots, the largest on top, and a line at `mark`."""
 
-    def draw(axes: Axes, ink: str) -> None:
+    def draw(axes: Axes) -> None:
         names = sorted(values, key=lambda name: values[name])
         axes.hlines(range(len(names)), 0, [values[name] for name in names], color=COLORS["bitfuse"], linewidth=1)
         axes.plot([values[name] for name in names], range(len(names)), "o", color=COLORS["bitfuse"], markersize=5)
         for index, name in enumerate(names):
-            axes.text(values[name], index, f"  {values[name]:.0%}", va="center", fontsize=8, color=ink)
-        axes.axvline(mark, color=ink, linewidth=0.8, linestyle=":")
+            axes.text(values[name], index, f"  {values[name]:.0%}", va="center", fontsize=8, color=INK)
+        axes.axvline(mark, color=INK, linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_xlim(0, 1.2 * max(values.values()))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -158,7 +167,7 @@ def ranked(values: dict[str, float], x: str, mark: float) -> Draw:
 def beside(rows: dict[str, list[tuple[str, float, bool]]], x: str) -> Draw:
     """For each operator (peer, time as a multiple of bitfuse's, whether its bits are eager's): full where they are."""
 
-    def draw(axes: Axes, ink: str) -> None:
+    def draw(axes: Axes) -> None:
         seen: set[str] = set()
         for index, found in enumerate(rows.values()):
             for peer, ratio, exact in found:
