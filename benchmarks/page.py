@@ -359,22 +359,33 @@ def peers() -> str:
     document = tables.newest_or_none("peers")
     if document is None:
         return ""
-    cases: dict[tuple[str, str], list[Row]] = {}
+    cases: dict[tuple[str, str], dict[int | None, Row]] = {}  # of an operator and a way, by the number of tokens
     for row in document["rows"]:
-        cases.setdefault((row["operator"], "x".join(map(str, row["x"]))), []).append(row)
-    rows = []
-    for (operator, x), ways in cases.items():
-        for index, row in enumerate(row for row in ways if "us" in row):
-            head = [f"`{operator}`", x] if index == 0 else ["", ""]
-            differ = f"{row['differ']} of {row['elements']} ({row['share']:.2%})" if row["differ"] else "none"
-            ratio = f"{row['ratio']:.2f}x" if "ratio" in row else "-"
-            rows.append([*head, row["way"], times(row["us"], "us"), ratio, differ])
+        if "us" in row:
+            cases.setdefault((row["operator"], row["way"]), {})[row["tokens"]] = row
+    worst = {of: max(found.values(), key=lambda row: row["share"]) for of, found in cases.items()}
+    sizes = list(dict.fromkeys(row["tokens"] for row in document["rows"] if row["tokens"]))
+    rows, before = [], ""
+    for (operator, way), of in cases.items():
+        first_row = next(iter(of.values()))
+        name = "" if operator == before else f"`{operator}`, {'x'.join(map(str, first_row['x']))}"
+        before = operator
+        cells = [name, way, times(first_row["us"], "us"), _ratio(first_row)]
+        for size in sizes[1:]:
+            cells.append(f"{_digits(of[size]['us']['median'])} us, {_ratio(of[size])}" if size in of else "-")
+        rows.append([*cells, _differ(worst[operator, way])])
     timed = [r for r in document["rows"] if "ratio" in r and r["way"] not in ("bitfuse", "eager")]
-    exact = [r for r in timed if not r["differ"]]
-    said = [
-        f"{len(timed)} times a peer was timed beside bitfuse, {len(exact)} of them with eager's bits.",
-        _faster("With eager's bits", exact),
-        _faster("With other bits", [r for r in timed if r["differ"]]),
+    differing = {of for of, row in worst.items() if row["differ"]}
+    exact = [r for r in timed if (r["operator"], r["way"]) not in differing]
+    ahead = sorted((r for r in timed if r["ratio"] < 1), key=lambda r: (r not in exact, r["ratio"]))
+    said = (
+        f"{len(timed)} times a peer was timed beside bitfuse, {len(exact)} times one that has eager's bits at every "
+        f"size that was tried. Of these it is faster {sum(r in exact for r in ahead)} times, of the others "
+        f"{sum(r not in exact for r in ahead)} times:"
+    )
+    faster = [
+        [r["way"], f"`{r['operator']}`", "x".join(map(str, r["x"])), _ratio(r), _differ(worst[r["operator"], r["way"]])]
+        for r in ahead
     ]
     reasons: dict[str, list[str]] = {}
     for row in document["rows"]:
@@ -387,11 +398,14 @@ def peers() -> str:
         [
             "## Peers beside it",
             picture("peers", "Time of each peer's operator as a multiple of bitfuse's; full dots have eager's bits"),
-            " ".join(said),
-            table(["operator", "x", "way", "time", "of bitfuse's", "elements with other bits than eager"], rows),
+            said,
+            table(["faster than bitfuse", "operator", "x", "of bitfuse's time", OTHER_BITS], faster),
+            table(
+                ["operator", "way", "time", "of bitfuse's", *(f"{size} tokens" for size in sizes[1:]), OTHER_BITS], rows
+            ),
             "One process, by turns, with a cold L2. Full dots above, and `none` here, are equal to the PyTorch chain "
             "in every bit on these inputs, random and normal; that says nothing of others. "
-            f"{versions}. {sources(document)}",
+            f"The peers: {versions}. {sources(document)}",
             "Not timed here:\n\n" + "\n".join(left),
             "Published by others, measured elsewhere and not comparable with the times above:\n\n"
             + table(["what", "published", "where"], [list(row) for row in PUBLISHED])
@@ -400,12 +414,16 @@ def peers() -> str:
     )
 
 
-def _faster(whose: str, rows: list[Row]) -> str:
-    ahead = sorted((row for row in rows if row["ratio"] < 1), key=lambda row: row["ratio"])
-    if not ahead:
-        return f"{whose} none is faster."
-    named = [f"{r['way']} at `{r['operator']}` {'x'.join(map(str, r['x']))} ({r['ratio']:.2f}x)" for r in ahead]
-    return f"{whose} {len(ahead)} {'is' if len(ahead) == 1 else 'are'} faster: {', '.join(named)}."
+OTHER_BITS = "elements with other bits than eager, at the worst size"
+
+
+def _ratio(row: Row) -> str:
+    return f"{row['ratio']:.2f}x" if "ratio" in row else "-"
+
+
+def _differ(row: Row) -> str:
+    share = row["share"]
+    return f"{row['differ']} of {row['elements']}, {share:{'.1%' if share > 1e-3 else '.1e'}}" if share else "none"
 
 
 # -- the page and its plots --------------------------------------------------------------------------------------------
@@ -487,12 +505,13 @@ def pictures() -> Iterator[tuple[str, str]]:
         yield from both("energy", plots.grouped(joules, "J a step", form="{:.0f}"), 8, 3.6)
     if document := tables.newest_or_none("peers"):
         beside: dict[str, list[tuple[str, float, bool]]] = {}
-        largest = {}
+        drawn_at: dict[str, list[int]] = {}  # the first size that was tried
+        differing = {(row["operator"], row["way"]) for row in document["rows"] if row.get("differ")}
         for row in document["rows"]:
-            largest[row["operator"]] = largest.get(row["operator"]) or row["x"]  # the first size that was tried
-            if "ratio" in row and row["way"] != "bitfuse" and row["x"] == largest[row["operator"]]:
-                peer = row["way"].partition(",")[0]
-                beside.setdefault(row["operator"], []).append((peer, row["ratio"], not row["differ"]))
+            operator, way = row["operator"], row["way"]
+            if "ratio" in row and way != "bitfuse" and row["x"] == drawn_at.setdefault(operator, row["x"]):
+                exact = (operator, way) not in differing
+                beside.setdefault(operator, []).append((way.partition(",")[0], row["ratio"], exact))
         yield from both("peers", plots.beside(beside, "time over bitfuse's"), 8, 6.0)
 
 

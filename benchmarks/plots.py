@@ -180,9 +180,9 @@ def beside(rows: dict[str, list[tuple[str, float, bool]]], x: str) -> Draw:
         axes.set_yticks([-index for index in range(len(rows))], list(rows), fontsize=8)
         axes.grid(axis="y", linewidth=0.5)
         axes.set_xscale("log", base=2)
-        ticks = [0.5, 1, 2, 4, 8, 16]
+        ticks = [0.5, 1, 2, 4, 8, 16, 32]
         largest = max(ratio for found in rows.values() for _, ratio, _ in found)
-        axes.set_xticks([t for t in ticks if t <= 2 * largest], [f"{t:g}x" for t in ticks if t <= 2 * largest])
+        axes.set_xticks([t for t in ticks if t <= largest], [f"{t:g}x" for t in ticks if t <= largest])
         axes.minorticks_off()
         axes.set_xlabel(x)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=7, fontsize=8)

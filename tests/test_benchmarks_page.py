@@ -72,7 +72,7 @@ def test_a_plot_has_no_trace_of_where_it_was_drawn(module_of):
 
 
 def _row(way, ratio=None, differ=0, **more):
-    row = {"operator": "swiglu", "case": "a tile", "x": [1, 6, 8], "way": way, **more}
+    row = {"operator": "swiglu", "case": "a tile", "x": [1, 6, 8], "tokens": None, "way": way, **more}
     if ratio is not None:
         us = {"median": 10.0 * ratio, "p10": 9.0, "p90": 11.0}
         row |= {"us": us, "ratio": ratio, "differ": differ, "elements": 48, "share": differ / 48}
@@ -88,11 +88,13 @@ def test_a_peer_that_is_faster_stays_and_one_that_is_absent_says_why(module_of, 
     document |= {"peers": {"sglang": "0.5.23"}, "elsewhere": [{"peer": "cache-dit", "reason": "has none"}]}
     monkeypatch.setattr(page.tables, "newest_or_none", lambda name: document if name == "peers" else None)
     text = page.peers()
-    assert "| `swiglu` | 1x6x8 | bitfuse | 10.0 us (9.00 to 11.0) | 1.00x | none |" in text
-    assert "|  |  | KJNodes | 9.00 us (9.00 to 11.0) | 0.90x | 12 of 48 (25.00%) |" in text
-    assert "3 times a peer was timed beside bitfuse, 2 of them with eager's bits." in text
-    assert "With eager's bits 1 is faster: SGLang, exact at `swiglu` 1x6x8 (0.80x)." in text
-    assert "With other bits 1 is faster: KJNodes at `swiglu` 1x6x8 (0.90x)." in text
+    assert "| `swiglu`, 1x6x8 | bitfuse | 10.0 us (9.00 to 11.0) | 1.00x | none |" in text
+    assert "|  | KJNodes | 9.00 us (9.00 to 11.0) | 0.90x | 12 of 48, 25.0% |" in text
+    said = "3 times a peer was timed beside bitfuse, 2 times one that has eager's bits at every size that was tried."
+    assert f"{said} Of these it is faster 1 times, of the others 1 times:" in text
+    assert (
+        "| SGLang, exact | `swiglu` | 1x6x8 | 0.80x | none |\n| KJNodes | `swiglu` | 1x6x8 | 0.90x | 12 of 48" in text
+    )
     assert "- quack: not installed (`swiglu`)" in text
     assert "- cache-dit: has none" in text
 
