@@ -391,7 +391,7 @@ def peers() -> str:
     for row in document["rows"]:
         if "reason" in row and row["way"] != "eager":
             reasons.setdefault(f"{row['way']}: {row['reason']}", []).append(row["operator"])
-    left = [f"- {why} ({', '.join(f'`{name}`' for name in dict.fromkeys(of))})" for why, of in reasons.items()]
+    left = [f"- {why} ({_some(list(dict.fromkeys(of)))})" for why, of in reasons.items()]
     left += [f"- {row['peer']}: {row['reason']}" for row in document["elsewhere"]]
     versions = ", ".join(f"{name} {version}" for name, version in document["peers"].items() if version)
     return "\n\n".join(
@@ -412,6 +412,10 @@ def peers() -> str:
             + "\n\nFor Lightricks' ltx-kernels no published time of an LTX-2 operator was found.",
         ]
     )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) if len(names) <= 6 else f"{len(names)} operators"
 
 
 OTHER_BITS = "elements with other bits than eager, at the worst size"

@@ -1,6 +1,6 @@
 """Each operator beside whoever else fuses the same chain: time, and how many elements have other bits than eager's.
 
-    python benchmarks/peers.py --peers .peers --kjnodes .peers/ltxv_nodes.py --out out/peers.json     # three minutes
+    python benchmarks/peers.py --peers .peers --out out/peers.json     # two to three minutes
     TRITON_INTERPRET=1 python benchmarks/peers.py --tiny --out /tmp/peers.json     # tries the script on a CPU
 
 By turns in one process, with a cold L2: the PyTorch chain, bitfuse, torch.compile in its modes, and the functions of
@@ -44,7 +44,7 @@ from bitfuse.tools.bench.measure import interleaved
 from bitfuse.tools.machine import machine
 
 FOLDER = Path(".peers")
-KJNODES: Path | None = None
+KJNODES = FOLDER / "ltxv_nodes.py"
 Call = Callable[[], Any]
 _JIT = ThreadPoolExecutor(4)  # compilers of peers' CUDA kernels run while the first operators are timed
 
@@ -129,8 +129,8 @@ def installed(name: str) -> Any:
 @functools.cache
 def kjnodes() -> Any:
     """The part of KJNodes' file that has its fused kernels, and nothing of ComfyUI."""
-    if KJNODES is None:
-        raise Absent("not given: --kjnodes FILE")
+    if not KJNODES.is_file():
+        raise Absent(f"not given: --kjnodes FILE, or {KJNODES.name} in --peers")
     text = KJNODES.read_text()
     part = text[text.index("try:\n    import triton\n") : text.index("def _apply_text_cross_attention_patched")]
     alone = Path(tempfile.mkdtemp()) / "kjnodes_ltx2.py"  # a file, since Triton reads a kernel's source
@@ -145,7 +145,7 @@ def kjnodes() -> Any:
 
 def versions() -> dict[str, str | None]:
     found = {name: packages.version(name) for name in ("sglang", "vllm-omni", "comfy-kitchen", "quack-kernels")}
-    if KJNODES is not None and KJNODES.is_file():
+    if KJNODES.is_file():
         found["KJNodes, SHA-256 of ltxv_nodes.py"] = hashlib.sha256(KJNODES.read_bytes()).hexdigest()[:16]
     return found
 
@@ -563,14 +563,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--build", metavar="CAPABILITY", help="only compile SGLang's CUDA kernels, for 9.0 say")
     parser.add_argument("--peers", type=Path, default=FOLDER, help="folder with the peers' packages")
-    parser.add_argument("--kjnodes", type=Path, help="nodes/ltxv_nodes.py of ComfyUI-KJNodes")
+    parser.add_argument("--kjnodes", type=Path, help="nodes/ltxv_nodes.py of ComfyUI-KJNodes; default: in --peers")
     parser.add_argument("--only", action="append", choices=(*BY_TOKENS, *OF_DECODER), help="operators; default: all")
     parser.add_argument("--tokens", type=int, nargs="+", default=[6144, 1536, 24576])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=170.0, help="no operator is begun after so many")
     parser.add_argument("--tiny", action="store_true", help="try the script on few tokens, on any device")
     asked = parser.parse_args()
-    FOLDER, KJNODES = asked.peers, asked.kjnodes
+    FOLDER, KJNODES = asked.peers, asked.kjnodes or asked.peers / "ltxv_nodes.py"
     sys.path.insert(0, str(FOLDER.resolve()))
     if asked.build:
         build(asked.build)

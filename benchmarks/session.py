@@ -93,7 +93,7 @@ PLANS = {
     "compiled": [Command("compiled", "python benchmarks/compiled.py --layers 8 --out FILE", 400)],
     "decoder": [Command("diffusion-decoder", "python benchmarks/diffusion_decoder.py --out FILE", 240)],
     "peers": [  # what it needs besides is in benchmarks/carry-peers.txt
-        Command("peers", "python benchmarks/peers.py --kjnodes .peers/ltxv_nodes.py --out FILE", 300),
+        Command("peers", "python benchmarks/peers.py --out FILE", 300),
     ],
 }
 EVERYTHING = ("runs", "models", "operators", "peers", "later-models", "comfyui", "ltx-core", "sglang", "decoder")
