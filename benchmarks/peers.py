@@ -299,12 +299,6 @@ def _(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *rest: Any) -> C
     return lambda: (norm(q, q_weight, eps=1e-6), norm(k, k_weight, eps=1e-6))
 
 
-@way("SGLang, of other models", "qk_rms_norm")
-def _(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *rest: Any) -> Call:
-    norm = sglang("ops.diffusion.norm.rmsnorm_onepass_triton").triton_one_pass_rms_norm
-    return lambda: (norm(q, q_weight, 1e-6), norm(k, k_weight, 1e-6))
-
-
 @way("SGLang, exact", "head_gate")
 def _(out: Tensor, logits: Tensor) -> Call:
     gate = sglang("ops.diffusion.modulate.head_gate_triton").head_gate_mul
@@ -468,14 +462,16 @@ def tasks(asked: argparse.Namespace) -> Iterator[Task]:
     for index, tokens in enumerate(asked.tokens):
         for name in filter(wanted, BY_TOKENS):
             operator = bitfuse.OPERATORS[name]
-            case = next(case for case in operator.cases if case.name in LONGEST)
-            if hasattr(case, "with_tables"):
-                case = replace(case, with_tables=False)  # peers take AdaLN's values ready
-            yield Task(operator, case, tokens)
+            yield Task(operator, ready(next(case for case in operator.cases if case.name in LONGEST)), tokens)
         for name, of in OF_DECODER.items():
             if index == 0 and wanted(name):
                 operator = bitfuse.OPERATORS[name]
-                yield Task(operator, next(case for case in operator.cases if case.name == of), None)
+                yield Task(operator, ready(next(case for case in operator.cases if case.name == of)), None)
+
+
+def ready(case: Any) -> Any:
+    """A case whose AdaLN values are complete, without a table to be added: peers take no other."""
+    return replace(case, with_tables=False) if hasattr(case, "with_tables") else case
 
 
 def differing(expected: Any, found: Any) -> tuple[int, int]:
