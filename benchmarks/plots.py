@@ -185,6 +185,6 @@ def beside(rows: dict[str, list[tuple[str, float, bool]]], x: str) -> Draw:
         axes.set_xticks([t for t in ticks if t <= largest], [f"{t:g}x" for t in ticks if t <= largest])
         axes.minorticks_off()
         axes.set_xlabel(x)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=7, fontsize=8)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=7, fontsize=8, columnspacing=1)
 
     return draw
