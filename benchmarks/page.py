@@ -6,6 +6,7 @@ and the JSON part.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -336,89 +337,95 @@ def proof() -> str:
 
 # -- peers -------------------------------------------------------------------------------------------------------------
 
-PUBLISHED = (
-    (
-        "TensorRT-LLM, LTX-2 in NVFP4, B200: AdaLN's gate, residual, norm and modulation in one kernel",
-        "343.7 to 329.6 ms a step over its torch.compile, -4.1%",
-        "[NVIDIA/TensorRT-LLM#15102](https://github.com/NVIDIA/TensorRT-LLM/pull/15102)",
-    ),
-    (
-        "SGLang, LTX-2, two H200: Q/K norm with rotary embedding, with other bits",
-        "8.50 to 7.68 s of denoising",
-        "[sgl-project/sglang#38396](https://github.com/sgl-project/sglang/pull/38396)",
-    ),
-    (
-        "ComfyUI with comfy-kitchen's `rms_adaln`, RTX 5090",
-        "a step about 2.5% faster",
-        "[Comfy-Org/ComfyUI#15138](https://github.com/Comfy-Org/ComfyUI/pull/15138)",
-    ),
-)
+Cases = dict[tuple[str, str], dict[int | None, Row]]  # rows of an operator and a way, by the number of tokens
 
 
 def peers() -> str:
     document = tables.newest_or_none("peers")
     if document is None:
         return ""
-    cases: dict[tuple[str, str], dict[int | None, Row]] = {}  # of an operator and a way, by the number of tokens
+    cases: Cases = {}
     for row in document["rows"]:
         if "us" in row:
             cases.setdefault((row["operator"], row["way"]), {})[row["tokens"]] = row
-    worst = {of: max(found.values(), key=lambda row: row["share"]) for of, found in cases.items()}
-    sizes = list(dict.fromkeys(row["tokens"] for row in document["rows"] if row["tokens"]))
-    rows, before = [], ""
-    for (operator, way), of in cases.items():
-        first_row = next(iter(of.values()))
-        name = "" if operator == before else f"`{operator}`, {'x'.join(map(str, first_row['x']))}"
-        before = operator
-        cells = [name, way, times(first_row["us"], "us"), _ratio(first_row)]
-        for size in sizes[1:]:
-            cells.append(f"{_digits(of[size]['us']['median'])} us, {_ratio(of[size])}" if size in of else "-")
-        rows.append([*cells, _differ(worst[operator, way])])
+    versions = ", ".join(f"{name} {version}" for name, version in document["peers"].items() if version)
+    published = [[p["what"], p["published"], f"<{p['where']}>" if p["where"] else "-"] for p in _published()]
+    return "\n\n".join(
+        [
+            "## Peers beside it",
+            picture("peers", "Time of each peer's operator as a multiple of bitfuse's; full dots have eager's bits"),
+            where_faster(document, cases),
+            every_way(document, cases),
+            "One process, by turns, with a cold L2. Full dots above, and `none` here, are equal to the PyTorch chain "
+            "in every bit on these inputs, random and normal; that says nothing of others. "
+            f"The peers: {versions}. {sources(document)}",
+            "Not timed here:\n\n" + "\n".join(f"- {line}" for line in not_timed(document)),
+            "Published by others, measured elsewhere and not comparable with the times above:",
+            table(["what", "published", "where"], published),
+        ]
+    )
+
+
+OF_OURS = "of bitfuse's time"
+OTHER_BITS = "elements with other bits than eager, at the worst size"
+
+
+def _worst(cases: Cases) -> dict[tuple[str, str], Row]:
+    return {of: max(found.values(), key=lambda row: row["share"]) for of, found in cases.items()}
+
+
+def where_faster(document: Row, cases: Cases) -> str:
+    """Every row in which a peer is faster: first those of peers that have eager's bits at every size."""
+    worst = _worst(cases)
     timed = [r for r in document["rows"] if "ratio" in r and r["way"] not in ("bitfuse", "eager")]
-    differing = {of for of, row in worst.items() if row["differ"]}
-    exact = [r for r in timed if (r["operator"], r["way"]) not in differing]
+    exact = [r for r in timed if not worst[r["operator"], r["way"]]["differ"]]
     ahead = sorted((r for r in timed if r["ratio"] < 1), key=lambda r: (r not in exact, r["ratio"]))
     said = (
         f"{len(timed)} times a peer was timed beside bitfuse, {len(exact)} times one that has eager's bits at every "
         f"size that was tried. Of these it is faster {sum(r in exact for r in ahead)} times, of the others "
         f"{sum(r not in exact for r in ahead)} times:"
     )
-    faster = [
+    rows = [
         [r["way"], f"`{r['operator']}`", "x".join(map(str, r["x"])), _ratio(r), _differ(worst[r["operator"], r["way"]])]
         for r in ahead
     ]
-    reasons: dict[str, list[str]] = {}
+    return f"{said}\n\n{table(['faster than bitfuse', 'operator', 'x', OF_OURS, OTHER_BITS], rows)}"
+
+
+def every_way(document: Row, cases: Cases) -> str:
+    """A row for each operator and way: the first size with its spread, then the others."""
+    others = list(dict.fromkeys(row["tokens"] for row in document["rows"] if row["tokens"]))[1:]
+    worst, rows, before = _worst(cases), [], ""
+    for (operator, way), of in cases.items():
+        first_row = next(iter(of.values()))
+        name = "" if operator == before else f"`{operator}`, {'x'.join(map(str, first_row['x']))}"
+        before = operator
+        cells = [name, way, times(first_row["us"], "us"), _ratio(first_row)]
+        for size in others:
+            cells.append(f"{_digits(of[size]['us']['median'])} us, {_ratio(of[size])}" if size in of else "-")
+        rows.append([*cells, _differ(worst[operator, way])])
+    return table(["operator", "way", "time", OF_OURS, *(f"{n} tokens" for n in others), OTHER_BITS], rows)
+
+
+def not_timed(document: Row) -> Iterator[str]:
+    reasons: dict[str, dict[str, None]] = {}
     for row in document["rows"]:
         if "reason" in row and row["way"] != "eager":
-            reasons.setdefault(f"{row['way']}: {row['reason']}", []).append(row["operator"])
-    left = [f"- {why} ({_some(list(dict.fromkeys(of)))})" for why, of in reasons.items()]
-    left += [f"- {row['peer']}: {row['reason']}" for row in document["elsewhere"]]
-    versions = ", ".join(f"{name} {version}" for name, version in document["peers"].items() if version)
-    return "\n\n".join(
-        [
-            "## Peers beside it",
-            picture("peers", "Time of each peer's operator as a multiple of bitfuse's; full dots have eager's bits"),
-            said,
-            table(["faster than bitfuse", "operator", "x", "of bitfuse's time", OTHER_BITS], faster),
-            table(
-                ["operator", "way", "time", "of bitfuse's", *(f"{size} tokens" for size in sizes[1:]), OTHER_BITS], rows
-            ),
-            "One process, by turns, with a cold L2. Full dots above, and `none` here, are equal to the PyTorch chain "
-            "in every bit on these inputs, random and normal; that says nothing of others. "
-            f"The peers: {versions}. {sources(document)}",
-            "Not timed here:\n\n" + "\n".join(left),
-            "Published by others, measured elsewhere and not comparable with the times above:\n\n"
-            + table(["what", "published", "where"], [list(row) for row in PUBLISHED])
-            + "\n\nFor Lightricks' ltx-kernels no published time of an LTX-2 operator was found.",
-        ]
-    )
+            reasons.setdefault(f"{row['way']}: {row['reason']}", {})[row["operator"]] = None
+    for why, of in reasons.items():
+        yield f"{why} ({_some(list(of))})"
+    for row in document["elsewhere"]:
+        yield f"{row['peer']}: {row['reason']}"
+    if "note" in document:
+        yield document["note"]
+
+
+def _published() -> list[Row]:
+    return json.loads((tables.ROOT / "benchmarks" / "published.json").read_text())
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) if len(names) <= 6 else f"{len(names)} operators"
-
-
-OTHER_BITS = "elements with other bits than eager, at the worst size"
 
 
 def _ratio(row: Row) -> str:
