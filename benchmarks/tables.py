@@ -663,7 +663,11 @@ _PROFILED = ("bitfuse", "a repeat of bitfuse", "GELU: quack 128x208 pingpong")
 
 
 def _sources(documents: list[dict[str, Any]], up: str = "") -> str:
-    machines = dict.fromkeys(_machine(document["machine"]) for document in documents)
+    days: dict[str, set[str]] = {}  # of each machine
+    for document in documents:
+        machine, _, day = _machine(document["machine"]).rpartition(", ")
+        days.setdefault(machine, set()).add(day)
+    machines = (f"{machine}, {', '.join(sorted(of))}" for machine, of in days.items())
     links = ", ".join(f"[{Path(document['path']).name}]({up}{document['path']})" for document in documents)
     return f"{'; '.join(machines)} ({links})."
 
