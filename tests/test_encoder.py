@@ -486,8 +486,8 @@ def test_where_memory_runs_out_the_hosts_own_encoder_runs(monkeypatch):
     assert after == {name: count + 1 for name, count in before.items()}, "the next encode is fused again"
 
 
-@pytest.mark.usefixtures("fresh_routes")
-def test_a_size_of_which_an_operator_differs_is_the_hosts_own_from_then_on(monkeypatch, launched_as_reference):
+@pytest.mark.usefixtures("quick", "fresh_routes")
+def test_a_size_of_which_an_operator_differs_is_the_hosts_own_from_then_on(monkeypatch):
     runner = Operator._runner
 
     def other(operator, plan, args):
@@ -572,7 +572,7 @@ def test_a_pipeline_is_taken_over_with_its_encoder(pipe):
     assert bitfuse.compare(expected, encoded(pipe.vae, x)) is None
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "fresh_routes")  # the transformer runs, too, whose kernels other tests run
 def test_a_pipeline_from_image_to_video_encodes_its_image_by_it(pipe):
     ltx2 = pytest.importorskip("diffusers.pipelines.ltx2")
     image = pytest.importorskip("PIL.Image").effect_noise((64, 64), 80).convert("RGB")

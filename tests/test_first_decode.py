@@ -36,10 +36,10 @@ SIZES = {  # frames, height and width of the latents; how much of stock's peak t
     "a frame of 1536x1024": ((1, 32, 48), (1.05, 0.6)),
 }
 VIDEOS = {  # what is encoded: (frames, height, width); as above. Of an image a weight is most: 226 MB, and its probe's
-    "a frame of 768x512": ((1, 512, 768), (3.0, 0.6)),
+    "a frame of 768x512": ((1, 512, 768), (3.0, 0.4)),
     "a frame of 1536x1024": ((1, 1024, 1536), (1.05, 0.4)),
-    "121 frames of 768x512": ((121, 512, 768), (0.9, 0.6)),
-    "121 frames of 1536x1024": ((121, 1024, 1536), (0.9, 0.6)),
+    "121 frames of 768x512": ((121, 512, 768), (0.87, 0.6)),
+    "121 frames of 1536x1024": ((121, 1024, 1536), (0.87, 0.6)),
 }
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -457,7 +457,7 @@ class VideoCoder(Part):
             return
         self._here.dry = rehearsal.dry
         try:
-            self.after_first(coder, volume, None, causal)
+            self.after_first(coder, lambda: volume, None, causal)
         except torch.AcceleratorError:
             raise
         except Exception:  # why something can't be fused is said where it is proved, and memory may do for that
@@ -467,13 +467,21 @@ class VideoCoder(Part):
         rehearsal.compile()
 
     def after_first(
-        self, coder: Any, volume: Tensor, timestep: Any, causal: bool, generator: torch.Generator | None = None
+        self,
+        coder: Any,
+        first: Callable[[], Tensor],
+        timestep: Any,
+        causal: bool,
+        generator: torch.Generator | None = None,
     ) -> Any:
         """What `_last` makes of what the first convolution gave. `LaidOtherwise` where that is not a contiguous volume.
 
+        first       gives that: it is let go of here, where a caller would hold an argument until this has ended (not in
+                    every version of Python), and an encoder's first volume is its largest
         timestep    handed on to `values_of_block` and `last_values`
         generator   of the noise that is injected
         """
+        volume = first()
         if (reason := _why_laid_otherwise(volume)) is not None:
             raise LaidOtherwise(reason)
         if getattr(self._here, "dry", None) is None:
