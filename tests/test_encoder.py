@@ -573,7 +573,9 @@ def test_a_pipeline_is_taken_over_with_its_encoder(pipe):
 
 
 @pytest.mark.usefixtures("quick", "fresh_routes")  # the transformer runs, too, whose kernels other tests run
-def test_a_pipeline_from_image_to_video_encodes_its_image_by_it(pipe):
+@pytest.mark.parametrize("required", [(), ("encoder.*.norm1",)], ids=["", "required"])
+def test_a_pipeline_from_image_to_video_encodes_its_image_by_it_where_that_is_asked_for(required, pipe):
+    """One image a run is not worth the seconds that its kernels take; a video is, and whoever asks has it."""
     ltx2 = pytest.importorskip("diffusers.pipelines.ltx2")
     image = pytest.importorskip("PIL.Image").effect_noise((64, 64), 80).convert("RGB")
     from_image = ltx2.LTX2ImageToVideoPipeline(**pipe.components)
@@ -586,10 +588,18 @@ def test_a_pipeline_from_image_to_video_encodes_its_image_by_it(pipe):
         return from_image(**call, generator=torch.Generator().manual_seed(0), return_dict=False)
 
     expected = run()
-    with bitfuse.accelerated(from_image) as handle:
+    x = video(frames=9).to(from_image.vae.device)
+    of_video = encoded(from_image.vae, x)
+    with bitfuse.accelerated(from_image, require=required) as handle:
         found = run()
         ours = elementwise(handle, "encoder")
-        assert {(site.state, site.fused) for site in ours} == {("fused", 1)}, handle.report()
+        if required:
+            assert {(site.state, site.fused) for site in ours} == {("fused", 1)}, handle.report()
+        else:
+            assert {site.state for site in ours} == {"fallen back"}, handle.report()
+            assert {"one frame, in a pipeline" in reason for site in ours for reason in site.reasons} == {True}
+        assert bitfuse.compare(of_video, encoded(from_image.vae, x)) is None
+        assert {site.fused for site in ours} == {1 + bool(required)}
     assert [bitfuse.compare(a, b) for a, b in zip(expected, found, strict=True)] == [None] * 2
 
 
