@@ -561,7 +561,7 @@ def pipe():
 
 @pytest.mark.usefixtures("quick")
 def test_a_pipeline_is_taken_over_with_its_encoder(pipe):
-    x = video(frames=1)
+    x = video(frames=9)
     expected = encoded(pipe.vae, x)
     with bitfuse.accelerated(pipe) as handle:
         assert ours_in(pipe.vae.encoder) is not None
