@@ -8,12 +8,13 @@ Each row is a process of its own, which has imported what it needs and made its 
 runs at a time. Its seconds are those from before `accelerate` to the end of the first decode, and the video's bits are
 compared with those of the first stock process. Besides, in processes that wait for the device at each border: the
 seconds in each section of a first decode, without those of sections in it (`sections`), what Triton compiled or loaded
-(`kernels`), and under PyTorch's profiler how long the GPU was busy in each section. Exit code 1 where a bit differs.
+(`kernels`), and with --profile how long the GPU was busy in each section. Exit code 1 where a bit differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import functools
 import hashlib
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIMIT = 120.0  # seconds for one process, from its start
+LIMIT = 60.0  # seconds for one process, from where it is told to begin
 COMPRESSION = {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
 TINY = {
     "block_out_channels": (8, 8, 8, 8),
@@ -108,7 +109,9 @@ def watch(sections: Sections) -> dict[str, list[dict[str, Any]]]:
     began = time.perf_counter()
     prepared: list[dict[str, Any]] = []
     sections.wrap(VideoDecoder, "_rehearse", "a decode without values")
-    sections.wrap(Rehearsal, "compile", "kernels compiled or loaded, side by side")
+    sections.wrap(Rehearsal, "begin", "kernels handed to threads")
+    sections.wrap(Rehearsal, "wait", "kernels waited for")
+    sections.wrap(Rehearsal, "end", "threads ended")
     sections.wrap(proof, "run_battery", "batteries")
     sections.wrap(launch.Plan, "bind", "launches bound")
     sections.wrap(proof, "compare_live", "live comparisons")
@@ -127,7 +130,17 @@ def watch(sections: Sections) -> dict[str, list[dict[str, Any]]]:
         prepared.append({**given, "thread": thread, "from_s": start - began, "seconds": end - start})
 
     launch.Plan.compile = noted  # type: ignore[method-assign]
-    return {"prepared": prepared, "kernels": [], "modules": []}
+    prove, proved = proof.prove, []
+
+    def proving(operator: Any, tier: Any, signature: Any, *rest: Any) -> Any:
+        start = time.perf_counter()
+        verdict = prove(operator, tier, signature, *rest)
+        given = {"operator": operator.name, "tier": tier.name, "from_s": start - began, "families": verdict.families}
+        proved.append({**given, "seconds": verdict.seconds})
+        return verdict
+
+    proof.prove = proving  # type: ignore[assignment]
+    return {"prepared": prepared, "kernels": [], "modules": [], "proved": proved}
 
 
 def watch_triton(found: dict[str, list[dict[str, Any]]]) -> None:
@@ -171,9 +184,12 @@ def gpu_times(profile: Any) -> dict[str, dict[str, Any]]:
         elif event.name in COUNTED or event.name == "aten::_local_scalar_dense":
             counted.append((*span, event.name))
 
-    def innermost(at: float) -> str:
-        around = [(end - start, name) for start, end, name in marked if start <= at <= end]
-        return min(around)[1] if around else "the rest"
+    marked.sort()
+    starts = [start for start, _, _ in marked]
+
+    def innermost(at: float) -> str:  # sections stand in one another: the last that began and has not ended
+        last = bisect.bisect_right(starts, at)
+        return next((name for _, end, name in reversed(marked[:last]) if at <= end), "the rest")
 
     found: dict[str, dict[str, Any]] = {}
     for start, end, _ in ran:
@@ -281,7 +297,7 @@ class Process:
     """A child under way. It is told to begin by `decode`, once `ready`."""
 
     def __init__(self, way: str, asked: argparse.Namespace, cache: Path, out: Path):
-        self.way, self.end = way, time.monotonic() + LIMIT
+        self.way = way
         command = [sys.executable, __file__, "--child", way, "--size", asked.size, *(["--tiny"] * asked.tiny)]
         env = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
         self._errors = out.open("w+")
@@ -297,7 +313,7 @@ class Process:
 
     def decode(self) -> dict[str, Any]:
         try:
-            out, _ = self._process.communicate("go\n", timeout=max(1.0, self.end - time.monotonic()))
+            out, _ = self._process.communicate("go\n", timeout=LIMIT)
         except subprocess.TimeoutExpired:
             self.stop()
             raise RuntimeError(f"the process ({self.way}) took more than {LIMIT:.0f} s") from None
@@ -319,11 +335,11 @@ class Process:
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
-def ways(runs: int, on_gpu: bool) -> list[str]:
+def ways(runs: int, profile: bool) -> list[str]:
     """In the order in which they run. The first with an empty cache fills that which the warm ones have."""
     found = ["stock", "empty cache", "warm cache"] * runs
-    found += ["empty cache, by sections", "warm cache, by sections"]
-    return found + (["warm cache, profiled", "empty cache, 4 cores"] if on_gpu else [])
+    found += ["empty cache, by sections", "warm cache, by sections", "empty cache, 4 cores"]
+    return found + (["warm cache, profiled"] if profile else [])
 
 
 def main() -> int:
@@ -332,6 +348,7 @@ def main() -> int:
     parser.add_argument("--size", default="768x512x121", help="width, height and frames of the video")
     parser.add_argument("--runs", type=int, default=3, help="of each of the three ways")
     parser.add_argument("--tiny", action="store_true", help="a decoder for a CPU, to try this script")
+    parser.add_argument("--profile", action="store_true", help="one process more, under PyTorch's profiler")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
@@ -348,7 +365,7 @@ def main() -> int:
     waiting: list[Process] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for number, way in enumerate(ways(asked.runs, torch.cuda.is_available())):
+            for number, way in enumerate(ways(asked.runs, asked.profile)):
                 cache = Path(folder) / ("warm" if way.startswith("warm") or number == 1 else str(number))
                 waiting.append(Process(way, asked, cache, Path(folder) / f"{number}.txt"))
             for process in waiting:

@@ -17,7 +17,7 @@ import bitfuse
 from bitfuse import OPERATORS
 from bitfuse.core import proof
 from bitfuse.core.launch import Plan
-from bitfuse.hosts import report
+from bitfuse.hosts import rehearsal, report
 from bitfuse.hosts.rehearsal import Rehearsal
 from bitfuse.tools import seeded
 
@@ -69,21 +69,66 @@ def test_it_compiles_what_is_then_proved_and_nothing_shows_of_it(host, version, 
     assert len(compiled) == len(first)
 
 
-@pytest.mark.parametrize("slow", [False, True])
-def test_threads_begin_where_one_is_not_in_the_cache(slow, model_and_step, compiled, monkeypatch):
+def test_kernels_are_compiled_in_threads_that_end_with_the_call(model_and_step, compiled, monkeypatch):
     model, step = model_and_step
-    threads, compile = [], Plan.compile
+    threads, compile = set(), Plan.compile
 
     def noted(plan, args):
+        time.sleep(0.05)
         compile(plan, args)
-        threads.append(threading.current_thread() is threading.main_thread())
-        if slow or len(threads) == 1:  # when Triton starts up
-            time.sleep(2 * Rehearsal.AT_ONCE)
+        threads.add(threading.current_thread())
 
     monkeypatch.setattr(Plan, "compile", noted)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
     with bitfuse.accelerate(model):
         step()
-    assert threads == [number < 2 or not slow for number in range(len(compiled))]
+    assert len(compiled) > 5
+    assert len(threads) == 3
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_where_no_thread_is_to_be_had_kernels_are_compiled_where_they_are_called(model_and_step, compiled, monkeypatch):
+    model, step = model_and_step
+    expected = step()
+
+    def fails(*_):
+        raise RuntimeError("can't start new thread")
+
+    with bitfuse.accelerate(model) as handle:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fails)
+            assert bitfuse.compare(expected, step()) is None
+        assert bitfuse.compare(expected, step()) is None
+        assert handle.report().fused == handle.report().seen
+
+
+def test_triton_is_made_ready_in_threads_where_there_is_a_gpu(monkeypatch):
+    """Once, and what goes wrong there is no error of anybody's call."""
+    from triton.runtime import cache
+
+    monkeypatch.setattr(rehearsal, "interpreting", lambda: False)
+    called = []
+    monkeypatch.setattr(cache, "triton_key", lambda: called.append(threading.current_thread()) or 1 / 0)
+    rehearsal._started.cache_clear()
+    try:
+        assert rehearsal.start_up(torch.device("cpu")) == ()
+        threads = rehearsal.start_up(torch.device("cuda", 0))
+        assert rehearsal.start_up(torch.device("cuda", 0)) is threads
+        for thread in threads:
+            thread.join(60)
+        assert called == [threads[0]]
+        assert not any(thread.is_alive() for thread in threads)
+    finally:
+        rehearsal._started.cache_clear()
+
+
+def test_accelerate_makes_triton_ready(device, monkeypatch):
+    devices = []
+    monkeypatch.setattr("bitfuse.hosts.part.start_up", devices.append)
+    monkeypatch.setattr(Rehearsal, "MIN_BLOCKS", 1)
+    model, _ = build(device, HOSTS[0])
+    with bitfuse.accelerate(model):
+        assert [found.type for found in devices] == [torch.device(device).type]
 
 
 def test_it_is_of_one_block_once(device, monkeypatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 import warnings
 
 import pytest
@@ -388,6 +390,67 @@ def test_a_rehearsal_that_fails_fails_no_decode(error, compiled, monkeypatch):
         raise error("no memory is left")
 
     monkeypatch.setattr(Operator, "dry", fails)
+    assert bitfuse.compare(expected, decoded(vae)) is None
+    assert_fused(handle)
+
+
+def test_a_call_waits_for_its_own_kernel_alone(compiled, monkeypatch):
+    """A decode goes on while kernels are compiled that it needs later. No thread is left when it ends."""
+    vae, begun = make(), threading.Event()
+    expected = decoded(vae)
+    compile, prove = Plan.compile, proof.prove
+    threads, early = set(), []
+
+    def slow(plan, args):
+        threads.add(threading.current_thread())
+        time.sleep(0.02)
+        if plan.kernel.__name__ == "_unpatchify_kernel":  # the last one
+            assert begun.wait(60)
+        compile(plan, args)
+
+    def proving(operator, tier, signature, *rest):
+        begun.set()
+        if tier is operator.tiers[0] and kernel_of(signature) not in compiled:
+            early.append(operator.name)
+        return prove(operator, tier, signature, *rest)
+
+    monkeypatch.setattr(Plan, "compile", slow)
+    monkeypatch.setattr(proof, "prove", proving)
+    bitfuse.accelerate(vae)
+    assert bitfuse.compare(expected, decoded(vae)) is None
+    assert begun.is_set()
+    assert early == []
+    assert threads
+    assert not any(thread is threading.main_thread() or thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_no_thread_is_left_where_a_decode_ends_early(error, compiled, monkeypatch):
+    vae, threads, count = make(), set(), []
+    monkeypatch.setattr(Plan, "compile", lambda plan, args: (threads.add(threading.current_thread()), time.sleep(0.1)))
+
+    def ended(site, operator, *args):
+        count.append(operator)
+        raise error
+
+    monkeypatch.setattr("bitfuse.hosts.video_decoder.DecoderSite.call", ended)
+    handle = bitfuse.accelerate(vae)
+    with pytest.raises(error) if error is KeyboardInterrupt else contextlib.nullcontext():
+        decoded(vae)
+    assert len(count) == 1
+    assert not any(thread.is_alive() for thread in threads)
+    handle.restore()
+
+
+def test_what_a_thread_cannot_compile_is_no_error_of_the_decode(compiled, monkeypatch):
+    vae = make()
+    expected = decoded(vae)
+    handle = bitfuse.accelerate(vae)
+
+    def fails(plan, args):
+        raise OSError("no space is left on the device")
+
+    monkeypatch.setattr(Plan, "compile", fails)
     assert bitfuse.compare(expected, decoded(vae)) is None
     assert_fused(handle)
 

@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from bitfuse.core.originals import rerouted
 from bitfuse.core.volumes import laid
 from bitfuse.hosts.ltx2 import why_gradient
 from bitfuse.hosts.part import Model, Part, compiled_sentence
-from bitfuse.hosts.rehearsal import Rehearsal
+from bitfuse.hosts.rehearsal import Rehearsal, start_up
 from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import Entry, calls_of, of_operators
 from bitfuse.ops.convolution import CONVOLUTION
@@ -104,8 +105,13 @@ class Pending:
     residual: Tensor | None = None
 
     def taken(self) -> tuple[Any, ...]:
-        """(y, residual, bias, noise, noise_scale), which are not held here any more: their memory is used again."""
-        found = self.y, self.residual, self.bias, self.noise, self.noise_scale
+        """(y, residual, bias, noise, noise_scale), which are not held here any more: their memory is used again.
+
+        Where there is no bias it is -0.0, which alters no number in any bit. So a width has one kernel for its first
+        norm, after an upsampler, and for those after convolutions: one to compile and to prove in place of two.
+        """
+        bias = self.y.new_full((self.y.shape[1],), -0.0) if self.bias is None else self.bias
+        found = self.y, self.residual, bias, self.noise, self.noise_scale
         del self.y, self.residual
         return found
 
@@ -122,7 +128,8 @@ class DecoderSite(Site):
     """A site of a decoder.
 
     here    what its sites share, for each thread: `falls`, in a decode, lists (reason, `Route.lasts`) of each call in
-            it of an operator that ran PyTorch's chain; `dry`, in a decode without values, stands in for the calls
+            it of an operator that ran PyTorch's chain; `dry`, in a decode without values, is the `Rehearsal` that is
+            called in their place, and `ahead`, in a first decode, the one whose kernels are being compiled
     """
 
     here: Any = None
@@ -272,6 +279,7 @@ class VideoDecoder(Part):
         }
         shared.handle.sites += sites.values()
         shared.handle.put(decoder, cls(decoder, shared, sites))
+        start_up(next(decoder.parameters()).device)
 
     # -- when the host's own forward must run --
 
@@ -438,19 +446,23 @@ class VideoDecoder(Part):
             refusal.patience.failed(proof.Verdict(False, because, seconds=seconds, final=False))
         proof.remember(self.refused, shape, refusal, _SHAPES_KEPT)
 
-    def _rehearse(self, decoder: Any, volume: Tensor, causal: bool) -> None:
-        """Compile the kernels for a volume of this shape side by side, found in a decode without values.
-
-        One after the other 19 kernels took 11 s (121 frames of 1536x1024, H200, 2026-11-29). None of the decoder's
-        modules is called, nothing is launched but a copy of the first volume, and it holds what a fused decode does.
-        """
+    def _kernels(self, decoder: Any, volume: Tensor, causal: bool) -> AbstractContextManager[object]:
+        """Inside, the first decode of this shape, its kernels are compiled in threads while it goes on."""
+        if getattr(self._here, "dry", None) is not None:
+            return nullcontext()
         if volume.shape in self._rehearsed or self.conditioned(decoder) or self.draws(decoder):
-            return
+            return nullcontext()
         proof.remember(self._rehearsed, volume.shape, True, _SHAPES_KEPT)
         rehearsal = Rehearsal(decoder, ())
         if next(around(), None) is not None or not rehearsal.compiles():
-            return
-        self._here.dry = rehearsal.dry
+            return nullcontext()
+        self._rehearse(rehearsal, decoder, volume, causal)
+        return self._ahead(rehearsal)
+
+    def _rehearse(self, rehearsal: Rehearsal, decoder: Any, volume: Tensor, causal: bool) -> None:
+        """Find the kernels in a decode without values. None of the decoder's modules is called, nothing is launched but
+        a copy of the first volume, and it holds what a fused decode does."""
+        self._here.dry = rehearsal
         try:
             self.after_first(decoder, volume, None, causal)
         except torch.AcceleratorError:
@@ -459,7 +471,16 @@ class VideoDecoder(Part):
             _log.debug("the kernels of a decoder could not be found beforehand", exc_info=True)
         finally:
             self._here.dry = None
-        rehearsal.compile()
+
+    @contextmanager
+    def _ahead(self, rehearsal: Rehearsal) -> Iterator[None]:
+        try:
+            rehearsal.begin()
+            self._here.ahead = rehearsal
+            yield
+        finally:
+            self._here.ahead = None
+            rehearsal.end()
 
     def after_first(
         self, decoder: Any, volume: Tensor, timestep: Any, causal: bool, generator: torch.Generator | None = None
@@ -471,23 +492,22 @@ class VideoDecoder(Part):
         """
         if (reason := _why_laid_otherwise(volume)) is not None:
             raise LaidOtherwise(reason)
-        if getattr(self._here, "dry", None) is None:
-            self._rehearse(decoder, volume, causal)
-        pending = Pending(laid(volume))
-        del volume
-        for stage in self.stages(decoder):
-            of_block = self.values_of_block(stage.module, timestep, pending.y)
-            for name, module in stage.steps:
-                if type(module) is self.names.resnet:
-                    pending = self._resnet(name, module, pending, of_block, causal, generator)
-                else:
-                    pending = self._upsampler(name, module, pending, causal)
-        norm_out = self.names.norm_out
-        values = self.last_values(decoder, timestep, pending.y)
-        _, padded = self._norm(norm_out, getattr(decoder, norm_out), pending, decoder.conv_out, causal, values)
-        last = self._convolve("conv_out", padded, decoder.conv_out)
-        del padded
-        return self._call("unpatchify", UNPATCHIFY, last.y, last.bias, *self.patches(decoder))
+        with self._kernels(decoder, volume, causal):
+            pending = Pending(laid(volume))
+            del volume
+            for stage in self.stages(decoder):
+                of_block = self.values_of_block(stage.module, timestep, pending.y)
+                for name, module in stage.steps:
+                    if type(module) is self.names.resnet:
+                        pending = self._resnet(name, module, pending, of_block, causal, generator)
+                    else:
+                        pending = self._upsampler(name, module, pending, causal)
+            norm_out = self.names.norm_out
+            values = self.last_values(decoder, timestep, pending.y)
+            _, padded = self._norm(norm_out, getattr(decoder, norm_out), pending, decoder.conv_out, causal, values)
+            last = self._convolve("conv_out", padded, decoder.conv_out)
+            del padded
+            return self._call("unpatchify", UNPATCHIFY, last.y, last.bias, *self.patches(decoder))
 
     def _resnet(
         self, name: str, resnet: Any, pending: Pending, of_block: Any, causal: bool, generator: torch.Generator | None
@@ -533,8 +553,11 @@ class VideoDecoder(Part):
         return Pending(y, *bias)
 
     def _call(self, name: str, operator: Any, *args: Any) -> Any:
-        dry = getattr(self._here, "dry", None)
-        return self.named_sites[name].call(operator, *args) if dry is None else dry(operator, args)
+        if (rehearsal := getattr(self._here, "dry", None)) is not None:
+            return rehearsal.dry(operator, args)
+        if (rehearsal := getattr(self._here, "ahead", None)) is not None:
+            rehearsal.wait(operator, args)
+        return self.named_sites[name].call(operator, *args)
 
 
 def _form(value: Any) -> Any:
