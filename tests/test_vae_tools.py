@@ -336,7 +336,7 @@ def compiled(monkeypatch, fresh_routes):
 
 def kernel_of(signature):
     """Which compiled kernel a signature is of: its source and constants, dtypes, alignment, and classes of numbers."""
-    kernel, _, _, pointers, extras, _, scalars = signature
+    kernel, _, _, pointers, extras, _, scalars, _ = signature
     return kernel, tuple(None if p is None else p[:2] for p in pointers), extras, scalars
 
 

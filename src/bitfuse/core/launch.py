@@ -57,6 +57,7 @@ class Plan:
                wrong order of additions that the rounded outputs hide. A call drops them
     by_shape   PyTorch's order of additions depends on more of the shape than the signature holds: the first call of
                every layout is compared, with its witnesses, before that layout is fused
+    apart      numbers that the kernel gets as scalars, and that have a proof each although they share it: of channels
     """
 
     kernel: Kernel
@@ -71,6 +72,7 @@ class Plan:
     by_shape: bool = False
     options: dict[str, Any] = field(default_factory=lambda: dict(EXACT))
     slots: tuple[str | None, ...] = ()
+    apart: tuple[int, ...] = ()
 
     def signature(self, args: tuple[Any, ...]) -> tuple:
         """Everything that the bits and the outputs' form may depend on. One proof serves all calls that have it.
@@ -93,7 +95,7 @@ class Plan:
         )
         constants = tuple((name, str(value)) for name, value in self.constants.items())
         kernel = (self.kernel.fn.__qualname__, constants, self.num_warps, tuple(self.options.items()), self.slots)
-        return (kernel, args[0].device, rerouted(args[0].is_cuda), pointers, self.extras, outs, scalars)
+        return (kernel, args[0].device, rerouted(args[0].is_cuda), pointers, self.extras, outs, scalars, self.apart)
 
     def pointers(self, args: tuple[Any, ...]) -> list[Tensor | None]:
         """The call's tensors, with None for each optional one that it passes as None or leaves out at the end."""
@@ -117,11 +119,12 @@ class Plan:
         return tuple(out.empty(device) for out in (*self.witnesses, *self.outputs))
 
     def on_few_bytes(self) -> Plan:
-        """The same, to be compiled and not to be launched: with outputs of one element. See `few_bytes`."""
+        """The same, to be compiled and not to be launched: with outputs of one element. See `few_bytes`. All that share
+        a kernel have one signature."""
         outputs, witnesses = (
             tuple(out._replace(shape=(1,), strides=(1,)) for out in outs) for outs in (self.outputs, self.witnesses)
         )
-        return replace(self, outputs=outputs, witnesses=witnesses)
+        return replace(self, outputs=outputs, witnesses=witnesses, apart=())
 
     def compile(self, args: tuple[Any, ...]) -> None:
         """Compile the kernel and load it onto the arguments' device, in any thread: `bind` then finds it."""
