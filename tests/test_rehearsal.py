@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 import bitfuse
 from bitfuse import OPERATORS
-from bitfuse.core import proof
+from bitfuse.core import launch, proof
 from bitfuse.core.launch import Plan
 from bitfuse.hosts import rehearsal, report
 from bitfuse.hosts.rehearsal import Rehearsal
@@ -33,6 +34,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(Rehearsal, "MIN_BLOCKS", 1)
     monkeypatch.setattr(Rehearsal, "compiles", lambda self: True)
     monkeypatch.setattr(Plan, "compile", lambda plan, args: found.append(plan.signature(args)))
+    monkeypatch.setattr(Plan, "load", lambda plan, args: None)
     return found
 
 
@@ -79,11 +81,11 @@ def test_kernels_are_compiled_in_threads_that_end_with_the_call(model_and_step, 
         threads.add(threading.current_thread())
 
     monkeypatch.setattr(Plan, "compile", noted)
-    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr(Rehearsal, "THREADS", 2)
     with bitfuse.accelerate(model):
         step()
     assert len(compiled) > 5
-    assert len(threads) == 3
+    assert len(threads) == 2
     assert not any(thread.is_alive() for thread in threads)
 
 
@@ -100,6 +102,48 @@ def test_where_no_thread_is_to_be_had_kernels_are_compiled_where_they_are_called
             assert bitfuse.compare(expected, step()) is None
         assert bitfuse.compare(expected, step()) is None
         assert handle.report().fused == handle.report().seen
+
+
+def test_they_are_loaded_by_one_thread_in_the_order_of_their_calls(model_and_step, compiled, monkeypatch):
+    """Triton 3.6 takes one kernel's launcher for another's where two threads load them at once."""
+    model, step = model_and_step
+    noted, loaded, threads, take = [], [], set(), Rehearsal._take
+
+    def load(plan, args):
+        threads.add(threading.current_thread())
+        loaded.append(plan.compiled_key(args))
+
+    def noting(self, plan, args):
+        noted.append(plan.compiled_key(args))
+        take(self, plan, args)
+
+    monkeypatch.setattr(Plan, "load", load)
+    monkeypatch.setattr(Rehearsal, "_take", noting)
+    with bitfuse.accelerate(model):
+        step()
+    assert loaded == list(dict.fromkeys(noted))
+    assert len(threads) == 1
+    assert launch.under_way == {}
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda operator: operator.name)
+def test_a_launch_waits_for_its_own_kernel(operator, device):
+    """It is told by what Triton looks at, of whatever size the tensors are."""
+    args = operator.cases[0].arguments(device, tokens=24)
+    plan = next(plan for tier in operator.tiers if isinstance(plan := tier.plan(*args), Plan))
+    few = tuple(launch.few_bytes(a) if isinstance(a, torch.Tensor) else a for a in args)
+    key, ended, other = plan.on_few_bytes().compiled_key(few), Future(), Future()
+    launch.under_way.update({key: ended, (0, *key[1:]): other})
+    thread = threading.Thread(target=lambda: plan.bind(args, plan.empty(args[0].device)))
+    try:
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive()
+        ended.set_exception(OSError("no space is left on the device"))
+        thread.join(60)
+        assert not thread.is_alive()
+    finally:
+        launch.under_way.clear()
 
 
 def test_triton_is_made_ready_in_threads_where_there_is_a_gpu(monkeypatch):

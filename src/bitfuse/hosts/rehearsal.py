@@ -12,12 +12,13 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
+from bitfuse.core import launch
 from bitfuse.core.conditions import around
 from bitfuse.core.kernel import interpreting
 from bitfuse.core.launch import Plan
@@ -70,14 +71,12 @@ class Rehearsal:
     """
 
     MIN_BLOCKS = 8
+    THREADS = 16
 
     def __init__(self, block: Any, sites: Iterable[Site]):
         self._block, self._sites = weakref.ref(block), tuple(sites)
         self._seen: set[Any] = set()
         self._launches: dict[Any, tuple[Plan, tuple[Any, ...]]] = {}
-        self._needed: dict[Any, Any] = {}  # by layout, which of the launches
-        self._compiling: dict[Any, Future[None]] = {}  # by the same keys as the launches
-        self._pool: ThreadPoolExecutor | None = None
         self.under_way = threading.Lock()
 
     def route(self, operator: Operator, args: tuple[Any, ...]) -> Route:
@@ -93,16 +92,10 @@ class Rehearsal:
 
         For a forward of which the forms alone matter. ValueError where the call would not be fused.
         """
+        return operator.dry(self._take, *args)
 
-        def take(plan: Plan, few: tuple[Any, ...]) -> None:
-            self._needed[operator.name, _layout(args)] = self._take(plan, few)
-
-        return operator.dry(take, *args)
-
-    def _take(self, plan: Plan, args: tuple[Any, ...]) -> Any:
-        key = id(plan.kernel), plan.signature(args)
-        self._launches.setdefault(key, (plan, args))
-        return key
+    def _take(self, plan: Plan, args: tuple[Any, ...]) -> None:
+        self._launches.setdefault(plan.compiled_key(args), (plan, args))
 
     def __call__(self, forward: Callable[[], Any]) -> Any:
         if not self._unnoticed():
@@ -113,34 +106,39 @@ class Rehearsal:
             result = forward()
         for site in self._sites:
             site.rehearsal = None
-        try:
-            self.begin()
-            concurrent.futures.wait(self._compiling.values())
-        finally:
-            self.end()
+        with self.compiling() as kernels:
+            concurrent.futures.wait(kernels)
         return result
 
-    def begin(self) -> None:
-        """Compile what was noted, in threads. `wait` for what is needed, and `end` in any case."""
-        if not self._launches:
-            return
-        device = next(iter(self._launches.values()))[1][0].device
-        starting = start_up(device)
-        with contextlib.suppress(Exception):  # such as that no more threads are to be had
-            self._pool = ThreadPoolExecutor(min(len(self._launches), os.cpu_count() or 1), "bitfuse compile")
-            for key, (plan, args) in self._launches.items():
-                _ = plan.kernel.compiled  # made here: two threads would make one each
-                self._compiling[key] = self._pool.submit(_compile, plan, args, starting)
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[list[Future[None]]]:
+        """Inside, what was noted is compiled and loaded in threads, of which none is left behind. Whoever needs one of
+        these kernels waits for it (`launch.under_way`). Given is when each is there.
 
-    def wait(self, operator: Any, args: tuple[Any, ...]) -> None:
-        """Until the kernel that this call of the operator needs is compiled, if it is one of those of `dry`."""
-        if (found := self._compiling.get(self._needed.get((operator.name, _layout(args))))) is not None:
-            found.exception()  # what it raised shows again where the kernel is proved
+        The longest are begun first, and one thread loads, in the order in which kernels were noted.
+        """
+        compiling = ThreadPoolExecutor(min(self.THREADS, os.cpu_count() or 1), "bitfuse compile")
+        loading = ThreadPoolExecutor(1, "bitfuse load")
+        found: dict[Any, Future[None]] = {}
+        try:
+            with contextlib.suppress(Exception):  # such as that no more threads are to be had
+                found |= self._submit(compiling, loading)
+                launch.under_way.update(found)
+            yield list(found.values())
+        finally:
+            for key, future in found.items():
+                if launch.under_way.get(key) is future:
+                    launch.under_way.pop(key, None)
+            compiling.shutdown(wait=False, cancel_futures=True)
+            loading.shutdown(cancel_futures=True)
+            compiling.shutdown()
 
-    def end(self) -> None:
-        """Until no thread is left. What was not begun is left out."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def _submit(self, compiling: ThreadPoolExecutor, loading: ThreadPoolExecutor) -> dict[Any, Future[None]]:
+        begun: dict[Any, Future[None]] = {}
+        for key, (plan, args) in sorted(self._launches.items(), key=lambda item: -item[1][0].effort):
+            _ = plan.kernel.compiled  # made here: two threads would make one each
+            begun[key] = compiling.submit(_compile, plan, args)
+        return {key: loading.submit(_load, plan, args, begun[key]) for key, (plan, args) in self._launches.items()}
 
     def _unnoticed(self) -> bool:
         if any(site.strict for site in self._sites) or next(around(), None) is not None:
@@ -154,8 +152,14 @@ class Rehearsal:
         return on_a_gpu and not torch.cuda.is_current_stream_capturing()
 
 
-def _compile(plan: Plan, args: tuple[Any, ...], starting: tuple[threading.Thread, ...]) -> None:
-    for thread in starting:
+def _compile(plan: Plan, args: tuple[Any, ...]) -> None:
+    for thread in start_up(args[0].device):
         with contextlib.suppress(RuntimeError):  # it was not to be had
             thread.join()
     plan.compile(args)
+
+
+def _load(plan: Plan, args: tuple[Any, ...], compiled: Future[None]) -> None:
+    concurrent.futures.wait([compiled])
+    if not compiled.cancelled() and compiled.exception() is None:
+        plan.load(args)

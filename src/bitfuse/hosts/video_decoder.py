@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,8 +128,7 @@ class DecoderSite(Site):
     """A site of a decoder.
 
     here    what its sites share, for each thread: `falls`, in a decode, lists (reason, `Route.lasts`) of each call in
-            it of an operator that ran PyTorch's chain; `dry`, in a decode without values, is the `Rehearsal` that is
-            called in their place, and `ahead`, in a first decode, the one whose kernels are being compiled
+            it of an operator that ran PyTorch's chain; `dry`, in a decode without values, stands in for the calls
     """
 
     here: Any = None
@@ -457,12 +456,12 @@ class VideoDecoder(Part):
         if next(around(), None) is not None or not rehearsal.compiles():
             return nullcontext()
         self._rehearse(rehearsal, decoder, volume, causal)
-        return self._ahead(rehearsal)
+        return rehearsal.compiling()
 
     def _rehearse(self, rehearsal: Rehearsal, decoder: Any, volume: Tensor, causal: bool) -> None:
         """Find the kernels in a decode without values. None of the decoder's modules is called, nothing is launched but
         a copy of the first volume, and it holds what a fused decode does."""
-        self._here.dry = rehearsal
+        self._here.dry = rehearsal.dry
         try:
             self.after_first(decoder, volume, None, causal)
         except torch.AcceleratorError:
@@ -471,16 +470,6 @@ class VideoDecoder(Part):
             _log.debug("the kernels of a decoder could not be found beforehand", exc_info=True)
         finally:
             self._here.dry = None
-
-    @contextmanager
-    def _ahead(self, rehearsal: Rehearsal) -> Iterator[None]:
-        try:
-            rehearsal.begin()
-            self._here.ahead = rehearsal
-            yield
-        finally:
-            self._here.ahead = None
-            rehearsal.end()
 
     def after_first(
         self, decoder: Any, volume: Tensor, timestep: Any, causal: bool, generator: torch.Generator | None = None
@@ -553,11 +542,8 @@ class VideoDecoder(Part):
         return Pending(y, *bias)
 
     def _call(self, name: str, operator: Any, *args: Any) -> Any:
-        if (rehearsal := getattr(self._here, "dry", None)) is not None:
-            return rehearsal.dry(operator, args)
-        if (rehearsal := getattr(self._here, "ahead", None)) is not None:
-            rehearsal.wait(operator, args)
-        return self.named_sites[name].call(operator, *args)
+        dry = getattr(self._here, "dry", None)
+        return self.named_sites[name].call(operator, *args) if dry is None else dry(operator, args)
 
 
 def _form(value: Any) -> Any:
