@@ -18,6 +18,7 @@ import bisect
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import statistics
@@ -100,7 +101,7 @@ class Sections:
 
 def watch(sections: Sections) -> dict[str, list[dict[str, Any]]]:
     """Wrap what a first decode calls. The lists that are returned fill while it runs."""
-    from bitfuse.core import launch, proof
+    from bitfuse.core import inputs, launch, proof
     from bitfuse.core.operator import Operator
     from bitfuse.hosts.rehearsal import Rehearsal
     from bitfuse.hosts.video_decoder import VideoDecoder
@@ -109,11 +110,13 @@ def watch(sections: Sections) -> dict[str, list[dict[str, Any]]]:
     began = time.perf_counter()
     prepared: list[dict[str, Any]] = []
     sections.wrap(VideoDecoder, "_rehearse", "a decode without values")
-    sections.wrap(Rehearsal, "begin", "kernels handed to threads")
-    sections.wrap(Rehearsal, "wait", "kernels waited for")
-    sections.wrap(Rehearsal, "end", "threads ended")
-    sections.wrap(proof, "run_battery", "batteries")
-    sections.wrap(launch.Plan, "bind", "launches bound")
+    sections.wrap(Rehearsal, "_submit", "kernels handed to threads")
+    sections.wrap(launch.Plan, "_compiled", "kernels waited for and bound")
+    sections.wrap(proof, "run_battery", "batteries: the rest")
+    for name in ("kept", "guarded", "changed", "trespass"):
+        sections.wrap(inputs, name, "batteries: memory around")
+    sections.wrap(proof, "compare", "batteries: compared")
+    watch_trials(sections)
     sections.wrap(proof, "compare_live", "live comparisons")
     sections.wrap(proof, "compare_forms", "forms compared")
     sections.wrap(Operator, "_runner", "launches prepared")
@@ -141,6 +144,29 @@ def watch(sections: Sections) -> dict[str, list[dict[str, Any]]]:
 
     proof.prove = proving  # type: ignore[assignment]
     return {"prepared": prepared, "kernels": [], "modules": [], "proved": proved}
+
+
+def watch_trials(sections: Sections) -> None:
+    """What a battery draws, plans and computes by the reference; the first one's by itself, which loads much."""
+    from bitfuse.core.operator import Operator
+
+    trial, numbers = Operator._trial, itertools.count()
+
+    def watched(operator: Any, tier: Any, args: Any) -> Any:
+        which = "batteries" if next(numbers) else "first battery"
+        chain, plan_of, families = trial(operator, tier, args)
+
+        def timed(function: Any, what: str) -> Any:
+            def call(*given: Any) -> Any:
+                with sections.section(f"{which}: {what}"):
+                    return function(*given)
+
+            return call
+
+        draw = timed(lambda: next(families, None), "drawn")
+        return timed(chain, "reference"), timed(plan_of, "planned"), iter(draw, None)
+
+    Operator._trial = watched  # type: ignore[method-assign]
 
 
 def watch_triton(found: dict[str, list[dict[str, Any]]]) -> None:
@@ -231,6 +257,7 @@ def child(way: str, tiny: bool, size: str) -> None:
     """Import, make the weights, wait for a line, decode. Prints what was found, as JSON."""
     import bitfuse
     import bitfuse.hosts.diffusers_vae  # stock's processes import the same
+    from bitfuse.hosts.rehearsal import Rehearsal
 
     ours, *how = way.split(", ")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -243,8 +270,11 @@ def child(way: str, tiny: bool, size: str) -> None:
     print("ready", flush=True)
     if not sys.stdin.readline():
         return  # whoever started this has ended
-    if "4 cores" in how:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:4])
+    for number, what in (one.split() for one in how if one[0].isdigit()):
+        if what == "cores":
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(number)])
+        else:
+            Rehearsal.THREADS = int(number)
     facts: dict[str, Any] = {"triton_imported": "triton" in sys.modules}
     sections, found, profile = None, {}, contextlib.nullcontext()
     if "profiled" in how and device.type == "cuda":
@@ -335,11 +365,12 @@ class Process:
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
-def ways(runs: int, profile: bool) -> list[str]:
+def ways(asked: argparse.Namespace) -> list[str]:
     """In the order in which they run. The first with an empty cache fills that which the warm ones have."""
-    found = ["stock", "empty cache", "warm cache"] * runs
+    found = ["stock", "empty cache", "warm cache"] * asked.runs
+    found += [f"empty cache, {number} threads" for number in asked.threads]
     found += ["empty cache, by sections", "warm cache, by sections", "empty cache, 4 cores"]
-    return found + (["warm cache, profiled"] if profile else [])
+    return found + (["warm cache, profiled"] if asked.profile else [])
 
 
 def main() -> int:
@@ -348,6 +379,7 @@ def main() -> int:
     parser.add_argument("--size", default="768x512x121", help="width, height and frames of the video")
     parser.add_argument("--runs", type=int, default=3, help="of each of the three ways")
     parser.add_argument("--tiny", action="store_true", help="a decoder for a CPU, to try this script")
+    parser.add_argument("--threads", type=int, nargs="*", default=[], help="more processes, of so many threads")
     parser.add_argument("--profile", action="store_true", help="one process more, under PyTorch's profiler")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -365,7 +397,7 @@ def main() -> int:
     waiting: list[Process] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for number, way in enumerate(ways(asked.runs, asked.profile)):
+            for number, way in enumerate(ways(asked)):
                 cache = Path(folder) / ("warm" if way.startswith("warm") or number == 1 else str(number))
                 waiting.append(Process(way, asked, cache, Path(folder) / f"{number}.txt"))
             for process in waiting:
