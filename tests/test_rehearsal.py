@@ -6,6 +6,9 @@ In the interpreter there is nothing to compile, so these tests say that there is
 from __future__ import annotations
 
 import collections
+import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -144,6 +147,62 @@ def test_a_launch_waits_for_its_own_kernel(operator, device):
         assert not thread.is_alive()
     finally:
         launch.under_way.clear()
+
+
+FOR_NO_GPU = """
+import threading, time
+from types import SimpleNamespace
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from bitfuse import OPERATORS
+from bitfuse.core import launch
+from bitfuse.hosts.rehearsal import Rehearsal
+
+loading, loaded, compiled = [], [], []
+
+class Launcher:
+    def __init__(self, src, metadata):
+        loading.append(src)
+        time.sleep(0.05)
+        assert loading.pop() is src, "two at once"
+        loaded.append((src.name, threading.current_thread().name))
+
+class Driver:
+    launcher_cls = Launcher
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (1, 2, 3, 4, 1024), get_device_properties=lambda _: {"max_shared_mem": 1 << 17}
+    )
+    get_current_device = get_current_stream = lambda *_: 0
+    get_current_target = lambda _: GPUTarget("cuda", 90, 32)
+
+driver.set_active(Driver())
+knobs.compilation.listener = lambda *, src, **_: compiled.append(src.name)
+rehearsal, calls = Rehearsal(torch.nn.Identity(), ()), []
+for name in ("residual_pad", "upsample", "unpatchify", "head_gate"):
+    for case in OPERATORS[name].cases[:2]:
+        args = case.arguments("cpu", tokens=24)
+        plan = OPERATORS[name].plan(*args)
+        few = tuple(launch.few_bytes(a) if isinstance(a, torch.Tensor) else a for a in args)
+        rehearsal._take(plan.on_few_bytes(), few)
+        calls.append((plan, args))
+noted = len(rehearsal._launches)
+with rehearsal.compiling():
+    for plan, args in calls:
+        plan.bind(args, plan.empty(args[0].device))
+assert len(compiled) == len(loaded) == noted < len(calls), (compiled, loaded, noted)
+assert {thread for _, thread in loaded} == {"bitfuse load_0"}, loaded
+assert threading.active_count() == 1
+"""
+
+
+def test_triton_compiles_and_loads_each_kernel_once(triton_cache):
+    """By its own code for a GPU that is not here: what is bound is what a thread has compiled, from a few bytes."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {**inherited, "TRITON_CACHE_DIR": str(triton_cache)}
+    done = subprocess.run([sys.executable, "-c", FOR_NO_GPU], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_triton_is_made_ready_in_threads_where_there_is_a_gpu(monkeypatch):
