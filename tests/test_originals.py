@@ -6,12 +6,9 @@ import functools
 import hashlib
 import importlib.util
 import inspect
-import marshal
-import py_compile
 import sys
 import textwrap
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +17,6 @@ import torch.nn.functional as F
 import bitfuse
 from bitfuse import OPERATORS, compare
 from bitfuse.core.originals import Originals, called_by
-from bitfuse.hosts import code
 from bitfuse.hosts.code import is_own, source_of
 from common import small
 
@@ -234,28 +230,3 @@ def test_a_file_that_was_edited_since_gives_no_source(module):
         source_of(module.twice) == "def twice(x, by=2.0):\n" + MODULE.split("by=2.0):\n")[1].split("\n\n\n")[0] + "\n"
     )
     assert source_of(module.Norm.forward) is None
-
-
-@pytest.mark.parametrize("kept", ["as Python left it", "of the file before", "cut off", "of no code", "missing"])
-def test_what_python_keeps_of_a_file_is_read_where_it_is_of_the_file_as_it_is(kept, tmp_path, monkeypatch):
-    path = tmp_path / "kept.py"
-    path.write_text(MODULE)
-    cache = Path(py_compile.compile(str(path)))
-    if kept == "of the file before":
-        path.write_text("# a line more\n" + MODULE.replace("y + 1", "y + 2"))
-    elif kept == "cut off":
-        cache.write_bytes(cache.read_bytes()[:100])
-    elif kept == "of no code":
-        cache.write_bytes(cache.read_bytes()[:16] + marshal.dumps("no code"))
-    elif kept == "missing":
-        cache.unlink()
-    compiled = []
-    monkeypatch.setattr(
-        code, "compile", lambda *args, **more: compiled.append(1) or compile(*args, **more), raising=False
-    )
-    found = dict(code._in_file(str(path)))
-    assert (compiled == []) == (kept == "as Python left it")
-    assert set(found) == {"twice", "Norm", "Norm.width", "Norm.forward", "Norm.forward.<locals>.inner"} | (
-        {"twice.<locals>.<listcomp>"} if "twice.<locals>.<listcomp>" in found else set()
-    )
-    assert (2 in found["Norm.forward.<locals>.inner"].co_consts) == (kept == "of the file before")

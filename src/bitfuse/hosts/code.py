@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import inspect
 import linecache
-import marshal
-import struct
 import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 
@@ -100,24 +96,10 @@ def _in_file(file: str) -> tuple[tuple[str, types.CodeType], ...]:
 @functools.lru_cache(64)
 def _compiled(file: str, text: str) -> tuple[tuple[str, types.CodeType], ...]:
     try:
-        whole = _kept_by_python(file) or compile(text, file, "exec", dont_inherit=True)
+        whole = compile(text, file, "exec", dont_inherit=True)
     except (SyntaxError, ValueError):
         return ()
     return tuple(_functions(whole, ""))
-
-
-def _kept_by_python(file: str) -> types.CodeType | None:
-    """What Python compiled this file to at an earlier import, where it would take that for the file as it is now.
-
-    To compile PyTorch's and diffusers' files anew takes most of the time of `accelerate`: 0.11 of 0.14 s for a decoder.
-    """
-    try:
-        kept, now = Path(importlib.util.cache_from_source(file)).read_bytes(), Path(file).stat()
-        stamp = struct.pack("<III", 0, int(now.st_mtime) & 0xFFFFFFFF, now.st_size & 0xFFFFFFFF)  # 0: a time, no hash
-        whole = marshal.loads(kept[16:]) if kept[:16] == importlib.util.MAGIC_NUMBER + stamp else None
-    except (OSError, ValueError, EOFError, TypeError, NotImplementedError):  # there is none, or it is cut off
-        return None
-    return whole if isinstance(whole, types.CodeType) else None
 
 
 def _functions(code: types.CodeType, within: str) -> Iterator[tuple[str, types.CodeType]]:
