@@ -419,6 +419,13 @@ def test_a_decode_goes_on_while_kernels_are_compiled_that_it_needs_later(compile
     assert launch.under_way == {}
 
 
+def test_triton_is_made_ready_when_a_decoder_is_taken_over(monkeypatch):
+    devices = []
+    monkeypatch.setattr("bitfuse.hosts.video_decoder.start_up", devices.append)
+    with bitfuse.accelerate(make()):
+        assert [device.type for device in devices] == ["cpu"]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 def test_no_thread_is_left_where_a_decode_ends_early(error, compiled, monkeypatch):
     vae, threads, count = make(), set(), []

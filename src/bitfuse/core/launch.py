@@ -138,12 +138,12 @@ class Plan:
     def compile(self, args: tuple[Any, ...]) -> None:
         """Compile the kernel, in any thread: `load` and `bind` then find it."""
         with on_device(args[0]):
-            self._warm(self._few(args))
+            self._in_triton(self._few(args))
 
     def load(self, args: tuple[Any, ...]) -> None:
-        """Compile the kernel and load it onto the arguments' device, in any thread: `bind` then finds it."""
+        """Load it onto the arguments' device, in any thread: `bind` then finds it there."""
         with on_device(args[0]):
-            self._loaded(self._warm(self._few(args)))
+            _runner(self._in_triton(self._few(args)), self.grid)
 
     def compiled_key(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """What selects the compiled kernel, and no more: the part of a signature that Triton looks at."""
@@ -189,17 +189,13 @@ class Plan:
             return lambda *pointers: interpreted(*pointers, *tail)
         # The compiled kernel's own runner skips the JIT's argument inspection, and addresses skip its inspection
         # of tensors: the route's key already fixes all that they would look at.
-        runner = self._loaded(self._warm(pointers))
+        runner = _runner(self._in_triton(pointers), self.grid)
         return lambda *pointers: runner(*[None if t is None else t.data_ptr() for t in pointers], *tail)
 
-    def _warm(self, pointers: tuple[Tensor | None, ...]) -> Any:
+    def _in_triton(self, pointers: tuple[Tensor | None, ...]) -> Any:
         return self.kernel.compiled.warmup(
             *pointers, *self.scalars, grid=self.grid, **self.constants, num_warps=self.num_warps, **self.options
         )
-
-    def _loaded(self, compiled: Any) -> Callable[..., Any]:
-        with _loading:
-            return compiled[self.grid]
 
 
 under_way: dict[tuple[Any, ...], concurrent.futures.Future[Any]] = {}
@@ -209,6 +205,11 @@ under_way: dict[tuple[Any, ...], concurrent.futures.Future[Any]] = {}
 # two threads that load two of them one module object, which then has the functions of the one that came last: a kernel
 # was launched with the arguments of another ("function takes exactly 50 arguments (32 given)", H200, 2026-11-29).
 _loading = threading.Lock()
+
+
+def _runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., Any]:
+    with _loading:
+        return compiled[grid]
 
 
 def _specialisation(value: int | float, annotation: str | None, by_width_alone: bool) -> str:

@@ -71,7 +71,9 @@ class Rehearsal:
     """
 
     MIN_BLOCKS = 8
-    THREADS = 16
+    # Triton's own Python takes turns: what takes a kernel 0.1 s of it took each of 15 in as many threads 1.4 s, and the
+    # first was there when all were (H200, 16 cores, 2026-11-29).
+    THREADS = 6
 
     def __init__(self, block: Any, sites: Iterable[Site]):
         self._block, self._sites = weakref.ref(block), tuple(sites)
