@@ -201,7 +201,7 @@ class Plan:
 under_way: dict[tuple[Any, ...], concurrent.futures.Future[Any]] = {}
 """By `Plan.compiled_key`: kernels that threads compile and load just now, for which others wait."""
 
-# Triton 3.6 loads what a kernel is launched by as a Python module, and all of those have one name. CPython 3.12 gives
+# Triton 3.6 loads what a kernel is launched by as a Python module, and all of those have one name. CPython gives
 # two threads that load two of them one module object, which then has the functions of the one that came last: a kernel
 # was launched with the arguments of another ("function takes exactly 50 arguments (32 given)", H200, 2026-11-29).
 _loading = threading.Lock()
