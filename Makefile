@@ -10,7 +10,10 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # down, for seconds each (torch and its dynamo: 11 s of 15)
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all test-gpu lint readme clean
+# What the site has: pages, and the files that they link to
+PAGES := *.md LICENSE docs comfyui/README.md comfyui/LICENSE comfyui/graph.svg benchmarks/*.json benchmarks/results
+
+.PHONY: demo test test-all test-gpu lint readme docs clean
 
 demo: $(READY)
 	$(VENV)/bin/bitfuse demo
@@ -30,7 +33,15 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 readme: $(READY)
+	$(VENV)/bin/python benchmarks/roundings.py
 	$(VENV)/bin/python benchmarks/tables.py
+	$(VENV)/bin/python benchmarks/page.py
+
+# The variable keeps the theme from saying at every build that it will be succeeded
+docs: $(READY)
+	rm -rf out/pages && mkdir -p out/pages
+	tar -cf - $(PAGES) | tar -xf - -C out/pages
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 # torch goes in first and pinned: asked for by another package, it would be the newest build, gigabytes of CUDA
 # libraries included. Of ltx-core and SGLang only the tests make use, of their transformers alone, so nothing else that

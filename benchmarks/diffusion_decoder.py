@@ -3,7 +3,7 @@
     python benchmarks/diffusion_decoder.py --out out/diffusion-decoder.json             # some two minutes on an H200
     python benchmarks/diffusion_decoder.py --out out/tiles.json --only tiles            # other tiles of the kernels
     python benchmarks/diffusion_decoder.py --out out/long.json --only decode --size 768x512x25
-    TRITON_INTERPRET=1 python benchmarks/diffusion_decoder.py --out /tmp/tiny.json --tiny    # tries the script on a CPU
+    TRITON_INTERPRET=1 python benchmarks/diffusion_decoder.py --out out/tiny.json --tiny     # tries the script on a CPU
 
 Random weights at the real size. Every result is compared with stock's in every bit before it is timed, and a decode in
 every round. For a decode the host's own FlexAttention processor runs a compiled `flex_attention`, as at these sizes it

@@ -20,7 +20,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMPATIBILITY = ROOT / "benchmarks" / "compatibility.json"
 STACKING = ROOT / "benchmarks" / "stacking.json"
 COMPILED = ROOT / "benchmarks" / "compiled.json"
-PAGES = ("README.md", "docs/bench.md", "docs/decode.md", "docs/hosts.md", "docs/linear.md", "docs/stacking.md")
+ROUNDINGS = ROOT / "benchmarks" / "roundings.json"
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("bench", "decode", "exactness", "hosts", "linear", "stacking")))
 SHOWN = ([1, 6144, 4096], [1, 24576, 4096], [1, 6144, 2048], [1, 126, 2048])  # the others are in the JSON
 
 
@@ -499,25 +500,53 @@ def decoder(documents: list[dict[str, Any]], run: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"By turns in one process. {_sources([run, *documents], '../')}"])
 
 
-def comfyui(document: dict[str, Any]) -> str:
-    """A step of ComfyUI's model by the node, without and with a CUDA graph."""
-    lines = ["| video tokens | stock | bitfuse | CUDA graph | launches a block | peak memory of a step | output |"]
+def encoder(document: dict[str, Any] | None) -> str:
+    """The video encoder, by version and size; nothing where none was measured yet."""
+    if document is None:
+        return ""
+    lines = ["| LTX, encode | stock | bitfuse | first call | peak beyond the weights | launches | output |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for row in document["rows"]:
+        stock, ours = min(row["stock_ms"]), min(row["bitfuse_ms"])
+        peaks = f"{row['peak_gb']['stock']:.2f} to {row['peak_gb']['bitfuse']:.2f} GB"
+        launches = " to ".join(str(row["kernels"][way]["launches"]) for way in ("stock", "bitfuse"))
+        output = "identical in every bit" if row["equal"] else "differs"
+        first = " to ".join(f"{row['first_s'][way]:.1f}" for way in ("stock", "bitfuse"))
+        times = f"{stock:.1f} ms | {ours:.1f} ms, {stock / ours:.2f}x | {first} s"
+        lines.append(f"| {row['encode']} | {times} | {peaks} | {launches} | {output} |")
+    said = "By turns in one process, in the order of the rows; a first call is that of its size in the process."
+    return "\n".join([*lines, "", f"{said} {_sources([document], '../')}"])
+
+
+def comfyui(document: dict[str, Any]) -> str:
+    """A step of ComfyUI's model by the node, without and with a CUDA graph, and by KJNodes' fused blocks."""
+    lines = ["| video tokens | stock | bitfuse | CUDA graph | KJNodes' blocks | launches a block | peak memory |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in document["rows"]:
+        if row["differs"]:
+            raise ValueError(f"{row['tokens']} tokens: {row['differs']}")
         ms, speed_up, peak, kinds = row["ms"], row["speedup"], row["peak_gb_of_a_step"], row["kernels"]
-        ways = " | ".join(f"{ms[way]['median']:.0f} ms, {speed_up[way]:.2f}x" for way in ("bitfuse", "graph"))
+        ways = " | ".join(
+            f"{ms[way]['median']:.0f} ms, {speed_up[way]:.2f}x" for way in ("bitfuse", "graph", "KJNodes")
+        )
+        differ = re.search(r"\((\d+) of (\d+) elements\)", row["peer_differs"])
+        if differ is None:
+            raise ValueError(f"{row['tokens']} tokens: {row['peer_differs']}")
+        share = int(differ[1]) / int(differ[2])
         launches = " to ".join(f"{kinds[way]['launches_a_block']['other']:.0f}" for way in ("stock", "bitfuse"))
-        output = "identical in every bit" if not row["differs"] else "; ".join(row["differs"].values())
         memory = ", ".join(f"{peak[way]:.2f} GB" for way in ("stock", "bitfuse", "graph"))
         lines.append(
-            f"| {row['tokens']} | {ms['stock']['median']:.0f} ms | {ways} | {launches} | {memory} | {output} |"
+            f"| {row['tokens']} | {ms['stock']['median']:.0f} ms | {ways}; {share:.0%} of values differ | {launches} | "
+            f"{memory} |"
         )
     made = document["machine"]
     lines += [
         "",
         f"LTX-{document['ltx']}, {document['rows'][0]['layers']} layers, ComfyUI {made['comfyui']}, comfy-kitchen "
-        f"{made['comfy_kitchen']}, built by ComfyUI's own loader with random weights; medians by turns; launches that "
-        f"are neither matmul nor attention. Build {document['build']}. {_sources([document], '../')}",
+        f"{made['comfy_kitchen']}, built by ComfyUI's own loader with random weights; medians by turns; every bit of "
+        "video and sound as stock's with bitfuse, without and with the graph. KJNodes' are its LTX2 Attention Tuner "
+        "Patch's. Launches are those that are neither matmul nor attention; memory beyond the weights: stock's, then "
+        f"bitfuse's without and with the graph. {_sources([document], '../')}",
     ]
     return "\n".join(lines)
 
@@ -616,10 +645,104 @@ def linear_one_step(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "", said, _sources([document], "../")])
 
 
+def linear_steps(document: dict[str, Any]) -> str:
+    """Whole steps with linears by quack or Gluon, one change at a time; each over the bitfuse of its own turns."""
+    found = document["6144 tokens"]
+    lines = ["| a step with these layers by a kernel | time | over bitfuse |", "| --- | --- | --- |"]
+    baselines = [row["ms"] for row in found.get("repeats of bitfuse", {}).values() if "turns" in row]
+    for part in ("GELU's configurations", "one change at a time", "together", "why"):
+        rows = {name: row for name, row in found.get(part, {}).items() if isinstance(row, dict)}
+        for name, row in rows.items():
+            if name.startswith("bitfuse") and "one stream" not in name:
+                baselines.append(row["ms"])
+            else:
+                lines.append(f"| {name} | {row['ms']:.1f} ms | {rows['bitfuse']['ms'] / row['ms']:.4f}x |")
+    lines += [
+        "",
+        f"6144 tokens, {found['layers']} layers, a CUDA graph a way, every output equal to stock's. bitfuse itself was "
+        f"timed {len(baselines)} times: {min(baselines):.1f} to {max(baselines):.1f} ms. "
+        f"{_sources([document], '../')}",
+    ]
+    return "\n".join(lines)
+
+
+def linear_power(document: dict[str, Any]) -> str:
+    """Steps for ten seconds: bitfuse and its repeats, and what was tried."""
+    found = document["6144 tokens"]
+    spans = {name: rows if isinstance(rows, list) else [rows] for name, rows in found["ten seconds"].items()}
+    spans["bitfuse"] += [row for row in found.get("repeats of bitfuse", {}).values() if "W" in row]
+    lines = ["| ten seconds of | a step | power | energy a step | clock |", "| --- | --- | --- | --- | --- |"]
+    for name, row in ((name, row) for name, rows in spans.items() for row in rows if isinstance(row, dict)):
+        lines.append(f"| {name} | {row['ms']:.1f} ms | {row['W']:.0f} W | {row['J']:.1f} J | {row['MHz']:.0f} MHz |")
+    sentences = []
+    if all(way in document.get("kernels", {}) for way in _PROFILED):
+        ways = [document["kernels"][way] for way in _PROFILED]
+        took = [
+            sum(one["ms"] for kind, one in way.items() if kind in ("cuBLAS, 192x192", "quack", "GELU")) for way in ways
+        ]
+        sentences = [
+            "By the profiler the video's first layers of the feed-forwards and all GELUs take "
+            f"{took[0]:.1f} and {took[1]:.1f} ms in two steps of bitfuse, {took[2]:.1f} ms in one with GELU in quack's "
+            "GEMM."
+        ]
+    return "\n".join([*lines, "", " ".join([*sentences, _sources([document], "../")])])
+
+
+_PROFILED = ("bitfuse", "a repeat of bitfuse", "GELU: quack 128x208 pingpong")
+
+
 def _sources(documents: list[dict[str, Any]], up: str = "") -> str:
-    machines = dict.fromkeys(_machine(document["machine"]) for document in documents)
+    days: dict[str, set[str]] = {}  # of each machine
+    for document in documents:
+        machine, _, day = _machine(document["machine"]).rpartition(", ")
+        days.setdefault(machine, set()).add(day)
+    machines = (f"{machine}, {', '.join(sorted(of))}" for machine, of in days.items())
     links = ", ".join(f"[{Path(document['path']).name}]({up}{document['path']})" for document in documents)
     return f"{'; '.join(machines)} ({links})."
+
+
+def roundings(document: dict[str, Any]) -> str:
+    """The example of docs/exactness.md, step by step, and of how many numbers the same holds."""
+    lines = ["| step | in binary | value | |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {r['what'].replace('*', chr(92) + '*')} | {r['bits']} | {r['value']} | {r['why']} |"
+        for r in document["rows"]
+    ]
+    triples, differing = document["triples"], document["differing"]
+    lines += [
+        "",
+        f"Of all {triples:,} triples of bf16 numbers from 1 to 2, {differing:,} ({differing / triples:.0%}) come out "
+        "otherwise where the first rounding is left out ([JSON](../benchmarks/roundings.json), by "
+        "`benchmarks/roundings.py`).",
+    ]
+    return "\n".join(lines)
+
+
+def wrong_kernels(document: dict[str, Any], operator: str) -> str:
+    """What became of the wrong kernels of an operator in a document of `verify`: a row for each kind, and its sums."""
+    of_it = [control for control in document["controls"] if control["operator"] == operator]
+    lines = ["| wrong kernels | caught | one of them, and what was found |", "| --- | --- | --- |"]
+    for kind in dict.fromkeys(control["kind"] for control in of_it):
+        ones = [control for control in of_it if control["kind"] == kind]
+        caught = [control for control in ones if control["caught"]]
+        example = f"`{ones[0]['mutant']}`: {ones[0]['found']}"
+        lines.append(f"| {kind or 'listed by hand'} | {len(caught)} of {len(ones)} | {example} |")
+    checks = [check for check in document["checks"] if check["operator"] == operator]
+    equal = [check for check in checks if check["outcome"] == "equal"]
+    lines += [
+        "",
+        f"`bitfuse verify` of `{operator}`: {len(equal)} of {len(checks)} cases equal in every bit, "
+        f"{sum(check['elements'] for check in equal):,} elements; {sum(c['caught'] for c in of_it)} of {len(of_it)} "
+        f"wrong kernels caught. {_sources([document], '../')}",
+    ]
+    return "\n".join(lines)
+
+
+def newest_proof() -> dict[str, Any]:
+    """The newest document of `verify` over all operators."""
+    everything = {"operators": None, "cases": None, "deep": False, "host": None}
+    found = [_load(path) for path in RESULTS.glob("*-verify.json")]
+    return max((d for d in found if d.get("asked") == everything), key=lambda d: d["machine"]["date"])
 
 
 def newest(name: str) -> dict[str, Any]:
@@ -647,6 +770,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "run stages table": lambda: whole_runs(newest_or_none("run"), 0.0, "../", newest_or_none("first-decode")),
     "first decode table": lambda: first_decode(newest("first-decode")),
     "decoder table": lambda: decoder([newest("video-decoder"), newest("ltx-core-decoder")], newest("run")),
+    "encoder table": lambda: encoder(newest_or_none("video-encoder")),
     "diffusion decoder table": lambda: diffusion_decoder(newest("diffusion-decoder")),
     "gelu table": lambda: gelu(newest("gelu-operators")),
     "comfyui table": lambda: comfyui(newest("comfyui")),
@@ -662,6 +786,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear orders table": lambda: linear_orders(newest("linear-turns")),
     "linear turns table": lambda: linear_turns(newest("linear-turns")),
     "linear step table": lambda: linear_one_step(newest("linear-turns")),
+    "roundings table": lambda: roundings(json.loads(ROUNDINGS.read_text())),
+    "wrong kernels table": lambda: wrong_kernels(newest_proof(), "gated_residual"),
+    "linear steps table": lambda: linear_steps(newest("linear-steps")),
+    "linear power table": lambda: linear_power(newest("linear-steps")),
     "stacking table": lambda: stacking(json.loads(STACKING.read_text())),
     "compatibility table": lambda: compatibility(json.loads(COMPATIBILITY.read_text())),
 }

@@ -112,12 +112,32 @@ def weights(of, device="cpu", dtype=torch.bfloat16, seed=0):
     return found
 
 
-def load(version="2.0", sizes=None, device="cpu", dtype=torch.bfloat16, seed=0, options=None, **more):
+def quantised(state, quantisation):
+    """A checkpoint whose blocks' linears are in one of ComfyUI's `QUANT_ALGOS`, as its loader reads it."""
+    from comfy import quant_ops
+
+    layout = quant_ops.QUANT_ALGOS[quantisation]["comfy_tensor_layout"]
+    said = torch.tensor(list(json.dumps({"format": quantisation}).encode()), dtype=torch.uint8)
+    found = {}
+    for name, weight in state.items():
+        if name.startswith("transformer_blocks.") and name.endswith(".weight") and weight.ndim == 2:
+            found |= quant_ops.QuantizedTensor.from_float(weight, layout).state_dict(name)
+            found[f"{name.removesuffix('weight')}comfy_quant"] = said
+        else:
+            found[name] = weight
+    return found
+
+
+def load(
+    version="2.0", sizes=None, device="cpu", dtype=torch.bfloat16, seed=0, options=None, quantisation=None, **more
+):
     """A ModelPatcher by ComfyUI's own loader; it computes in bf16, for which it would take fp32 on a CPU."""
     import comfy.sd
 
     of = config(version, sizes, **more)
     state, metadata = weights(of, device, dtype, seed), {"config": json.dumps({"transformer": of})}
+    if quantisation is not None:
+        state = quantised(state, quantisation)
     options = {
         "dtype": dtype,
         **({} if device == "cpu" else {"offload_device": torch.device(device)}),

@@ -188,7 +188,7 @@ def test_other_branches_run_the_stock_model(of_2_3):
     ours.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "look", look)
     host.sample(ours, of, host.noise(of), steps=1)
     assert seen
-    assert seen[0] == {"LTXAVModel", "BasicAVTransformerBlock", "CrossAttention"}
+    assert seen[0] == {"LTXAVModel", "BasicAVTransformerBlock", "CrossAttention", "GELU_approx"}
     stock = patcher.clone()
     stock.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "look", look)
     seen.clear()
@@ -370,6 +370,51 @@ class Executor:
         return self._model()._forward(*args, **kwargs)
 
 
+def feed_forwards(patcher):
+    return [ff for one in patcher.model.diffusion_model.transformer_blocks for ff in (one.ff, one.audio_ff)]
+
+
+@pytest.mark.parametrize("how", ["resident", "cast", "patched"])
+def test_the_feed_forwards_activate_in_place(of_2_3, how, monkeypatch):
+    """Also where a projection's weight is cast for the call, or patched by a LoRA: what it gives is nobody's."""
+    patcher, of = of_2_3
+    modules = [ff.net for ff in feed_forwards(patcher)]
+    for net in modules:
+        if how != "resident":
+            monkeypatch.setattr(net[0].proj, "comfy_cast_weights", True)
+        if how == "patched":
+            monkeypatch.setattr(net[0].proj, "weight_function", [lambda weight: weight * 1.5])
+    kind, given, taken = type(modules[0][2]), {}, {}
+    forward = kind.forward
+
+    def noted(self, x):
+        taken[self] = x.data_ptr()
+        out = forward(self, x)
+        given[self] = out.data_ptr()
+        return out
+
+    ours = wrapper.attach(patcher, Options())
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", noted)
+        host.sample(ours, of, host.noise(of), steps=1)
+    assert [given[net[0].proj] for net in modules] == [taken[net[2]] for net in modules]
+    assert "GELU in place" not in node_of(ours).report()
+    both(patcher, of)
+
+
+def test_a_hook_on_a_projection_may_look(of_2_3):
+    patcher, of = of_2_3
+    seen = []
+    proj = feed_forwards(patcher)[0].net[0].proj
+    removed = proj.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    try:
+        ours = both(patcher, of, steps=1)
+    finally:
+        removed.remove()
+    assert seen
+    assert "a hook on the projection" in node_of(ours).report()
+
+
 def test_lora_patches(of_2_3):
     patcher, of = of_2_3
     names = ("attn1.q_norm.weight", "attn1.to_q.weight", "ff.net.2.weight", "scale_shift_table")
@@ -409,6 +454,21 @@ def test_fp8_weights():
     assert patcher.model.diffusion_model.transformer_blocks[0].attn1.q_norm.weight.dtype == torch.float8_e4m3fn
     ours = both(patcher, of, options=Options(strict=True))
     assert len(sites(ours, "fused")) == 48
+
+
+@pytest.mark.parametrize("quantisation", ["float8_e4m3fn", "mxfp8", "nvfp4", "int8_tensorwise"])
+def test_quantised_checkpoints(quantisation):
+    """Linears in a format of ComfyUI's own, whose weights are tensors of comfy-kitchen's; here by its eager backend."""
+    if quantisation not in getattr(upstream.quant_ops, "QUANT_ALGOS", {}):
+        pytest.skip(f"{upstream.NAME} has no {quantisation}")
+    with torch.inference_mode():  # as ComfyUI loads and runs all: such weights can't be moved outside of it
+        patcher, of = host.load("2.3", quantisation=quantisation), host.config("2.3")
+        first = patcher.model.diffusion_model.transformer_blocks[0]
+        for linear in (first.attn1.to_q, first.ff.net[0].proj, first.ff.net[2]):
+            assert type(linear.weight).__name__ == "QuantizedTensor"
+        ours = both(patcher, of, options=Options(strict=True))
+    assert len(sites(ours, "fused")) == 48
+    assert "GELU in place" not in node_of(ours).report()
 
 
 class Subclass(torch.Tensor):

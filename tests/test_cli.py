@@ -533,7 +533,7 @@ def test_the_names_on_the_command_line_are_those_that_there_are():
         name for name, operator in bitfuse.OPERATORS.items() if operator.reference.__module__.startswith("bitfuse.")
     ]
     assert list(names.OPERATORS) == ours, "tools/names.py must have every operator, in the order of definition"
-    ours = [name for name, host in HOSTS.items() if host.adapter.startswith("bitfuse.")]
+    ours = [name for name, host in HOSTS.items() if host.adapter.startswith(("bitfuse.", "bitfuse_comfyui."))]
     assert list(names.HOSTS) == ours, "tools/names.py must have every host, in the order of the registry"
     assert list(explain.DTYPES) == list(names.DTYPES)
 

@@ -312,7 +312,7 @@ def test_an_activation_that_was_not_read_is_named(device, monkeypatch):
 
 
 def test_the_activation_is_the_short_one(device, monkeypatch):
-    from bitfuse.hosts import diffusers as adapter
+    from bitfuse.hosts import activation as adapter
 
     seen = []
     monkeypatch.setattr(adapter, "in_place", lambda x: (seen.append(x.data_ptr()), in_place(x))[1])
@@ -370,7 +370,7 @@ class Cut(torch.nn.Module):
 
 def test_the_kernel_in_place_is_the_one_that_was_proved(device, monkeypatch, fresh_routes):
     """The proof's outputs begin at a multiple of 16 bytes. For others Triton compiles another kernel, in place."""
-    from bitfuse.hosts import diffusers as adapter
+    from bitfuse.hosts import activation as adapter
 
     build, _ = step_of("2.0", device)
     model, places = build(), []

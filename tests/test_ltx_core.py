@@ -229,6 +229,40 @@ def test_the_grid_of_frequencies_is_made_once_and_the_tables_are_those_of_the_po
     assert_same(model(*inputs), found)
 
 
+@pytest.mark.usefixtures("launched_as_reference")
+@pytest.mark.parametrize("kind", ["2.0", "video only"])
+def test_the_feed_forwards_activate_in_place(kind, device):
+    model = make(kind, device=device)
+    given = feed(device, audio=kind != "video only")
+    expected = model(*given)
+    handle = bitfuse.accelerate(model)
+    block = model.transformer_blocks[0]
+    activation, addresses = block.ff.net[0], []
+    forward = type(activation.proj).forward
+
+    def noted(self, x):
+        out = forward(self, x)
+        if self is activation.proj:
+            addresses.append(out.data_ptr())
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(activation.proj), "forward", noted)
+        out = activation(torch.randn(1, 3, WIDTHS[0], device=device, dtype=torch.bfloat16))
+    assert out.data_ptr() == addresses[0]
+    assert_same(expected, model(*given))
+    assert [str(extra.name) for extra in handle.report().not_used] == []
+
+
+def test_where_its_activation_was_not_read_the_report_says_so(monkeypatch):
+    monkeypatch.setitem(ltx_core.READ, "GELUApprox.forward", {"0" * 16})
+    handle = bitfuse.accelerate(make())
+    (extra,) = handle.report().not_used
+    ((reason, count),) = extra.reasons.items()
+    assert (extra.name, count) == ("GELU in place", 2 * LAYERS)
+    assert "GELUApprox.forward" in reason
+
+
 # -- copies and options ------------------------------------------------------------------------------------------------
 
 

@@ -266,7 +266,10 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("missing", [("ltx-core", "ltx_core"), ("sglang", "sglang"), ("diffusers", "diffusers")])
+NEEDED = [("ltx-core", "ltx_core"), ("sglang", "sglang"), ("diffusers", "diffusers"), ("comfyui", "bitfuse_comfyui")]
+
+
+@pytest.mark.parametrize("missing", NEEDED)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_host_that_is_not_installed(command, missing, monkeypatch, tmp_path):
     name, package = missing

@@ -28,6 +28,7 @@ from stacking import FEATURES, ORDERS
 diffusers = pytest.importorskip("diffusers", minversion="0.38")
 
 from test_vae import BF16, assert_fused, decoded, elementwise, latents, make, reasons  # noqa: E402 (it needs diffusers)
+from test_vae import sites as sites_of  # noqa: E402
 
 # What is around the kernels, whose bits other tests look at
 pytestmark = pytest.mark.usefixtures("launched_as_reference")
@@ -88,9 +89,9 @@ def test_an_audit_computes_every_fused_call_again():
     with bitfuse.accelerated(vae, audit=1) as handle:
         decoded(vae)
         report = handle.report()
-        assert (report.auditor.calls, report.auditor.mismatches) == (len(handle.sites), 0)
-        assert set(report.auditor.sites) == {site.name for site in handle.sites}
-        assert report.fused == report.seen
+        assert (report.auditor.calls, report.auditor.mismatches) == (len(sites_of(handle)), 0)
+        assert set(report.auditor.sites) == {site.name for site in sites_of(handle)}
+        assert report.fused == len(sites_of(handle))
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -104,10 +105,10 @@ def test_a_kernel_that_an_audit_sees_to_differ_is_used_no_more(name, wrong):
             decoded(vae)
         assert {w.category for w in found} <= {BitfuseWarning}
     assert handle.report().auditor.condemned
-    before = {site.name: site.fused for site in handle.sites if site.operator == name}
+    before = {site.name: site.fused for site in sites_of(handle) if site.operator == name}
     for _ in range(2):
         assert bitfuse.compare(expected, decoded(vae)) is None
-    assert {site.name: site.fused for site in handle.sites if site.operator == name} == before
+    assert {site.name: site.fused for site in sites_of(handle) if site.operator == name} == before
     handle.restore()
 
 
@@ -120,9 +121,9 @@ def test_a_convolution_that_an_audit_sees_to_differ_is_used_no_more(monkeypatch)
     with bitfuse.accelerated(vae, audit=1) as handle:
         with pytest.warns(BitfuseWarning, match="convolution by channels last"):
             decoded(vae)
-        before = {site.name: site.fused for site in handle.sites if site.operator == "convolution"}
+        before = {site.name: site.fused for site in sites_of(handle) if site.operator == "convolution"}
         assert bitfuse.compare(expected, decoded(vae)) is None
-        assert {site.name: site.fused for site in handle.sites if site.operator == "convolution"} == before
+        assert {site.name: site.fused for site in sites_of(handle) if site.operator == "convolution"} == before
         assert all("in an audited call at" in reason for reason in reasons(handle))
 
 
@@ -178,6 +179,8 @@ def test_a_pipelines_decoder_and_connectors_are_explained_as_they_are_done(folde
     with bitfuse.accelerated(pipe) as handle:
         call = {**tiny.CALL, **tiny.UNGUIDED, "generator": torch.Generator().manual_seed(0)}
         pipe(prompt="a red fox", output_type="pt", **call)
+        with torch.no_grad():
+            pipe.vae.encode(torch.zeros(1, 3, 1, 64, 64, dtype=BF16))
         done = {kind["name"]: kind for kind in handle.report().kinds() if kind["name"] != "video_processor"}
     assert set(kinds) == set(done)
     for name, kind in kinds.items():
@@ -188,8 +191,10 @@ def test_a_pipelines_decoder_and_connectors_are_explained_as_they_are_done(folde
             assert STATES[kind.state] == done[name]["state"], name
     assert found.seen == sum(site.name != "video_processor" for site in handle.sites)
     assert any(name.startswith("decoder.") for name in kinds)
+    assert any(name.startswith("encoder.") for name in kinds)
     assert any(name.startswith("connectors.") for name in kinds)
-    assert "a prompt of 1024 tokens; a decode of latents [1, 16, 16, 16, 24]" in found.geometry
+    told = "a decode of latents [1, 16, 16, 16, 24], an encode of a frame [1, 3, 1, 512, 768]"
+    assert f"a prompt of 1024 tokens; {told}" in found.geometry
     assert kinds["decoder.conv_out"].arguments["x"].endswith(", channels_last_3d")
 
 
@@ -294,7 +299,7 @@ def check_beside(use, order, reason):
         assert_fused(handle)
     else:
         assert reasons(handle) == {reason}
-        assert not any(site.fused for site in handle.sites)
+        assert not any(site.fused for site in sites_of(handle))
     handle.restore()
     assert bitfuse.compare(expected, decoded(vae)) is None
 
@@ -421,9 +426,9 @@ def test_a_decode_goes_on_while_kernels_are_compiled_that_it_needs_later(compile
 
 def test_triton_is_made_ready_when_a_decoder_is_taken_over(monkeypatch):
     devices = []
-    monkeypatch.setattr("bitfuse.hosts.video_decoder.start_up", devices.append)
+    monkeypatch.setattr("bitfuse.hosts.video_coder.start_up", devices.append)
     with bitfuse.accelerate(make()):
-        assert [device.type for device in devices] == ["cpu"]
+        assert {device.type for device in devices} == {"cpu"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
@@ -435,7 +440,7 @@ def test_no_thread_is_left_where_a_decode_ends_early(error, compiled, monkeypatc
         count.append(operator)
         raise error
 
-    monkeypatch.setattr("bitfuse.hosts.video_decoder.DecoderSite.call", ended)
+    monkeypatch.setattr("bitfuse.hosts.video_coder.CoderSite.call", ended)
     handle = bitfuse.accelerate(vae)
     with pytest.raises(error) if error is KeyboardInterrupt else contextlib.nullcontext():
         decoded(vae)

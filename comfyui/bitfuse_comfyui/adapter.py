@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bitfuse.hosts import ltx2
+from bitfuse.hosts import activation, ltx2
 from bitfuse.hosts.handle import Handle
 from bitfuse.hosts.part import Model, ModelForward, Part
 from bitfuse.hosts.sources import Entry, entries, functions, of_operators, why_not_read, why_not_stock
@@ -32,7 +32,7 @@ from .step import Step
 
 NAME = upstream.NAME
 _av, _model, _ops = upstream.av_model, upstream.model, upstream.ops
-TAKEN_OVER = _av.BasicAVTransformerBlock, _model.CrossAttention
+TAKEN_OVER = _av.BasicAVTransformerBlock, _model.CrossAttention, _model.GELU_approx
 
 _RESTATED = ("BasicAVTransformerBlock.forward", *(f"BasicAVTransformerBlock.{name}" for name in blocks.METHODS))
 _OF_A_BLOCK = (
@@ -52,6 +52,7 @@ _OF_TABLES_BELOW = (
     *(("freqs_cis_matrix",) if upstream.BY_KITCHEN else ()),
 )
 _OF_AN_ATTENTION = ("CrossAttention.forward",)
+_OF_AN_ACTIVATION = ("GELU_approx.forward",)
 _OF_NORMS = ("disable_weight_init.RMSNorm.forward", "disable_weight_init.RMSNorm.forward_comfy_cast_weights")
 _OF_ROTARY = ("apply_rotary_emb", "apply_rotary_emb_qk")
 _OF_KITCHEN = ("apply_rope_split_half", "apply_rope_split_half1", "apply_rope", "apply_rope1")
@@ -111,7 +112,12 @@ def accelerate(transformer: Any, handle: Handle) -> None:
     """Take over every site of one transformer, noting each in the handle. ValueError for options that it has not."""
     if handle.keep_text:
         raise ValueError("keep_text is True; accepted for a ComfyUI model: False, its text is not kept")
-    left_out = {"attention": _left_out_of_attentions(), "block": _left_out_of_blocks(), "tables": _left_out_of_tables()}
+    left_out = {
+        "attention": _left_out_of_attentions(),
+        "block": _left_out_of_blocks(),
+        "activation": [*entries(_model, *_OF_AN_ACTIVATION), *activation.LEFT_OUT],
+        "tables": _left_out_of_tables(),
+    }
     shared = Model(handle, left_out)
     shared.step = Step()  # type: ignore[attr-defined]
     forms = Forms()
@@ -119,6 +125,10 @@ def accelerate(transformer: Any, handle: Handle) -> None:
         _take_over_attention(name, rotates, attn, shared, forms)
     ltx2.take_over_blocks(
         transformer.transformer_blocks, shared, blocks.BasicAVTransformerBlock, blocks.sites_of, _why_block_stays
+    )
+    sources = functions(_model, *_OF_AN_ACTIVATION)
+    activation.activate_in_place(
+        transformer.transformer_blocks, shared, _model.GELU_approx, NAME, upstream.READ, sources
     )
     _take_over_tables(transformer, shared)
     ModelForward.install(transformer, shared)

@@ -63,7 +63,7 @@ NAME = f"ComfyUI {VERSION}"
 
 _NEEDED = {
     "av_model": ("BasicAVTransformerBlock", "CompressedTimestep", "LTXAVModel"),
-    "model": ("CrossAttention", "GuideAttentionMask", "apply_rotary_emb"),
+    "model": ("CrossAttention", "GELU_approx", "GuideAttentionMask", "apply_rotary_emb"),
     "attention": ("optimized_attention",),
     "common_dit": ("rms_norm",),
     "ops": ("CastWeightBiasOp", "cast_bias_weight", "disable_weight_init", "uncast_bias_weight"),
@@ -82,6 +82,7 @@ READ: dict[str, set[str]] = {
     "CompressedTimestep.expand_for_computation": {"091a6c11bb2270e4"},
     "apply_cross_attention_adaln": {"b2d11ccb3bb819d6"},
     "CrossAttention.forward": {"b9a6507eba3178e9", "d656f42a0db8094e"},  # up to 0.27.0; 0.30.0
+    "GELU_approx.forward": {"58c8b6e3c04cfe4a"},
     "LTXAVModel._process_transformer_blocks": {"a77f741f773eee3b"},
     "LTXAVModel._prepare_positional_embeddings": {"8ebf553f33ddcf5b"},
     "LTXBaseModel._prepare_positional_embeddings": {"442c2cb275ed07e4"},

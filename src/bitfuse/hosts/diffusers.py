@@ -20,24 +20,19 @@ from diffusers.models import activations, normalization
 from diffusers.models.transformers import transformer_ltx2 as upstream
 from torch import Tensor
 
-from bitfuse.core.conditions import around, watched
-from bitfuse.core.kernel import interpreting
-from bitfuse.core.originals import gelu_is_pythons
-from bitfuse.hosts import lora, ltx2, offload
+from bitfuse.hosts import activation, lora, ltx2, offload
 from bitfuse.hosts.handle import Handle
 from bitfuse.hosts.ltx2 import ABSENT, AUDIO, COMPOSED, UNGATED, VIDEO, Ada, Rotary, RotaryTrial, Stream, Tables
 from bitfuse.hosts.part import Model, ModelForward, Part
 from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import Norms, calls_of, entries, functions, of_operators, why_not_stock
-from bitfuse.ops.gelu import GELU_TANH, in_place
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.perturbed_attention import LERP_HEAD_GATE
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_SPLIT_FP32
 from bitfuse.ops.rope import INTERLEAVED_FP32, SPLIT_FP32
-from bitfuse.run.alone import alone
 from bitfuse.run.graphs import graph_forward
 from bitfuse.run.memo import Constant, Prelude
-from bitfuse.run.swap import hooked, named, ours_in
+from bitfuse.run.swap import named, ours_in
 
 NAME = f"diffusers {diffusers.__version__}"
 
@@ -105,11 +100,7 @@ _OF_BLOCKS = [
     *calls_of(_Norm, "diffusers' RMSNorm"),
     *of_operators(ltx2.block_operators(COMPOSED)),
 ]
-_OF_ACTIVATIONS = [
-    *entries(activations, "GELU.forward", "GELU.gelu"),
-    (activations.F, "gelu", "torch.nn.functional.gelu"),
-    *of_operators((GELU_TANH,)),
-]
+_OF_ACTIVATIONS = [*entries(activations, "GELU.forward", "GELU.gelu"), *activation.LEFT_OUT]
 
 
 # -- an attention ------------------------------------------------------------------------------------------------------
@@ -433,57 +424,21 @@ class Projection(Part):
         )
 
 
-class GELU(Part):
-    """`GELU.forward`, into the memory of what it activates, where nobody else can hold that.
+class GELU(activation.GELU):
+    """`GELU.forward`, whose op is a method and whose approximation is an attribute."""
 
-    Whatever the projection is (a LoRA of peft's, a quantised layer): what it has returned decides. The kernel that
-    computes it is ours where each value of the dtype was seen to be ATen's, else ATen's.
-    """
+    __slots__ = ()
 
-    __slots__ = ("_extra", "_short")
-    kind = "activation"
-
-    def __init__(self, activation: Any, model: Model):
-        super().__init__(activation, model)
-        self._extra, self._short = model.handle.extras.gelu, model.handle.extras.short_gelu
-
-    def why_stock(self, activation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if "gelu" in activation.__dict__:
+    def why_stock(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if "gelu" in module.__dict__:
             return "the gelu of the activation was replaced"
-        if torch.is_grad_enabled():
-            return "gradients are enabled, and may need what the projection gave; torch.no_grad() allows it"
-        # whoever is called may look at it later, on another stream say, without holding it
-        proj = activation.proj
-        if hooked(proj) if type(proj) is torch.nn.Linear else any(map(hooked, proj.modules())):
-            return "a hook on the projection (offload, layerwise casting) may look at what that gave"
-        return next(around(), None) if watched() else None
+        return super().why_stock(module, args, kwargs)
 
-    def fall(self, reason: str) -> None:
-        self._extra.fall(reason)
+    def chain(self, module: Any, projected: Tensor) -> Tensor:
+        return module.gelu(projected)
 
-    def fused(self, activation: Any, hidden_states: Tensor) -> Tensor:
-        projected = activation.proj(hidden_states)
-        if not alone(projected):
-            self.fall(_NOT_ALONE if type(projected) is Tensor else f"the projection gave a {type(projected).__name__}")
-            return activation.gelu(projected)
-        if gelu_is_pythons(projected.is_cuda):
-            self.fall("Python code is registered for PyTorch's gelu")
-            return activation.gelu(projected)
-        if activation.approximate == "tanh" and projected.dtype == torch.bfloat16 and _kernels_run(projected):
-            route = GELU_TANH.routed(projected)
-            if route.fused and projected.data_ptr() % 16 == 0:
-                return in_place(projected)
-            self._short.fall(_NOT_AS_NEW if route.fused else str(route.reason))
-        return torch.ops.aten.gelu_(projected, approximate=activation.approximate)
-
-
-def _kernels_run(t: Tensor) -> bool:
-    """Else there is nothing to gain, and nothing to say."""
-    return (t.is_cuda or interpreting()) and t.numel() > 0
-
-
-_NOT_AS_NEW = "what the projection gave does not begin at a multiple of 16 bytes, for which no kernel is proved"
-_NOT_ALONE = "what the projection gave is held by somebody else, or is not dense in memory of PyTorch's"
+    def approximates(self, module: Any) -> str:
+        return module.approximate
 
 
 def _keep_text(model: Any, shared: Model) -> None:
@@ -505,19 +460,6 @@ def _keep_text(model: Any, shared: Model) -> None:
                 ours.text = Constant.until_restored(handle, fall)
             else:
                 fall("an attention to the text is left alone")
-
-
-def _activate_in_place(model: Any, shared: Model) -> None:
-    """The feed-forwards' GELU, into the memory of its input: the widest tensor of a block, held once and not twice."""
-    sources = {"GELU.forward": _GELU.forward, "GELU.gelu": _GELU.gelu}
-    for block in model.transformer_blocks:
-        for feed_forward in (block.ff, block.audio_ff):
-            activation = next(iter(getattr(feed_forward, "net", ())), None)
-            reason = next(why_not_stock(activation, _GELU, "activation", NAME, READ, sources), None)
-            if reason is None:
-                shared.handle.put(activation, GELU(activation, shared))
-            else:
-                shared.handle.extras.gelu.fall(reason)
 
 
 # -- taking over -------------------------------------------------------------------------------------------------------
@@ -596,7 +538,8 @@ def accelerate(model: Any, handle: Handle) -> None:
     ltx2.take_over_blocks(model.transformer_blocks, shared, LTX2VideoTransformerBlock, sites_of, _why_block_stays)
     if handle.keep_text:
         _keep_text(model, shared)
-    _activate_in_place(model, shared)
+    sources = {"GELU.forward": _GELU.forward, "GELU.gelu": _GELU.gelu}
+    activation.activate_in_place(model.transformer_blocks, shared, _GELU, NAME, READ, sources, GELU)
     ModelForward.install(model, shared)
     if handle.cuda_graph:
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry

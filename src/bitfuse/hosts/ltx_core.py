@@ -1,6 +1,6 @@
 """Lightricks' ltx-core (1.0.0 to 1.2.0): attentions and blocks of its LTX-2 transformer, and its rotary tables' grid.
 
-Its video decoder is in `ltx_core_vae.py`.
+Its video decoder and encoder are in `ltx_core_vae.py`.
 
 A block gets a forward of its own (`bitfuse.run.swap`), which restates upstream's: the same modules called in the same
 order, and between them operators, each of which equals its chain bit for bit or runs it. From 1.1.4 on ltx-core has
@@ -28,11 +28,11 @@ import ltx_core
 import torch
 from ltx_core import utils
 from ltx_core.guidance.perturbations import BatchedPerturbationConfig, PerturbationType
-from ltx_core.model.transformer import attention, model, rope, transformer, transformer_args
+from ltx_core.model.transformer import attention, gelu_approx, model, rope, transformer, transformer_args
 from torch import Tensor
 
 from bitfuse.core.conditions import around
-from bitfuse.hosts import ltx2
+from bitfuse.hosts import activation, ltx2
 from bitfuse.hosts.handle import Handle
 from bitfuse.hosts.ltx2 import ABSENT, AUDIO, NATIVE, UNGATED, VIDEO, Ada, Rotary, RotaryTrial, Stream, Tables
 from bitfuse.hosts.part import Model, ModelForward, Part, Seam
@@ -76,6 +76,7 @@ NAME = _name()
 _Attention: Any = attention.Attention
 _Block: Any = transformer.BasicAVTransformerBlock
 _Preprocessor: Any = transformer_args.TransformerArgsPreprocessor
+_GELU: Any = gelu_approx.GELUApprox
 
 
 def _apply(function: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -115,6 +116,7 @@ READ = {
         "ecbca3ee09cc2ca0",  # 1.2.0
     },
     "rms_norm": {"7d09eaca80640dad"},  # 1.0.0 to 1.2.0
+    "GELUApprox.forward": {"40d91503e9f5a0e4"},  # 1.0.0 to 1.2.0
     "PytorchPreAttention": {"5d127133fa0f2609"},  # these four 1.1.4 to 1.2.0
     "PytorchGatedAttention": {"c22e340e266d95af"},
     "PytorchAdaZeroFunction": {"9d80678ecb99567a"},
@@ -591,14 +593,16 @@ _FILLED: dict[str, tuple[type[Seam], Any]] = {
 
 
 def transformers(target: Any) -> list[Any]:
-    """The LTX-2 transformer or video decoder given, or inside (an `X0Model`, a wrapper); empty when there is none."""
+    """The LTX-2 transformer, video decoder or encoder given, or inside (an `X0Model`, a wrapper); empty when there is
+    none."""
     vae = _vae()
     found = ltx2.models_in([target], model.LTXModel)
-    return found if vae is None else found + ltx2.models_in([target], vae.HOST_CLASS)
+    coders = () if vae is None else (vae.HOST_CLASS, vae.HOST_ENCODER)
+    return found + [model for kind in coders for model in ltx2.models_in([target], kind)]
 
 
 def _vae() -> Any:
-    """The adapter of ltx-core's video decoder; None where that is not imported, so that nothing can be one."""
+    """The adapter of ltx-core's video autoencoder; None where that is not imported, so that nothing can be one."""
     if "ltx_core.model.video_vae.video_vae" not in sys.modules:
         return None
     from bitfuse.hosts import ltx_core_vae
@@ -607,17 +611,19 @@ def _vae() -> Any:
 
 
 def accelerate(transformer: Any, handle: Handle) -> None:
-    """Take over every site of one transformer or video decoder, noting each in the handle. ValueError for options that
-    ltx-core's have not."""
+    """Take over every site of one transformer, video decoder or encoder, noting each in the handle. ValueError for
+    options that ltx-core's have not."""
     if handle.keep_text:
         raise ValueError("keep_text is True; accepted for an ltx-core model: False, its text is not kept")
-    if (vae := _vae()) is not None and isinstance(transformer, vae.HOST_CLASS):
-        shared = Model(handle, {"decoder": vae.LEFT_OUT})
+    if (vae := _vae()) is not None and isinstance(transformer, (vae.HOST_CLASS, vae.HOST_ENCODER)):
+        shared = Model(handle, vae.LEFT_OUT)
         vae.accelerate(transformer, shared, NAME)
         shared.take_over_is_done()
         return
     tables = entries(transformer_args, f"TransformerArgsPreprocessor.{_TABLES}")
-    shared = Model(handle, {"attention": _of_attentions(), "block": _of_blocks(), "tables": tables})
+    activations = [*entries(gelu_approx, "GELUApprox.forward"), *activation.LEFT_OUT]
+    left_out = {"attention": _of_attentions(), "block": _of_blocks(), "activation": activations, "tables": tables}
+    shared = Model(handle, left_out)
     for found in ltx2.attentions(transformer):
         _take_over_attention(*found, shared)
 
@@ -636,6 +642,8 @@ def accelerate(transformer: Any, handle: Handle) -> None:
         _why_block_stays,
         otherwise=fill_seams,
     )
+    sources = {"GELUApprox.forward": _GELU.forward}
+    activation.activate_in_place(transformer.transformer_blocks, shared, _GELU, NAME, READ, sources)
     _hold_grids(transformer, shared)
     ModelForward.install(transformer, shared)
     if handle.cuda_graph:

@@ -1,11 +1,11 @@
 """GELU with tanh, between the two linear layers of a feed-forward, and into the memory of its input.
 
-Versus whom: diffusers 0.37-0.42.1 (`activations.GELU`), in the feed-forwards of LTX-2's blocks.
+Versus whom: diffusers 0.37-0.42.1 (`activations.GELU`), ltx-core 1.0.0-1.2.0 (`GELUApprox`) and ComfyUI 0.24.1-0.30.0
+(`GELU_approx`), in the feed-forwards of LTX-2's blocks.
 
 One rounding, to bf16: r1. What is computed in fp32 before it is spelled otherwise than ATen spells it, with a third of
 the instructions (`gelu` of `core/numerics.py`): it is a function of one value of 16 bits, so the battery tries all
-of them, and the kernel is used where each one is equal. By the difference of two times ATen's own takes
-0.15 ms for 6144 x 16384 values, which a copy's speed would do in 0.10 (H200, 2026-11-29); ours was not timed yet.
+of them, and the kernel is used where each one is equal. Its times beside ATen's are in docs/linear.md.
 
 No sum, so no order of additions. NaN, signed zeros and subnormals are where the chain has them.
 """
@@ -88,7 +88,10 @@ def _why_not(x: Tensor) -> Iterator[str]:
 # -- the operator ----------------------------------------------------------------------------------------------------
 
 GELU_TANH = Operator(
-    gelu_tanh, "diffusers 0.37-0.42.1: activations.GELU", why_not=_why_not, tiers=(Tier("single pass", _plan),)
+    gelu_tanh,
+    "diffusers 0.37-0.42.1: activations.GELU; ltx-core 1.0.0-1.2.0: GELUApprox; ComfyUI 0.24.1-0.30.0: GELU_approx",
+    why_not=_why_not,
+    tiers=(Tier("single pass", _plan),),
 )
 
 _launches: dict[tuple, Callable[..., Any]] = {}  # in place, by all that a launch is prepared for

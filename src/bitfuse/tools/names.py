@@ -27,7 +27,7 @@ FILMS = tuple(f"{run}.{suffix}" for run in ("stock", "bitfuse") for suffix in ("
 COMPARED = ("compare.json", "compare.html", *FILMS)
 """Every file that it may write."""
 
-HOSTS = ("diffusers", "ltx-core", "sglang")
+HOSTS = ("diffusers", "ltx-core", "sglang", "comfyui")
 OPERATORS = (
     "gated_residual",
     "gated_residual_addcmul",
@@ -66,6 +66,7 @@ OPERATORS = (
     "qk_rms_norm_split_rotary_three_ops",
     "qk_rms_norm_split_rotary_second_rounded",
     "qk_rms_norm_interleaved_rotary_addcmul",
+    "downsample",
     "swiglu",
 )
 

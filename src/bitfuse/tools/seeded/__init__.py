@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bitfuse.hosts.registry import HOSTS
+from bitfuse.tools import packages
 from bitfuse.tools.names import LAYERS, VERSIONS
 from bitfuse.tools.packages import CannotRun as CannotRun
 
@@ -144,8 +145,13 @@ def installed() -> list[str]:
 
 
 def of_host(name: str) -> Any:
-    """The module with what is this host's, one of `HOSTS`; the host itself is imported when it is first needed."""
-    return importlib.import_module(HOSTS[name].seeded)
+    """The module with what is this host's, one of `HOSTS`; the host itself is imported when it is first needed.
+
+    CannotRun, with the cure, where that module is in a package of its own, as ComfyUI's, which is not installed.
+    """
+    host = HOSTS[name]
+    with packages.importing(f"--host {name} needs {host.package}", host.install):
+        return importlib.import_module(host.seeded)
 
 
 def _on_meta(geometry: Geometry) -> Any:
