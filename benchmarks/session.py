@@ -59,6 +59,7 @@ PLANS = {
         Command("model", f"python {BENCH} model {tokens(6144, 1536, 24576, 32640)} --json FILE", 480),
         Command("first-step-model", f"python {BENCH} first-step --json FILE", 120),
     ],
+    "first-decode": [Command("first-decode", "python benchmarks/first_decode.py --out FILE", 150)],
     "runs": [Command("run", f"python {BENCH} run --json FILE", 240)],
     "later-models": [
         Command("2.3-model", f"python {BENCH} model --ltx 2.3 {tokens(6144, 1536, 24576)} --json FILE", 400),
