@@ -289,8 +289,9 @@ def first() -> str:
             "## The first step of a process",
             picture("first", "Seconds that the first step and the first decode of a process take beyond stock's"),
             table(["what", "Triton's caches", "stock", "bitfuse", "beyond it", "proofs among it", "output"], rows),
-            "Each in a fresh process, from before `accelerate` to the end of the first step or decode; of the step one run "
-            "of each, of the decode the median of three ([decode](decode.md)). The output is compared with that of the stock process by its SHA-256. "
+            "Each in a fresh process, from before `accelerate` to the end of the first step or decode; of the step one "
+            "run of each, of the decode the median of three ([decode](decode.md)). The output is compared with that of "
+            "the stock process by its SHA-256. "
             f"{sources(*unique([document for document, _, _ in found]))}",
         ]
     )
