@@ -86,6 +86,8 @@ def plain(arguments: dict[str, Any]) -> Iterator[str]:
             yield f"{name} is inside a functorch transform, and has no memory of its own"
         elif t.layout != torch.strided:
             yield f"{name} is a {t.layout} tensor, not a strided one"
+        elif t.is_nested:
+            yield f"{name} is a nested tensor, which has no one shape"
         if t.is_neg() or t.is_conj():
             yield f"{name} is a lazy view (its negation or conjugation is still pending)"
 
