@@ -415,6 +415,19 @@ def test_a_hook_on_a_projection_may_look(of_2_3):
     assert "a hook on the projection" in node_of(ours).report()
 
 
+def test_an_activation_of_another_nodes_stays_and_is_named(of_2_3):
+    def prepare(patcher):
+        activation = feed_forwards(patcher)[0].net[0]
+        patcher.add_object_patch(
+            "diffusion_model.transformer_blocks.0.ff.net.0.forward", lambda x: activation.proj(x).relu()
+        )
+
+    patcher, of = of_2_3
+    ours = both(patcher, of, prepare=prepare, steps=1)
+    (parked,) = node_of(ours).prepared
+    assert set(parked.extras.gelu.reasons) == {wrapper.REPLACED}
+
+
 def test_lora_patches(of_2_3):
     patcher, of = of_2_3
     names = ("attn1.q_norm.weight", "attn1.to_q.weight", "ff.net.2.weight", "scale_shift_table")
