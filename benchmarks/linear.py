@@ -10,8 +10,7 @@ Parts, in this order, and FILE is written after each, so that a run that is cut 
     core     the model of the tensor core (`bitfuse.core.tensor_core`) against wgmma and cuBLAS
     shapes   the layers of an LTX-2 step: each way's outputs compared with stock's in every bit, then timed
     chain    feed-forwards of four blocks end to end, in one CUDA graph a way, by turns
-    steady   one layer again and again for a second: at the power limit time is energy, which turns of milliseconds hide
-    steps    whole steps of a seeded transformer of diffusers, five of a way at a time
+    steady   one layer again and again for 1.5 s: at the power limit time is energy, which turns of milliseconds hide
     proof    what `bitfuse.tools.prove.linear` says of these kernels at the sizes of a step, and how long it takes
     orders   where cuBLAS adds along K as one chain (`bitfuse.tools.prove.summation`), M from 1 to 300, K to 16384
 
@@ -31,6 +30,7 @@ import select
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +52,7 @@ from bitfuse.tools.prove.linear import difference as linear_difference
 from bitfuse.tools.prove.linear import follow
 from bitfuse.tools.prove.summation import difference
 
-PARTS = ("trial", "gelu", "core", "shapes", "chain", "steady", "steps", "proof", "orders")
+PARTS = ("trial", "gelu", "core", "shapes", "chain", "steady", "proof", "orders")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16 = torch.bfloat16
 EPILOGUES = {"plain": lt.PLAIN, "gelu": lt.GELU, "gated": lt.GATED}
@@ -199,7 +199,6 @@ def unequal(found: Tensor, wanted: Tensor) -> int:
 
 class Run(NamedTuple):
     tiny: bool
-    layers: int
     results: dict[str, Any]
     out: Path | None
 
@@ -520,7 +519,7 @@ def steady(run: Run) -> dict[str, Any]:
     return found
 
 
-def sustained(call: Call, seconds: float = 0.5) -> dict[str, float]:
+def sustained(call: Call, seconds: float = 1.5) -> dict[str, float]:
     """Of one call: `ms`, `mJ`, and the power meanwhile."""
     if DEVICE.type != "cuda":
         return {"ms": round(1e3 * _seconds(call), 3)}
@@ -535,198 +534,14 @@ def sustained(call: Call, seconds: float = 0.5) -> dict[str, float]:
         replay()
     torch.cuda.synchronize()
     replays = max(2, round(1e3 * seconds / ms))
-    before = millijoules()
-    start.record()
-    for _ in range(replays):
-        replay()
-    end.record()
-    torch.cuda.synchronize()
-    spent, took = millijoules() - before, start.elapsed_time(end)
-    each = replays * repeats
-    return {"ms": round(took / each, 4), "mJ": round(spent / each, 1), "W": round(spent / took, 1)}
-
-
-# What is tried in whole steps, by tokens: the way of each of the video's layers. Names of `LARGE` by their places.
-_TRIED: dict[int, dict[str, dict[str, int]]] = {
-    6144: {
-        "up halves": {"up": 0},
-        "up deferred": {"up": 4},
-        "up once": {"up": 8},
-        "down halves": {"down": 0},
-        "down deferred": {"down": 4},
-        "out halves": {"out": 0},
-        "out deferred": {"out": 4},
-        "all halves": {"up": 0, "down": 0, "out": 0},
-        "all deferred": {"up": 4, "down": 4, "out": 4},
-        "own GELU, down, out deferred": {"down": 4, "out": 4},
-    },
-    1536: {
-        "up halves": {"up": 0},
-        "up once": {"up": 8},
-        "down small halves": {"down": 3},
-        "out small halves": {"out": 3},
-        "down, out small halves": {"down": 3, "out": 3},
-        "down, out small deferred": {"down": 10, "out": 10},
-        "own GELU, down, out small deferred": {"down": 10, "out": 10},
-    },
-    24576: {
-        "up halves": {"up": 0},
-        "all halves": {"up": 0, "down": 0, "out": 0},
-    },
-}
-
-
-def steps(run: Run) -> dict[str, Any]:
-    """By tokens and way: milliseconds and joules of a step, each way a CUDA graph, five steps a turn of which the
-    first warms up; every output compared with stock's."""
-    import bitfuse
-    from bitfuse.tools import seeded
-    from bitfuse.tools.bench.bench import _geometry
-
-    found: dict[str, Any] = {}
-    model = None
-    for tokens, tried in {48: {"both": {"up": 0, "out": 1}}}.items() if run.tiny else _TRIED.items():
-        if run.tiny:
-            geometry, _ = seeded.geometry_for(DEVICE, 1)
-        else:
-            geometry = _geometry(DEVICE, tokens, run.layers, "2.0", image_to_video=False)
-        model = seeded.build(geometry, DEVICE, seed=0) if model is None else model
-        inputs = seeded.make_inputs(model, geometry, DEVICE, seed=0)
-        wanted = seeded.one_step(model, inputs)()
-        row: dict[str, Any] = {"layers": geometry.layers}
-        calls: dict[str, Call] = {}
-        for name, places in {"today": {}, "today again": {}, "own GELU": {}, **tried}.items():
-            ways: dict[str, Any] = {layer: (TINY if run.tiny else LARGE)[place] for layer, place in places.items()}
-            if any(not run.works(way) for way in ways.values()):
-                row[name] = "a kernel sits out"
-                continue
-            twin = seeded.twin(model)
-            if "out" in ways:
-                _hand_over(twin)
-            handle = bitfuse.accelerate(twin, cuda_graph=DEVICE.type == "cuda")
-            call = seeded.one_step(twin, inputs)
-            call()  # in which the first block runs stock
-            with patched(**ways, gelu=own_gelu if "own" in name else aten_gelu):
-                for _ in range(3):
-                    got = call()
-            differ = [unequal(a, b) for a, b in zip(got, wanted, strict=True)]
-            if any(differ):
-                row[name] = f"{differ} elements differ"
-            elif DEVICE.type == "cuda" and not handle.report().as_dict()["graphs"][0]["captures"]:
-                row[name] = "no graph was captured"
-            else:
-                calls[name] = call
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-        names = list(calls)
-        for index in range(1 if run.tiny else 2 if tokens > 20000 else 4):
-            for name in names[index % len(names) :] + names[: index % len(names)]:
-                times[name].append(_turn(calls[name], 5))
-        for name, turns in times.items():
-            ms, joules = (statistics.median(values) for values in zip(*turns, strict=True))
-            row[name] = {"ms": round(ms, 3), "J": round(joules, 2), "turns": [round(t, 2) for t, _ in turns]}
-        found[f"{tokens} tokens"] = row
-        run.keep("steps", found)
-        del calls, inputs, wanted, twin, call, got, handle
-        free()
-    return found
-
-
-def _turn(call: Call, count: int) -> tuple[float, float]:
-    """Milliseconds and joules of each of `count` calls but the first."""
-    call()
-    _synchronize()
-    before, began = millijoules(), time.perf_counter()
-    for _ in range(count - 1):
-        call()
-    _synchronize()
-    return 1e3 * (time.perf_counter() - began) / (count - 1), (millijoules() - before) / 1e3 / (count - 1)
-
-
-class _Later(NamedTuple):
-    """What an attention's last layer is still to be applied to."""
-
-    x: Tensor
-    linear: torch.nn.Linear
-
-
-class _LastLayer(torch.nn.Module):
-    """An attention's last layer, left to the residual add that follows while `handing_over`."""
-
-    handing_over = False
-
-    def __init__(self, linear: torch.nn.Linear):
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Any:
-        return _Later(x, self.linear) if _LastLayer.handing_over else self.linear(x)
-
-
-def _hand_over(model: torch.nn.Module) -> None:
-    """The last layers of the video's self-attentions and of those from audio to video, which have a gate."""
-    for block in model.transformer_blocks:
-        for attn in (block.attn1, block.audio_to_video_attn):
-            attn.to_out = torch.nn.ModuleList([_LastLayer(attn.to_out[0]), torch.nn.Identity()])
-
-
-@contextlib.contextmanager
-def patched(up: Way | None = None, down: Way | None = None, out: Way | None = None, gelu: Any = None) -> Iterator[None]:
-    """Within this block the video's layers run by these kernels, in a transformer that bitfuse accelerates."""
-    from bitfuse.hosts import diffusers as adapter
-    from bitfuse.hosts import ltx2
-
-    fused, feed_forward, add = adapter.GELU.fused, ltx2.Stream.feed_forward, ltx2.Stream.add
-    add_and_norm = ltx2.Stream._add_and_norm
-
-    def by_kernel(
-        way: Way, x: Tensor, linear: torch.nn.Linear, epilogue: str, residual: Tensor, gate: Tensor
-    ) -> Tensor:
-        rows = x.view(-1, x.shape[-1])
-        y = torch.empty(len(rows), linear.out_features, dtype=x.dtype, device=x.device)
-        residual = y if epilogue == "gelu" else residual.view(y.shape)
-        given = Layer(rows, linear.weight, linear.bias, residual, gate, y)
-        return way.call(given, epilogue)().view(*x.shape[:-1], -1)
-
-    def wide(x: Tensor) -> bool:
-        return x.shape[-2] >= 1024 or DEVICE.type == "cpu"
-
-    def by_gelu(self: Any, activation: Any, hidden: Tensor) -> Tensor:
-        if up is None or not wide(hidden):
-            return gelu(activation.proj(hidden))
-        return by_kernel(up, hidden, activation.proj, "gelu", hidden, activation.proj.bias)
-
-    def by_feed_forward(self: Any, module: Any) -> None:
-        if down is None or not wide(self.x):
-            feed_forward(self, module)
-            return
-        ada = self.ada
-        (n,) = self.add_and_norm("norm3", ltx2.modulation(ada[4], ada[3]))
-        gate, gate_table = ada[5]
-        self.x = by_kernel(down, module.net[0](n), module.net[2], "gated", self.x, (gate_table + gate).view(-1))
-
-    def by_add(self: Any, y: Any, gate: tuple[Any, Any] = ltx2.UNGATED, mask: Tensor | None = None) -> None:
-        if isinstance(y, _Later):
-            assert out is not None
-            assert mask is None
-            self.x = by_kernel(out, y.x, y.linear, "gated", self.x, (gate[1] + gate[0]).view(-1))
-        else:
-            add(self, y, gate, mask)
-
-    def by_add_and_norm(self: Any, site: str, *modulations: Any) -> list[Tensor]:
-        if self.pending is None and modulations == (ltx2.ABSENT,):  # n * (1 + 0) + -0 is n
-            zero = torch.zeros(1, 1, self.x.shape[-1], dtype=self.x.dtype, device=self.x.device)
-            modulations = ((zero, -zero, None, None),)
-        return add_and_norm(self, site, *modulations)
-
-    adapter.GELU.fused, ltx2.Stream.feed_forward, ltx2.Stream.add = by_gelu, by_feed_forward, by_add
-    ltx2.Stream._add_and_norm = by_add_and_norm
-    _LastLayer.handing_over = out is not None
-    try:
-        yield
-    finally:
-        adapter.GELU.fused, ltx2.Stream.feed_forward, ltx2.Stream.add = fused, feed_forward, add
-        ltx2.Stream._add_and_norm = add_and_norm
-        _LastLayer.handing_over = False
+    with ticks() as found:
+        start.record()
+        for _ in range(replays):
+            replay()
+        end.record()
+        torch.cuda.synchronize()
+    ms, power = start.elapsed_time(end) / (replays * repeats), watts(found)
+    return {"ms": round(ms, 4), "mJ": round(power * ms, 1), "W": round(power, 1)}
 
 
 def proof(run: Run) -> dict[str, Any]:
@@ -815,6 +630,48 @@ def millijoules() -> float:
     return float(spent.value)
 
 
+class Tick(NamedTuple):
+    """When NVML's counter of energy moved, which it does some ten times a second: seconds, and millijoules by then.
+
+    Between two ticks power is exact; between two readings at any other times it is not: half a second of one layer
+    came out as 617 to 817 W so, all at the same limit of power (H200, 2026-11-29).
+    """
+
+    seconds: float
+    millijoules: float
+
+
+@contextlib.contextmanager
+def ticks(at_each: Callable[[], None] = lambda: None) -> Iterator[list[Tick]]:
+    """The ticks within this block, as they come; `at_each` is called at each."""
+    found: list[Tick] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        last = millijoules()
+        while not done.wait(0.002):
+            if (now := millijoules()) > last:
+                found.append(Tick(time.perf_counter(), now))
+                at_each()
+                last = now
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+
+
+def watts(found: list[Tick]) -> float:
+    """Between the second tick, when work has begun for certain, and the last one; NaN without them."""
+    if len(found) < 3:
+        return float("nan")
+    first, last = found[1], found[-1]
+    return (last.millijoules - first.millijoules) / 1e3 / (last.seconds - first.seconds)
+
+
 def _synchronize() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -855,7 +712,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: a dry run, on a CPU in Triton's interpreter")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--layers", type=int, default=24, help="of the transformer whose steps are timed")
     parser.add_argument("--try", dest="ways", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if DEVICE.type != "cuda" and not (given.tiny and interpreting()):
@@ -867,7 +723,6 @@ def main() -> None:
             return
         run = Run(
             given.tiny,
-            given.layers,
             {"what": "linears with what follows them", "machine": machine(DEVICE) | {"cublas": _cublas()}},
             given.out,
         )
@@ -879,7 +734,7 @@ def main() -> None:
             "shapes": shapes,
             "chain": chain,
         }
-        functions |= {"steady": steady, "steps": steps, "proof": proof}
+        functions |= {"steady": steady, "proof": proof}
         seconds: dict[str, float] = {}
         for part in given.parts:
             began = time.perf_counter()
@@ -898,7 +753,7 @@ def main() -> None:
     print(json.dumps(summary, indent=1)[:3000])
     for case, rows in run.results.get("core", {}).items():
         print(case, {name: row["differ"] for name, row in rows.items()})
-    for part in ("steady", "steps", "proof"):
+    for part in ("steady", "proof"):
         for case, row in run.results.get(part, {}).items():
             print(case)
             for name, figures in row.items():

@@ -87,6 +87,7 @@ PLANS = {
         Command("comfyui", "python benchmarks/comfyui.py --out FILE", 480),
         Command("2.3-comfyui", "python benchmarks/comfyui.py --ltx 2.3 --tokens 6144 --out FILE", 240),
     ],
+    "encoder": [Command("video-encoder", "python benchmarks/video_encoder.py --out FILE", 150)],
     "compiled": [Command("compiled", "python benchmarks/compiled.py --layers 8 --out FILE", 400)],
 }
 

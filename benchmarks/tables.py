@@ -471,6 +471,24 @@ def decoder(documents: list[dict[str, Any]], run: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"By turns in one process. {_sources([run, *documents], '../')}"])
 
 
+def encoder(document: dict[str, Any] | None) -> str:
+    """The video encoder, by version and size; nothing where none was measured yet."""
+    if document is None:
+        return ""
+    lines = ["| LTX, encode | stock | bitfuse | first call | peak beyond the weights | launches | output |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for row in document["rows"]:
+        stock, ours = min(row["stock_ms"]), min(row["bitfuse_ms"])
+        peaks = f"{row['peak_gb']['stock']:.2f} to {row['peak_gb']['bitfuse']:.2f} GB"
+        launches = " to ".join(str(row["kernels"][way]["launches"]) for way in ("stock", "bitfuse"))
+        output = "identical in every bit" if row["equal"] else "differs"
+        first = " to ".join(f"{row['first_s'][way]:.1f}" for way in ("stock", "bitfuse"))
+        times = f"{stock:.1f} ms | {ours:.1f} ms, {stock / ours:.2f}x | {first} s"
+        lines.append(f"| {row['encode']} | {times} | {peaks} | {launches} | {output} |")
+    said = "By turns in one process, in the order of the rows; a first call is that of its size in the process."
+    return "\n".join([*lines, "", f"{said} {_sources([document], '../')}"])
+
+
 def comfyui(document: dict[str, Any]) -> str:
     """A step of ComfyUI's model by the node, without and with a CUDA graph, and by KJNodes' fused blocks."""
     lines = ["| video tokens | stock | bitfuse | CUDA graph | KJNodes' blocks | launches a block | peak memory |"]
@@ -598,6 +616,52 @@ def linear_one_step(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "", said, _sources([document], "../")])
 
 
+def linear_steps(document: dict[str, Any]) -> str:
+    """Whole steps with linears by quack or Gluon, one change at a time; each over the bitfuse of its own turns."""
+    found = document["6144 tokens"]
+    lines = ["| a step with these layers by a kernel | time | over bitfuse |", "| --- | --- | --- |"]
+    baselines = [row["ms"] for row in found.get("repeats of bitfuse", {}).values() if "turns" in row]
+    for part in ("GELU's configurations", "one change at a time", "together", "why"):
+        rows = {name: row for name, row in found.get(part, {}).items() if isinstance(row, dict)}
+        for name, row in rows.items():
+            if name.startswith("bitfuse") and "one stream" not in name:
+                baselines.append(row["ms"])
+            else:
+                lines.append(f"| {name} | {row['ms']:.1f} ms | {rows['bitfuse']['ms'] / row['ms']:.4f}x |")
+    lines += [
+        "",
+        f"6144 tokens, {found['layers']} layers, a CUDA graph a way, every output equal to stock's. bitfuse itself was "
+        f"timed {len(baselines)} times: {min(baselines):.1f} to {max(baselines):.1f} ms. "
+        f"{_sources([document], '../')}",
+    ]
+    return "\n".join(lines)
+
+
+def linear_power(document: dict[str, Any]) -> str:
+    """Steps for ten seconds: bitfuse and its repeats, and what was tried."""
+    found = document["6144 tokens"]
+    spans = {name: rows if isinstance(rows, list) else [rows] for name, rows in found["ten seconds"].items()}
+    spans["bitfuse"] += [row for row in found.get("repeats of bitfuse", {}).values() if "W" in row]
+    lines = ["| ten seconds of | a step | power | energy a step | clock |", "| --- | --- | --- | --- | --- |"]
+    for name, row in ((name, row) for name, rows in spans.items() for row in rows if isinstance(row, dict)):
+        lines.append(f"| {name} | {row['ms']:.1f} ms | {row['W']:.0f} W | {row['J']:.1f} J | {row['MHz']:.0f} MHz |")
+    sentences = []
+    if all(way in document.get("kernels", {}) for way in _PROFILED):
+        ways = [document["kernels"][way] for way in _PROFILED]
+        took = [
+            sum(one["ms"] for kind, one in way.items() if kind in ("cuBLAS, 192x192", "quack", "GELU")) for way in ways
+        ]
+        sentences = [
+            "By the profiler the video's first layers of the feed-forwards and all GELUs take "
+            f"{took[0]:.1f} and {took[1]:.1f} ms in two steps of bitfuse, {took[2]:.1f} ms in one with GELU in quack's "
+            "GEMM."
+        ]
+    return "\n".join([*lines, "", " ".join([*sentences, _sources([document], "../")])])
+
+
+_PROFILED = ("bitfuse", "a repeat of bitfuse", "GELU: quack 128x208 pingpong")
+
+
 def _sources(documents: list[dict[str, Any]], up: str = "") -> str:
     machines = dict.fromkeys(_machine(document["machine"]) for document in documents)
     links = ", ".join(f"[{Path(document['path']).name}]({up}{document['path']})" for document in documents)
@@ -672,6 +736,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "run table": lambda: whole_runs(newest_or_none("run")),
     "run stages table": lambda: whole_runs(newest_or_none("run"), least=0.0, up="../"),
     "decoder table": lambda: decoder([newest("video-decoder"), newest("ltx-core-decoder")], newest("run")),
+    "encoder table": lambda: encoder(newest_or_none("video-encoder")),
     "diffusion decoder table": lambda: diffusion_decoder(newest("diffusion-decoder")),
     "gelu table": lambda: gelu(newest("gelu-operators")),
     "comfyui table": lambda: comfyui(newest("comfyui")),
@@ -689,6 +754,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear step table": lambda: linear_one_step(newest("linear-turns")),
     "roundings table": lambda: roundings(json.loads(ROUNDINGS.read_text())),
     "wrong kernels table": lambda: wrong_kernels(newest_proof(), "gated_residual"),
+    "linear steps table": lambda: linear_steps(newest("linear-steps")),
+    "linear power table": lambda: linear_power(newest("linear-steps")),
     "stacking table": lambda: stacking(json.loads(STACKING.read_text())),
     "compatibility table": lambda: compatibility(json.loads(COMPATIBILITY.read_text())),
 }

@@ -71,6 +71,8 @@ PAIRS = {
     "y + bias, upsampled": lambda a, b: a + b,
     "y + residual, upsampled": lambda a, b: a + b,
     "y + bias, in patches": lambda a, b: a + b,
+    "y + bias, downsampled": lambda a, b: (a + b) + 0.0,  # a mean of zeros is added
+    "y + residual, downsampled": lambda a, b: a + (0.0 + b),  # the mean of one begins with 0
 }
 
 

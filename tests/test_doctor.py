@@ -575,6 +575,19 @@ def test_the_video_decoder(monkeypatch):
 
 
 @needs_diffusers
+def test_the_video_encoder(monkeypatch):
+    from bitfuse.hosts import diffusers_vae as adapter
+
+    found = hosts_found("diffusers")["video encoder"]
+    assert (found.state, found.found) == (OK, "94 of 94 sites before and after convolutions")
+    monkeypatch.setitem(adapter.READ_OF_ENCODER, "LTX2VideoDownBlock3D.forward", set())
+    found = hosts_found("diffusers")
+    assert found["video decoder"].state == OK
+    assert found["video encoder"].state == WARNING
+    assert found["video encoder"].found.startswith("0 of 1 sites before and after convolutions; LTX2VideoDownBlock3D")
+
+
+@needs_diffusers
 def test_the_diffusion_decoder_and_where_the_host_itself_cannot_run(monkeypatch):
     pytest.importorskip("diffusers.models.autoencoders.ltx2_diffusion_decoder")
     from bitfuse.hosts import diffusers_diffusion_decoder as adapter
@@ -599,6 +612,8 @@ def test_ltx_core_and_a_source_of_it_that_is_not_known(monkeypatch):
     assert (found["LTX-2.0"].state, found["LTX-2.0"].found) == (OK, "16 of 16 sites of a block")
     decoder = found["video decoder"]
     assert (decoder.state, decoder.found) == (OK, "14 of 14 sites before and after convolutions")
+    encoder = found["video encoder"]
+    assert (encoder.state, encoder.found) == (OK, "13 of 13 sites before and after convolutions")
     monkeypatch.setitem(adapter.READ, "BasicAVTransformerBlock.forward", set())
     found = hosts_found("ltx-core")
     assert found["LTX-2.0"].state == WARNING

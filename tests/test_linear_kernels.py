@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -146,3 +147,43 @@ def test_a_dry_run(tmp_path):
     for part in ("shapes", "chain"):
         for row in found[part].values():
             assert all(isinstance(value, float) for value in row.values()), "every way was equal, so each has a time"
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_a_dry_run_of_steps(tmp_path, monkeypatch):
+    out = tmp_path / "steps.json"
+    command = [sys.executable, str(BENCHMARKS / "linear_steps.py"), "--tiny", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["exit_code"] == 0
+    assert set(found["trial"].values()) == {"equal"}
+    parts = [part for part in found["6144 tokens"].values() if isinstance(part, dict)]
+    ways = [way for part in parts for way in part.values() if not isinstance(way, list)]
+    assert len(ways) > 15
+    assert all(isinstance(way, dict) for way in ways), "every way was equal, so each has a time"
+    together = found["6144 tokens"]["together"]
+    assert together["bitfuse"]["by a kernel"] == {}
+    assert together["all, with what follows"]["by a kernel"] == {"gelu": 2, "gated": 4, "plain": 48}
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import tables
+
+    document = found | {"path": "out/steps.json"}
+    assert "| all, with what follows | " in tables.linear_steps(document)
+    assert tables.linear_power(document).count("| bitfuse | ") == 2
+
+
+@needs_interpreter
+def test_a_kernel_that_did_not_run_gets_no_time(monkeypatch):
+    """A step in which nothing was replaced is equal to stock's, too."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import linear_steps
+
+    geometry, _ = linear_steps.seeded.geometry_for(linear_steps.DEVICE, 1)
+    with torch.no_grad():
+        steps = linear_steps.Steps(linear_steps.seeded.build(geometry, linear_steps.DEVICE, seed=0), geometry)
+        monkeypatch.setattr(linear_steps, "patched", lambda tried: contextlib.nullcontext([]))
+        wrong = steps.prepare("GELU", linear_steps.Tried(up=linear_steps.Stand()))
+    assert wrong == "these ran by a kernel: {}"
+    assert not steps.calls

@@ -13,7 +13,7 @@ pytest.importorskip("ltx_core")
 pytest.importorskip("einops")
 
 from ltx_core.model.common import normalization
-from ltx_core.model.video_vae import VideoEncoder, convolution, video_vae
+from ltx_core.model.video_vae import convolution, video_vae
 from ltx_core.model.video_vae.enums import NormLayerType, PaddingModeType
 
 import bitfuse
@@ -157,16 +157,16 @@ def test_latents_of_another_dtype_are_cast_as_the_host_casts_them(device):
     assert bitfuse.compare(expected, found) is None
 
 
-def tiling():
-    """Tiles of two latents a side and two frames, which overlap by one."""
+def tiling(side=64, overlap=32, frames=16, overlapping=8):
+    """Tiles of so many pixels a side and frames; as a rule two latents a side and two frames, which overlap by one."""
     try:
         from ltx_core.tiling import DimensionSizeConfig, TileSizeConfig
     except ImportError:
         from ltx_core.model.video_vae import SpatialTilingConfig, TemporalTilingConfig, TilingConfig
 
-        return TilingConfig(SpatialTilingConfig(64, 32), TemporalTilingConfig(16, 8))
-    side = DimensionSizeConfig(64, 32)
-    return TileSizeConfig(frames=DimensionSizeConfig(16, 8), height=side, width=side)
+        return TilingConfig(SpatialTilingConfig(side, overlap), TemporalTilingConfig(frames, overlapping))
+    both = DimensionSizeConfig(side, overlap)
+    return TileSizeConfig(frames=DimensionSizeConfig(frames, overlapping), height=both, width=both)
 
 
 def test_tiles_are_the_hosts(device):
@@ -199,8 +199,8 @@ def test_restore_leaves_nothing(device):
 def test_a_decoder_is_found_in_what_holds_it():
     decoder = make()
     assert ltx_core.transformers(SimpleNamespace(decoder=decoder)) == [decoder]
-    with pytest.raises(TypeError, match="X0Model or video decoder"):
-        bitfuse.accelerate(VideoEncoder())
+    with pytest.raises(TypeError, match="X0Model or video decoder or encoder"):
+        bitfuse.accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="keep_text is True"):
         bitfuse.accelerate(decoder, keep_text=True)
 

@@ -164,3 +164,18 @@ def test_files_in_the_tree_exist():
     for file in files:
         name = file.rstrip("/")
         assert (ROOT / name).exists() or any((ROOT / "src").rglob(name)), file
+
+
+def test_the_encoders_table():
+    tables = _tables()
+    assert tables.encoder(None) == "", "nothing where none was measured yet"
+    facts = {"device": "a card", "driver": "1", "torch": "2", "triton": "3", "diffusers": "4", "date": "2026-11-29T01"}
+    row = {"encode": "2.0 768x512x1", "stock_ms": [3.0, 2.0], "bitfuse_ms": [1.0, 1.5], "equal": True}
+    row |= {"peak_gb": {"stock": 2.0, "bitfuse": 1.0}, "first_s": {"stock": 0.1, "bitfuse": 9.0}}
+    row |= {"kernels": {"stock": {"launches": 700}, "bitfuse": {"launches": 180}}}
+    table = tables.encoder({"machine": facts, "rows": [row, {**row, "equal": False}], "path": "a.json"}).splitlines()
+    assert table[2] == (
+        "| 2.0 768x512x1 | 2.0 ms | 1.0 ms, 2.00x | 0.1 to 9.0 s | 2.00 to 1.00 GB | 700 to 180 | "
+        "identical in every bit |"
+    )
+    assert table[3].endswith("| differs |")

@@ -90,22 +90,26 @@ def reasons(handle) -> set[str]:
     return {reason for site in handle.report().sites for reason in site.reasons}
 
 
-def elementwise(handle) -> list:
-    return [site for site in handle.sites if site.operator != "convolution"]
+def sites(handle, of: str = "decoder") -> list:
+    return [site for site in handle.sites if site.name.partition(".")[0] == of]
 
 
-def assert_fused(handle) -> None:
+def elementwise(handle, of: str = "decoder") -> list:
+    return [site for site in sites(handle, of) if site.operator != "convolution"]
+
+
+def assert_fused(handle, of: str = "decoder") -> None:
     """Every site but the convolutions, which on a CPU are the host's own."""
     if torch.cuda.is_available():
-        assert {site.state for site in handle.sites} == {"fused"}, reasons(handle)
+        assert {site.state for site in sites(handle, of)} == {"fused"}, reasons(handle)
         return
-    assert {site.state for site in elementwise(handle)} == {"fused"}
+    assert {site.state for site in elementwise(handle, of)} == {"fused"}
     assert reasons(handle) == {ON_CPU}
 
 
 def assert_stock(handle, *told: str) -> None:
     """No site was fused, and the one reason has all that is told in it."""
-    assert not any(site.fused for site in handle.sites)
+    assert not any(site.fused for site in sites(handle))
     (reason,) = reasons(handle)
     for part in told:
         assert part in reason
@@ -179,17 +183,17 @@ def test_the_sites_are_named_by_the_modules_and_counted():
     vae = make()
     handle = bitfuse.accelerate(vae)
     decoded(vae)
-    names = [site.name for site in handle.sites]
+    names = [site.name for site in sites(handle)]
     assert len(set(names)) == len(names)
     assert names[:3] == [f"decoder.mid_block.resnets.0.{part}" for part in ("norm1", "conv1", "norm2")]
     assert "decoder.up_blocks.1.upsamplers.0.upsample" in names
     assert names[-3:] == ["decoder.norm_out", "decoder.conv_out", "decoder.unpatchify"]
-    assert {site.fused + sum(site.fallen.values()) for site in handle.sites} == {1}
-    operators = {site.name: site.operator for site in handle.sites}
+    assert {site.fused + sum(site.fallen.values()) for site in sites(handle)} == {1}
+    operators = {site.name: site.operator for site in sites(handle)}
     for name, operator in operators.items():
         assert operator == "convolution" or operator in bitfuse.OPERATORS, name
     seen = []
-    for site in handle.sites:
+    for site in sites(handle):
         site.observers = (lambda s, op, *_: seen.append((s.operator, op.name)),)
     decoded(vae)
     assert seen == [(operator, operator) for operator in operators.values()], "each calls what it is counted for"
@@ -470,7 +474,7 @@ def test_a_hook_on_every_module_is_called():
     with torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)):
         assert bitfuse.compare(expected, decoded(vae)) is None
     assert vae.decoder.norm_out in seen
-    assert not any(site.fused for site in handle.sites)
+    assert not any(site.fused for site in sites(handle))
 
 
 REPLACED = {
@@ -604,7 +608,7 @@ def test_a_derived_decoder_with_a_forward_of_its_own_is_left_alone():
     expected = decoded(vae)
     handle = bitfuse.accelerate(vae)
     assert bitfuse.compare(expected, decoded(vae)) is None
-    assert {site.state for site in handle.sites} == {"left alone"}
+    assert {site.state for site in sites(handle)} == {"left alone"}
     assert "not diffusers' own" in str(handle.report())
 
 
@@ -696,7 +700,7 @@ def test_an_interrupt_in_a_decode_leaves_nothing_behind(error, monkeypatch):
         return call(site, operator, *args)
 
     monkeypatch.setattr(Site, "call", interrupted)
-    for site in handle.sites[::5]:
+    for site in sites(handle)[::5]:
         state["at"] = site.name
         with pytest.raises(error):
             decoded(vae)
@@ -841,8 +845,8 @@ def test_errors_of_the_moment_that_go_on_are_tried_ever_more_seldom(monkeypatch)
     handle = bitfuse.accelerate(vae)
     no_memory = proof.Verdict(False, "the device ran out of memory while it was being proved", final=False)
     monkeypatch.setattr(proof, "run_battery", lambda *args: no_memory)
-    monkeypatch.setattr("bitfuse.hosts.video_decoder.time.perf_counter", lambda: now.append(now[-1] + 2) or now[-1])
-    monkeypatch.setattr(type(ours_in(vae.decoder)), "decoded", wrapped := counted(type(ours_in(vae.decoder)).decoded))
+    monkeypatch.setattr("bitfuse.hosts.video_coder.time.perf_counter", lambda: now.append(now[-1] + 2) or now[-1])
+    monkeypatch.setattr(type(ours_in(vae.decoder)), "coded", wrapped := counted(type(ours_in(vae.decoder)).coded))
     for _ in range(4):
         assert bitfuse.compare(expected, decoded(vae)) is None
     assert wrapped.calls == 1, "2 seconds were lost, so 40 pass before it is tried again"
@@ -896,7 +900,7 @@ def test_a_pipeline_is_taken_over_with_its_decoder(pipe):
     expected = decoded(pipe.vae, z)
     with bitfuse.accelerated(pipe) as handle:
         names = {site.name.partition(".")[0] for site in handle.sites}
-        assert {"decoder", "transformer_blocks"} <= names
+        assert {"decoder", "encoder", "transformer_blocks"} <= names
         assert ours_in(pipe.vae.decoder) is not None
         assert bitfuse.compare(expected, decoded(pipe.vae, z)) is None
         assert all(site.fused for site in elementwise(handle) if site.name.startswith("decoder."))

@@ -26,6 +26,7 @@ from stacking import FEATURES, ORDERS
 diffusers = pytest.importorskip("diffusers", minversion="0.38")
 
 from test_vae import BF16, assert_fused, decoded, elementwise, latents, make, reasons  # noqa: E402 (it needs diffusers)
+from test_vae import sites as sites_of  # noqa: E402
 
 # What is around the kernels, whose bits other tests look at
 pytestmark = pytest.mark.usefixtures("launched_as_reference")
@@ -86,9 +87,9 @@ def test_an_audit_computes_every_fused_call_again():
     with bitfuse.accelerated(vae, audit=1) as handle:
         decoded(vae)
         report = handle.report()
-        assert (report.auditor.calls, report.auditor.mismatches) == (len(handle.sites), 0)
-        assert set(report.auditor.sites) == {site.name for site in handle.sites}
-        assert report.fused == report.seen
+        assert (report.auditor.calls, report.auditor.mismatches) == (len(sites_of(handle)), 0)
+        assert set(report.auditor.sites) == {site.name for site in sites_of(handle)}
+        assert report.fused == len(sites_of(handle))
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -102,10 +103,10 @@ def test_a_kernel_that_an_audit_sees_to_differ_is_used_no_more(name, wrong):
             decoded(vae)
         assert {w.category for w in found} <= {BitfuseWarning}
     assert handle.report().auditor.condemned
-    before = {site.name: site.fused for site in handle.sites if site.operator == name}
+    before = {site.name: site.fused for site in sites_of(handle) if site.operator == name}
     for _ in range(2):
         assert bitfuse.compare(expected, decoded(vae)) is None
-    assert {site.name: site.fused for site in handle.sites if site.operator == name} == before
+    assert {site.name: site.fused for site in sites_of(handle) if site.operator == name} == before
     handle.restore()
 
 
@@ -118,9 +119,9 @@ def test_a_convolution_that_an_audit_sees_to_differ_is_used_no_more(monkeypatch)
     with bitfuse.accelerated(vae, audit=1) as handle:
         with pytest.warns(BitfuseWarning, match="convolution by channels last"):
             decoded(vae)
-        before = {site.name: site.fused for site in handle.sites if site.operator == "convolution"}
+        before = {site.name: site.fused for site in sites_of(handle) if site.operator == "convolution"}
         assert bitfuse.compare(expected, decoded(vae)) is None
-        assert {site.name: site.fused for site in handle.sites if site.operator == "convolution"} == before
+        assert {site.name: site.fused for site in sites_of(handle) if site.operator == "convolution"} == before
         assert all("in an audited call at" in reason for reason in reasons(handle))
 
 
@@ -176,6 +177,8 @@ def test_a_pipelines_decoder_and_connectors_are_explained_as_they_are_done(folde
     with bitfuse.accelerated(pipe) as handle:
         call = {**tiny.CALL, **tiny.UNGUIDED, "generator": torch.Generator().manual_seed(0)}
         pipe(prompt="a red fox", output_type="pt", **call)
+        with torch.no_grad():
+            pipe.vae.encode(torch.zeros(1, 3, 1, 64, 64, dtype=BF16))
         done = {kind["name"]: kind for kind in handle.report().kinds() if kind["name"] != "video_processor"}
     assert set(kinds) == set(done)
     for name, kind in kinds.items():
@@ -186,8 +189,10 @@ def test_a_pipelines_decoder_and_connectors_are_explained_as_they_are_done(folde
             assert STATES[kind.state] == done[name]["state"], name
     assert found.seen == sum(site.name != "video_processor" for site in handle.sites)
     assert any(name.startswith("decoder.") for name in kinds)
+    assert any(name.startswith("encoder.") for name in kinds)
     assert any(name.startswith("connectors.") for name in kinds)
-    assert "a prompt of 1024 tokens; a decode of latents [1, 16, 16, 16, 24]" in found.geometry
+    told = "a decode of latents [1, 16, 16, 16, 24], an encode of a frame [1, 3, 1, 512, 768]"
+    assert f"a prompt of 1024 tokens; {told}" in found.geometry
     assert kinds["decoder.conv_out"].arguments["x"].endswith(", channels_last_3d")
 
 
@@ -292,7 +297,7 @@ def check_beside(use, order, reason):
         assert_fused(handle)
     else:
         assert reasons(handle) == {reason}
-        assert not any(site.fused for site in handle.sites)
+        assert not any(site.fused for site in sites_of(handle))
     handle.restore()
     assert bitfuse.compare(expected, decoded(vae)) is None
 

@@ -45,23 +45,19 @@ def sites_of(block: Any) -> dict[str, Operator]:
     return found | dict.fromkeys(BETWEEN.values(), NATIVE.twice)
 
 
-class Stream:
-    """One modality on its way through a block: its tokens, and what is still to be added to them.
+class Stream(ltx2.Stream):
+    """One modality on its way through a block, whose gated outputs are added in one op.
 
     x        the tokens [B, T, D], or [B * F, P, D]
     frames   F and P where they are seen so
-    ada      the AdaLN values of its table
-    pending  (y, gate, gate_table, once), what an attention gave and whether it is added by addcmul; or None
+    once     whether what is pending is added by addcmul
     """
 
-    __slots__ = ("_given", "_ours", "_prefix", "ada", "batch", "frames", "pending", "x")
+    __slots__ = ("_given", "batch", "frames", "once")
 
     def __init__(self, ours: BasicAVTransformerBlock, prefix: str, x: Tensor, frames: Frames | None):
-        self._ours, self._prefix, self._given, self.frames = ours, prefix, x, frames
-        self.batch = x.shape[0]
-        self.x = self._seen_by_frame(x)
-        self.ada: list[Ada] = []
-        self.pending: tuple[Any, ...] | None = None
+        self._given, self.batch, self.frames, self.once = x, x.shape[0], frames, False
+        super().__init__(ours, prefix, self._seen_by_frame(x), EPS)
 
     def values(self, table: Tensor, timestep: Any) -> list[Ada]:
         """What each row of a table and a timestep add up to, not yet added."""
@@ -69,55 +65,46 @@ class Stream:
         return self._ours.values(plain(table).to(device=rows.device, dtype=rows.dtype), rows)
 
     def norm(self, site: str, scale: Ada, shift: Ada) -> Tensor:
-        return self._as_given(self._call(site, NATIVE.norm, self.x, *modulation(scale, shift), EPS))
+        return self._as_given(super().norm(site, scale, shift))
 
-    def add(self, y: Tensor, gate: tuple[Any, Any] = UNGATED, *, once: bool) -> None:
-        """Have y added to the tokens, times its gate, with the norm that comes next."""
-        self.pending = (self._seen_by_frame(y), *gate, once)
-
-    def add_and_norm(self, site: str, *modulations: tuple[Any, ...]) -> list[Tensor]:
-        """Add to the tokens what is pending, if anything is; their norm under each of one or two modulations."""
-        self._settle(site)
-        pending, self.pending = self.pending, None
-        if pending is None:  # its attention was left out
-            normed = [self._call(site, NATIVE.norm, self.x, *m, EPS) for m in modulations]
-        elif pending[3]:
-            first, *more = modulations
-            operator = RESIDUAL_ADDCMUL_RMS_NORM_MODULATE_NATIVE
-            self.x, *normed = self._call(site, operator, self.x, *pending[:3], *first, EPS)
-            normed += [self._call(site, NATIVE.norm, self.x, *m, EPS) for m in more]
-        else:
-            operator = NATIVE.residual if len(modulations) == 1 else NATIVE.twice
-            every = [value for m in modulations for value in m]
-            self.x, *normed = self._call(site, operator, self.x, *pending[:3], None, *every, EPS)
-        return [self._as_given(n) for n in normed]
-
-    def between(self, ada: list[Ada], a2v: bool, v2a: bool) -> list[Tensor | None]:
-        """The norm for the attentions of video to audio and of audio to video; None for one that is left out."""
-        wanted = [modulation(ada[i], ada[i + 1]) for i, runs in ((0, a2v), (2, v2a)) if runs]
-        found = iter(self.add_and_norm(BETWEEN[self._prefix], *wanted))
-        return [next(found) if runs else None for runs in (a2v, v2a)]
+    def add(self, y: Tensor, gate: tuple[Any, Any] = UNGATED, mask: None = None, *, once: bool = True) -> None:
+        super().add(self._seen_by_frame(y), gate)
+        self.once = once
 
     def feed_forward(self, module: Any) -> None:
-        (n,) = self.add_and_norm(f"{self._prefix}norm3", modulation(self.ada[4], self.ada[3]))
+        (n,) = self.add_and_norm("norm3", modulation(self.ada[4], self.ada[3]))
+        self.add(module(n), self.ada[5])
         site = f"{self._prefix}output"
-        self.add(module(n), self.ada[5], once=True)
         self._settle(site)
         if self.pending is not None:
-            self.x = self._call(site, GATED_RESIDUAL_ADDCMUL, self.x, *self.pending[:3])
-            self.pending = None
+            self.x = self._ours.call(self._ours.named_sites[site], GATED_RESIDUAL_ADDCMUL, self.x, *self._taken())
+
+    def _add_and_norm(self, site: str, *modulations: tuple[Any, ...]) -> list[Tensor]:
+        self._settle(site)
+        if self.pending is None or not self.once:
+            return [self._as_given(n) for n in super()._add_and_norm(site, *modulations)]
+        ours, found, operator = self._ours, self._ours.named_sites[site], RESIDUAL_ADDCMUL_RMS_NORM_MODULATE_NATIVE
+        first, *more = modulations
+        self.x, *normed = ours.call(found, operator, self.x, *self._taken(), *first, EPS)
+        normed += [ours.call(found, NATIVE.norm, self.x, *m, EPS) for m in more]
+        return [self._as_given(n) for n in normed]
+
+    def _taken(self) -> tuple[Any, ...]:
+        """y, gate and its table of what is pending, which then is no more."""
+        (*taken, _mask), self.pending = self.pending, None  # type: ignore[misc]
+        return tuple(taken)
 
     def _settle(self, site: str) -> None:
         """Add what is pending as stock does where an operator's sum would be of another dtype: into x, which stays."""
-        given = [t for t in (self.pending or ())[:3] if t is not None]
+        given = [t for t in self.pending or () if t is not None]
         if all(t.dtype == self.x.dtype for t in given):
             return
-        y, gate, table, once = self.pending  # type: ignore[misc]
+        y, gate, table = self._taken()
         kinds = ", ".join(str(t.dtype) for t in given)
         self._ours.named_sites[site].fall(f"{self.x.dtype} is added to with {kinds}, and ComfyUI's sum keeps its dtype")
         gate = gate if table is None else table + gate
-        self.x = self.x.clone().addcmul_(y, gate) if once else self.x.clone().add_(y if gate is None else y * gate)
-        self.pending = None
+        added = self.x.clone()
+        self.x = added.addcmul_(y, gate) if self.once else added.add_(y if gate is None else y * gate)
 
     def result(self, seen: bool) -> Tensor:
         """The tokens, in the memory of those that were given where somebody could see that."""
@@ -125,9 +112,6 @@ class Stream:
         if x is self._given or x.data_ptr() == self._given.data_ptr():
             return self._given
         return self._given.copy_(x) if seen else x
-
-    def _call(self, site: str, operator: Operator, *args: Any) -> Any:
-        return self._ours.named_sites[site].call(operator, *args)
 
     def _seen_by_frame(self, t: Tensor) -> Tensor:
         if self.frames is None:
@@ -193,15 +177,15 @@ class BasicAVTransformerBlock(ltx2.AVBlock):
             v.ada = v.values(block.scale_shift_table, v_timestep)
             n = v.norm("norm1", v.ada[1], v.ada[0])
             y = block.attn1(n, pe=v_pe, mask=self_attention_mask, transformer_options=options)
-            v.add(y, v.ada[2], once=True)
+            v.add(y, v.ada[2])
             n = y = None
             self._attend_to_text(block, v, VIDEO, v_context, v_prompt_timestep, attention_mask, options)
         with streams.second:
             if run_ax:
                 a.ada = a.values(block.audio_scale_shift_table, a_timestep)
-                n = a.norm("audio_norm1", a.ada[1], a.ada[0])
+                n = a.norm("norm1", a.ada[1], a.ada[0])
                 y = block.audio_attn1(n, pe=a_pe, transformer_options=options)
-                a.add(y, a.ada[2], once=True)
+                a.add(y, a.ada[2])
                 n = y = None
                 self._attend_to_text(block, a, AUDIO, a_context, a_prompt_timestep, attention_mask, options)
 
@@ -218,14 +202,14 @@ class BasicAVTransformerBlock(ltx2.AVBlock):
                 y = block.audio_to_video_attn(
                     for_a2v, context=audio_for_a2v, pe=v_cross_pe, k_pe=a_cross_pe, transformer_options=options
                 )
-                v.add(y, v.values(table[4:], v_cross_gate_timestep)[0], once=True)
+                v.add(y, v.values(table[4:], v_cross_gate_timestep)[0])
             for_a2v = y = None  # memory for the feed-forward; what the other stream reads stays until it joins
             if v2a:
                 with streams.second:
                     y = block.video_to_audio_attn(
                         audio_for_v2a, context=for_v2a, pe=a_cross_pe, k_pe=v_cross_pe, transformer_options=options
                     )
-                    a.add(y, a.values(audio_table[4:], a_cross_gate_timestep)[0], once=True)
+                    a.add(y, a.values(audio_table[4:], a_cross_gate_timestep)[0])
                     y = None
 
         # 3. feed-forward
@@ -244,13 +228,13 @@ class BasicAVTransformerBlock(ltx2.AVBlock):
         """A modality's attention to the text, still pending."""
         attn = getattr(block, f"{p}attn2")
         if not block.cross_attention_adaln:
-            (n,) = s.add_and_norm(f"{p}norm2", ABSENT)
+            (n,) = s.add_and_norm("norm2", ABSENT)
             s.add(attn(n, context=context, mask=mask, transformer_options=options), once=False)
             return
         table = getattr(block, f"{p}prompt_scale_shift_table")
         shift, scale = self.values(plain(table).to(device=s.x.device, dtype=s.x.dtype), prompt_timestep)
-        (n,) = s.add_and_norm(f"{p}norm2", modulation(s.ada[7], s.ada[6]))
-        text = self.call(self.named_sites[f"{p}text"], MODULATE, context, *modulation(scale, shift))
+        (n,) = s.add_and_norm("norm2", modulation(s.ada[7], s.ada[6]))
+        text = s.modulate(context, scale, shift)
         s.add(attn(n, context=text, mask=mask, transformer_options=options), s.ada[8], once=False)
 
     def _fork(self, block: Any, vx: Tensor, options: Any) -> Fork:

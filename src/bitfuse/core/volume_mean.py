@@ -69,7 +69,7 @@ def order_of(shape: tuple[int, ...], element_size: int, device: torch.device) ->
         return None
     vector = next(n for n in (4, 2, 1) if positions % n == 0)
     height, blocks = _spread(batch * positions, channels // halves, vector, *_multiprocessors(device))
-    return Order(height, blocks, halves) if blocks <= 4 * height else None
+    return Order(height, blocks, halves) if blocks <= 8 * height else None
 
 
 def _bytes(batch: int, channels: int, positions: int, element_size: int) -> int:
@@ -165,7 +165,7 @@ def fold_threads(values, ROWS: tl.constexpr, HEIGHT: tl.constexpr):
 def fold_blocks(values, ROWS: tl.constexpr, SLOTS: tl.constexpr, HEIGHT: tl.constexpr, BLOCKS: tl.constexpr):
     """[ROWS, SLOTS] -> [ROWS]: of lanes t + HEIGHT * k the sum over threads t of each block k, then over the blocks.
 
-    SLOTS is a power of two not below HEIGHT * BLOCKS; lanes beyond that are zero. BLOCKS is at most 4 * HEIGHT.
+    SLOTS is a power of two not below HEIGHT * BLOCKS; lanes beyond that are zero. BLOCKS is at most 8 * HEIGHT.
     """
     if BLOCKS == 1:
         values = fold_threads(values, ROWS, HEIGHT)
@@ -179,9 +179,22 @@ def fold_blocks(values, ROWS: tl.constexpr, SLOTS: tl.constexpr, HEIGHT: tl.cons
         elif TURNS == 2:
             row0, row1 = tl.split(tl.trans(tl.reshape(rows, (ROWS, 2, HEIGHT)), (0, 2, 1)))
             values = fold_threads(row0 + row1, ROWS, HEIGHT)
-        else:
-            tl.static_assert(TURNS == 4)
-            by_turns = tl.reshape(tl.trans(tl.reshape(rows, (ROWS, 4, HEIGHT)), (0, 2, 1)), (ROWS, HEIGHT * 4))
-            row0, row1, row2, row3 = vector_places(by_turns, ROWS, HEIGHT)
+        elif TURNS == 4:
+            row0, row1, row2, row3 = four_rows(rows, ROWS, HEIGHT)
             values = fold_threads(((row0 + row1) + row2) + row3, ROWS, HEIGHT)
+        else:
+            tl.static_assert(TURNS == 8)
+            first, second = tl.split(tl.trans(tl.reshape(rows, (ROWS, 2, 4 * HEIGHT)), (0, 2, 1)))
+            row0, row1, row2, row3 = four_rows(first, ROWS, HEIGHT)
+            row4, row5, row6, row7 = four_rows(second, ROWS, HEIGHT)
+            total = (((row0 + row1) + row2) + row3) + row4
+            values = fold_threads(((total + row5) + row6) + row7, ROWS, HEIGHT)
     return values
+
+
+@kernel
+def four_rows(values, ROWS: tl.constexpr, HEIGHT: tl.constexpr):
+    """[ROWS, 4 * HEIGHT] -> four of [ROWS, HEIGHT], each as it lies there."""
+    by_turns = tl.reshape(tl.trans(tl.reshape(values, (ROWS, 4, HEIGHT)), (0, 2, 1)), (ROWS, HEIGHT * 4))
+    row0, row1, row2, row3 = vector_places(by_turns, ROWS, HEIGHT)
+    return row0, row1, row2, row3

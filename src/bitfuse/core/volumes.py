@@ -1,7 +1,7 @@
 """Volumes in channels_last_3d, as kernels take them: [B, C, D, H, W] with the channels of a pixel side by side.
 
-What the operators of the video decoder share: the form, how much of a volume a program takes, and why a volume is none
-that a kernel takes.
+What the operators of the video autoencoder share: the form, how much of a volume a program takes, and why a volume is
+none that a kernel takes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ def elements() -> int:
 def laid(x: Tensor) -> Tensor:
     """x, dense in channels_last_3d. Not by that name: inside of vmap PyTorch knows no layout but the contiguous one."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def biased(y: Tensor, bias: Tensor | None) -> Tensor:
+    """What the host has after a convolution, in its own layout; y is the convolution's output without its bias."""
+    y = y.contiguous()
+    return y if bias is None else y + bias.view(1, -1, 1, 1, 1)
 
 
 def channels_last(shape: tuple[int, ...], dtype: torch.dtype) -> Out:

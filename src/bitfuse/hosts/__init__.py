@@ -46,11 +46,11 @@ def accelerate(
 ) -> Handle:
     """Run the elementwise chains of an LTX-2 model through fused kernels, in place, with the same bits.
 
-    target        a diffusers LTX-2 pipeline: its transformers, text connectors and decoders; or an
+    target        a diffusers LTX-2 pipeline: its transformers, text connectors, decoders and video encoder; or an
                   `LTX2VideoTransformer3DModel`, `LTX2TextConnectors` (diffusers 0.37 or newer),
                   `AutoencoderKLLTX2Video` or `LTX2VideoDiffusionDecoderModel` (0.42.1) alone; or an ltx-core
-                  `LTXModel`, `X0Model` or video decoder (`VideoDecoder`, in 1.2.0 `ConvVideoDecoder`); or an SGLang
-                  `LTX2VideoTransformer3DModel`; or, with the node pack for it, a ComfyUI `LTXAVModel` or a
+                  `LTXModel`, `X0Model`, video decoder (`VideoDecoder`, in 1.2.0 `ConvVideoDecoder`) or `VideoEncoder`;
+                  or an SGLang `LTX2VideoTransformer3DModel`; or, with the node pack for it, a ComfyUI `LTXAVModel` or a
                   ModelPatcher of one
     strict        raise `NotFused` where something would fall back to the PyTorch chain
     cuda_graph    replay the transformer's whole forward as one CUDA graph, from the third call of a shape on

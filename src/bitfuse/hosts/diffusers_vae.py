@@ -1,7 +1,7 @@
-"""The decoder of diffusers' LTX-2 video autoencoder (0.38 to 0.42.1), by what `video_decoder.py` does.
+"""Decoder and encoder of diffusers' LTX-2 video autoencoder (0.38 to 0.42.1), by what `video_coder.py` does.
 
-Slices and single frames are the host's: `AutoencoderKLLTX2Video` cuts and joins them, and calls the decoder for each.
-So are tiles, but that `tiles.py` blends them in fewer ops.
+Slices and single frames are the host's: `AutoencoderKLLTX2Video` cuts and joins them, and calls the decoder or the
+encoder for each. So are tiles, but that `tiles.py` blends them in fewer ops.
 """
 
 from __future__ import annotations
@@ -9,26 +9,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from diffusers.models.autoencoders import autoencoder_kl_ltx2 as upstream
 from torch import Tensor
 
-from bitfuse.hosts import tiles
+from bitfuse.core.volumes import biased
+from bitfuse.hosts import tiles, video_decoder, video_encoder
 from bitfuse.hosts.part import Model
 from bitfuse.hosts.sources import entries, functions, own_method, why_not_read, why_not_stock
-from bitfuse.hosts.video_decoder import LEFT_OUT as _SHARED
-from bitfuse.hosts.video_decoder import Names, Stage, Values, VideoDecoder
+from bitfuse.hosts.video_coder import Names, Stage, Values, VideoCoder
+from bitfuse.hosts.video_decoder import VideoDecoder
+from bitfuse.hosts.video_encoder import VideoEncoder
 
 _Decoder: Any = upstream.LTX2VideoDecoder3d
+_Encoder: Any = upstream.LTX2VideoEncoder3d
 
 # Upstream sources that were read and are restated here (`source_hash`), 0.38 to 0.42.1.
-READ = {
-    "LTX2VideoDecoder3d.forward": {"9b636b882880eb5f"},
+_READ_OF_BOTH = {
     "LTX2VideoMidBlock3d.forward": {"2e251c5f6fe55330"},
-    "LTX2VideoUpBlock3d.forward": {"9f083ffc90a0c4c3"},
     "LTX2VideoResnetBlock3d.forward": {"ace29674f0c831ba"},
-    "LTX2VideoUpsampler3d.forward": {"d8ffe7d1d71c84ea"},
     "LTX2VideoCausalConv3d.forward": {"a36ffb016bcb1d81"},
     "PerChannelRMSNorm.forward": {"8af7076a14ff8423"},
+}
+READ = {
+    "LTX2VideoDecoder3d.forward": {"9b636b882880eb5f"},
+    "LTX2VideoUpBlock3d.forward": {"9f083ffc90a0c4c3"},
+    "LTX2VideoUpsampler3d.forward": {"d8ffe7d1d71c84ea"},
+    **_READ_OF_BOTH,
+}
+READ_OF_ENCODER = {
+    "LTX2VideoEncoder3d.forward": {"26753daac3fdb3af"},
+    "LTX2VideoDownBlock3D.forward": {"f684cc750a88881e"},
+    "LTX2VideoDownsampler3d.forward": {"3045048f0b6e08d3"},
+    **_READ_OF_BOTH,
 }
 
 # Those of the autoencoder itself, 0.38 to 0.42.1.
@@ -42,7 +55,8 @@ READ_OF_TILES = {
 
 # The functions that parts of ours leave out, by the kind of part.
 LEFT_OUT = {
-    "decoder": [*entries(upstream, *READ), *_SHARED],
+    "decoder": [*entries(upstream, *READ), *video_decoder.LEFT_OUT],
+    "encoder": [*entries(upstream, *READ_OF_ENCODER), *video_encoder.LEFT_OUT],
     "tiles": [
         *entries(upstream, *READ_OF_TILES),
         *((Tensor, name, f"torch.Tensor.{name}") for name in ("__mul__", "__add__", "__setitem__")),
@@ -50,14 +64,10 @@ LEFT_OUT = {
 }
 
 
-class LTX2VideoDecoder3d(VideoDecoder):
-    """In place of the forward of upstream's decoder."""
-
-    __slots__ = ()
-    whose = "diffusers'"
-    names = Names(
+def _names(sampler: str) -> Names:
+    return Names(
         resnet=upstream.LTX2VideoResnetBlock3d,
-        upsampler=getattr(upstream, "LTX2VideoUpsampler3d", None),  # of another name in 0.37
+        sampler=getattr(upstream, sampler, None),  # of another name in 0.37
         convolution=upstream.LTX2VideoCausalConv3d,
         norm=upstream.PerChannelRMSNorm,
         given="hidden_states",
@@ -66,24 +76,22 @@ class LTX2VideoDecoder3d(VideoDecoder):
         norm_dim="channel_dim",
     )
 
-    @classmethod
-    def stages(cls, decoder: Any) -> Iterator[Stage]:
-        resnets = [(f"mid_block.resnets.{index}", resnet) for index, resnet in enumerate(decoder.mid_block.resnets)]
-        yield Stage("mid_block", decoder.mid_block, upstream.LTX2VideoMidBlock3d, resnets)
-        for number, block in enumerate(decoder.up_blocks):
-            name = f"up_blocks.{number}"
-            steps = [(f"{name}.upsamplers.{index}", one) for index, one in enumerate(block.upsamplers or ())]
-            steps += [(f"{name}.resnets.{index}", resnet) for index, resnet in enumerate(block.resnets)]
-            yield Stage(name, block, upstream.LTX2VideoUpBlock3d, steps)
+
+class _Coder(VideoCoder):
+    """What upstream's decoder and encoder have in common."""
+
+    __slots__ = ()
+    whose = "diffusers'"
 
     def why_not_block(self, stage: Stage) -> str | None:
         if getattr(stage.module, "conv_in", None) is not None:
             return f"{stage.name} changes the number of channels in a resnet"
         if not len(stage.module.resnets):
             return f"{stage.name} has no resnets"
-        upsamplers = getattr(stage.module, "upsamplers", None) or ()
-        if len(upsamplers) > 1:
-            return f"{stage.name} has {len(upsamplers)} upsamplers, one after the other; accepted: one"
+        for what in ("upsamplers", "downsamplers"):
+            samplers = getattr(stage.module, what, None) or ()
+            if len(samplers) > 1:
+                return f"{stage.name} has {len(samplers)} {what}, one after the other; accepted: one"
         return None
 
     def changes_channels(self, resnet: Any) -> bool:
@@ -92,18 +100,42 @@ class LTX2VideoDecoder3d(VideoDecoder):
     def frames_of(self, convolution: Any) -> int:
         return convolution.kernel_size[0]
 
-    def causal(
-        self, decoder: Any, hidden_states: Tensor, temb: Tensor | None = None, causal: bool | None = None
-    ) -> bool:
-        return causal or decoder.is_causal
+    def values_of_resnet(self, resnet: Any, of_block: Any, x: Tensor) -> Values:
+        if resnet.scale_shift_table is None:
+            return (None,) * 4
+        return (of_block.unflatten(1, (4, -1)) + resnet.scale_shift_table[None, ..., None, None, None]).unbind(dim=1)
 
-    def decoded(
-        self, decoder: Any, hidden_states: Tensor, temb: Tensor | None = None, causal: bool | None = None
+    def noise_scale(self, resnet: Any, number: int, y: Tensor) -> Tensor | None:
+        return getattr(resnet, f"per_channel_scale{number}")
+
+    def patches(self, coder: Any) -> tuple[int, int]:
+        return coder.patch_size_t, coder.patch_size
+
+
+class LTX2VideoDecoder3d(_Coder, VideoDecoder):
+    """In place of the forward of upstream's decoder."""
+
+    __slots__ = ()
+    names = _names("LTX2VideoUpsampler3d")
+
+    @classmethod
+    def stages(cls, coder: Any) -> Iterator[Stage]:
+        yield _mid_block(coder)
+        for number, block in enumerate(coder.up_blocks):
+            name = f"up_blocks.{number}"
+            steps = [*_steps(name, block, "upsamplers"), *_steps(name, block, "resnets")]
+            yield Stage(name, block, upstream.LTX2VideoUpBlock3d, steps)
+
+    def causal(self, coder: Any, hidden_states: Tensor, temb: Tensor | None = None, causal: bool | None = None) -> bool:
+        return causal or coder.is_causal
+
+    def coded(
+        self, coder: Any, hidden_states: Tensor, temb: Tensor | None = None, causal: bool | None = None
     ) -> Tensor:
-        causal = self.causal(decoder, hidden_states, temb, causal)
-        if decoder.timestep_scale_multiplier is not None:
-            temb = temb * decoder.timestep_scale_multiplier
-        return self.after_first(decoder, decoder.conv_in(hidden_states, causal=causal), temb, causal)
+        causal = self.causal(coder, hidden_states, temb, causal)
+        if coder.timestep_scale_multiplier is not None:
+            temb = temb * coder.timestep_scale_multiplier
+        return self.after_first(coder, coder.conv_in(hidden_states, causal=causal), temb, causal)
 
     def values_of_block(self, block: Any, timestep: Any, x: Tensor) -> Any:
         """[B, n, 1, 1, 1] by the block's own embedder; what came in where it has none."""
@@ -114,25 +146,53 @@ class LTX2VideoDecoder3d(VideoDecoder):
         )
         return found.view(x.size(0), -1, 1, 1, 1)
 
-    def values_of_resnet(self, resnet: Any, of_block: Any, x: Tensor) -> Values:
-        if resnet.scale_shift_table is None:
-            return (None,) * 4
-        return (of_block.unflatten(1, (4, -1)) + resnet.scale_shift_table[None, ..., None, None, None]).unbind(dim=1)
-
-    def last_values(self, decoder: Any, timestep: Any, x: Tensor) -> Values:
-        if not self.conditioned(decoder):
+    def last_values(self, coder: Any, timestep: Any, x: Tensor) -> Values:
+        if not self.conditioned(coder):
             return (None,) * 2
-        embedded = self.values_of_block(decoder, timestep, x).unflatten(1, (2, -1))
-        return (embedded + decoder.scale_shift_table[None, ..., None, None, None]).unbind(dim=1)
+        embedded = self.values_of_block(coder, timestep, x).unflatten(1, (2, -1))
+        return (embedded + coder.scale_shift_table[None, ..., None, None, None]).unbind(dim=1)
 
-    def conditioned(self, decoder: Any) -> bool:
-        return decoder.time_embedder is not None
+    def conditioned(self, coder: Any) -> bool:
+        return coder.time_embedder is not None
 
-    def noise_scale(self, resnet: Any, number: int, y: Tensor) -> Tensor | None:
-        return getattr(resnet, f"per_channel_scale{number}")
 
-    def patches(self, decoder: Any) -> tuple[int, int]:
-        return decoder.patch_size_t, decoder.patch_size
+class LTX2VideoEncoder3d(_Coder, VideoEncoder):
+    """In place of the forward of upstream's encoder."""
+
+    __slots__ = ()
+    names = _names("LTX2VideoDownsampler3d")
+
+    @classmethod
+    def stages(cls, coder: Any) -> Iterator[Stage]:
+        for number, block in enumerate(coder.down_blocks):
+            name = f"down_blocks.{number}"
+            steps = [*_steps(name, block, "resnets"), *_steps(name, block, "downsamplers")]
+            yield Stage(name, block, upstream.LTX2VideoDownBlock3D, steps)
+        yield _mid_block(coder)
+
+    def causal(self, coder: Any, hidden_states: Tensor, causal: bool | None = None) -> bool:
+        return causal or coder.is_causal
+
+    def coded(self, coder: Any, hidden_states: Tensor, causal: bool | None = None) -> Tensor:
+        causal = self.causal(coder, hidden_states, causal)
+        x = biased(*self.after_first(coder, self._first(coder, hidden_states, causal), None, causal))
+        return torch.cat([x, x[:, -1:].repeat(1, x.size(1) - 2, 1, 1, 1)], dim=1)
+
+    def _first(self, coder: Any, video: Tensor, causal: bool) -> Tensor:
+        """What the first convolution gives, of patches of the video that are not kept."""
+        frames, side = self.patches(coder)
+        batch, channels, *sides = video.shape
+        sides = [n // by for n, by in zip(sides, (frames, side, side), strict=True)]
+        patches = video.reshape(batch, channels, sides[0], frames, sides[1], side, sides[2], side)
+        return coder.conv_in(patches.permute(0, 1, 3, 7, 5, 2, 4, 6).flatten(1, 4), causal=causal)
+
+
+def _mid_block(coder: Any) -> Stage:
+    return Stage("mid_block", coder.mid_block, upstream.LTX2VideoMidBlock3d, _steps("mid_block", coder.mid_block))
+
+
+def _steps(name: str, block: Any, what: str = "resnets") -> list[tuple[str, Any]]:
+    return [(f"{name}.{what}.{index}", one) for index, one in enumerate(getattr(block, what) or ())]
 
 
 class TiledDecode(tiles.TiledDecode):
@@ -143,10 +203,13 @@ class TiledDecode(tiles.TiledDecode):
 
 
 def accelerate(vae: Any, shared: Model, host: str) -> None:
-    """Give the decoder of an `AutoencoderKLLTX2Video` the forward above."""
-    sources = functions(upstream, *READ)
-    reason = next(why_not_stock(vae.decoder, _Decoder, "decoder", host, READ, sources), None)
-    LTX2VideoDecoder3d.take_over(vae.decoder, _Decoder, shared, reason)
+    """Give decoder and encoder of an `AutoencoderKLLTX2Video` the forwards above."""
+    for coder, ours, own, read in (
+        (vae.decoder, LTX2VideoDecoder3d, _Decoder, READ),
+        (vae.encoder, LTX2VideoEncoder3d, _Encoder, READ_OF_ENCODER),
+    ):
+        reason = next(why_not_stock(coder, own, ours.kind, host, read, functions(upstream, *read)), None)
+        ours.take_over(coder, own, shared, reason)
     for part in (tiles.BlendV, tiles.BlendH, tiles.BlendT, TiledDecode):
         reason = next(why_not_read(host, READ_OF_TILES, functions(upstream, f"{_VAE}.{part.method}")), None)
         if reason is None and not own_method(vae, part.method, upstream.AutoencoderKLLTX2Video):

@@ -1,6 +1,6 @@
 """Lightricks' ltx-core (1.0.0 to 1.2.0): attentions and blocks of its LTX-2 transformer, and its rotary tables' grid.
 
-Its video decoder is in `ltx_core_vae.py`.
+Its video decoder and encoder are in `ltx_core_vae.py`.
 
 A block gets a forward of its own (`bitfuse.run.swap`), which restates upstream's: the same modules called in the same
 order, and between them operators, each of which equals its chain bit for bit or runs it. From 1.1.4 on ltx-core has
@@ -593,14 +593,16 @@ _FILLED: dict[str, tuple[type[Seam], Any]] = {
 
 
 def transformers(target: Any) -> list[Any]:
-    """The LTX-2 transformer or video decoder given, or inside (an `X0Model`, a wrapper); empty when there is none."""
+    """The LTX-2 transformer, video decoder or encoder given, or inside (an `X0Model`, a wrapper); empty when there is
+    none."""
     vae = _vae()
     found = ltx2.models_in([target], model.LTXModel)
-    return found if vae is None else found + ltx2.models_in([target], vae.HOST_CLASS)
+    coders = () if vae is None else (vae.HOST_CLASS, vae.HOST_ENCODER)
+    return found + [model for kind in coders for model in ltx2.models_in([target], kind)]
 
 
 def _vae() -> Any:
-    """The adapter of ltx-core's video decoder; None where that is not imported, so that nothing can be one."""
+    """The adapter of ltx-core's video autoencoder; None where that is not imported, so that nothing can be one."""
     if "ltx_core.model.video_vae.video_vae" not in sys.modules:
         return None
     from bitfuse.hosts import ltx_core_vae
@@ -609,12 +611,12 @@ def _vae() -> Any:
 
 
 def accelerate(transformer: Any, handle: Handle) -> None:
-    """Take over every site of one transformer or video decoder, noting each in the handle. ValueError for options that
-    ltx-core's have not."""
+    """Take over every site of one transformer, video decoder or encoder, noting each in the handle. ValueError for
+    options that ltx-core's have not."""
     if handle.keep_text:
         raise ValueError("keep_text is True; accepted for an ltx-core model: False, its text is not kept")
-    if (vae := _vae()) is not None and isinstance(transformer, vae.HOST_CLASS):
-        shared = Model(handle, {"decoder": vae.LEFT_OUT})
+    if (vae := _vae()) is not None and isinstance(transformer, (vae.HOST_CLASS, vae.HOST_ENCODER)):
+        shared = Model(handle, vae.LEFT_OUT)
         vae.accelerate(transformer, shared, NAME)
         shared.take_over_is_done()
         return

@@ -81,7 +81,7 @@ register(
         package="ltx_core",
         versions="1.0.0 to 1.2.0",
         install="pip install ltx-core, or PYTHONPATH=LTX-2/packages/ltx-core/src of a checkout",
-        accepts="an ltx-core LTXModel or X0Model or video decoder",
+        accepts="an ltx-core LTXModel or X0Model or video decoder or encoder",
         adapter="bitfuse.hosts.ltx_core",
         seeded="bitfuse.tools.seeded.ltx_core",
     )

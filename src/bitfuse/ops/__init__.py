@@ -10,6 +10,7 @@ from bitfuse.ops import (
     pixel_norm,
     qk_norm,
     rope,
+    space_to_depth,
     swiglu,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "pixel_norm",
     "qk_norm",
     "rope",
+    "space_to_depth",
     "swiglu",
 ]

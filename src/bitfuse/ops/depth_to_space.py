@@ -24,18 +24,12 @@ from bitfuse.core.kernel import kernel, power_of_2
 from bitfuse.core.launch import Out, Plan, named
 from bitfuse.core.numerics import round_to
 from bitfuse.core.operator import Operator, Tier
-from bitfuse.core.volumes import WARPS, channels_last, elements, laid, steps, why_not_volumes
+from bitfuse.core.volumes import WARPS, biased, channels_last, elements, laid, steps, why_not_volumes
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 # -- references --------------------------------------------------------------------------------------------------------
-
-
-def biased(y: Tensor, bias: Tensor | None) -> Tensor:
-    """What the host has after a convolution, in its own layout."""
-    y = y.contiguous()
-    return y if bias is None else y + bias.view(1, -1, 1, 1, 1)  # r1
 
 
 def pixels_of(x: Tensor, frames: int, height: int, width: int) -> Tensor:
@@ -56,7 +50,7 @@ def upsample(y: Tensor, residual: Tensor | None, bias: Tensor | None, frames: in
     Returns [B, C, D * frames - (frames - 1), H * height, W * width] in channels_last_3d: the first frames - 1 frames
     are dropped.
     """
-    x = pixels_of(biased(y, bias), frames, height, width)[:, :, frames - 1 :]
+    x = pixels_of(biased(y, bias), frames, height, width)[:, :, frames - 1 :]  # r1
     if residual is None:
         return laid(x)
     more = pixels_of(residual.contiguous(), frames, height, width)
@@ -71,7 +65,7 @@ def unpatchify(y: Tensor, bias: Tensor | None, frames: int, patch: int) -> Tenso
     Returns [B, C, D * frames, H * patch, W * patch], contiguous. The first of the two patch indices of a channel is
     that of the width.
     """
-    x = biased(y, bias)
+    x = biased(y, bias)  # r1
     x = x.unflatten(1, (-1, frames, patch, patch))
     return x.permute(0, 1, 5, 2, 6, 4, 7, 3).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 

@@ -1,4 +1,4 @@
-"""What stands between two convolutions of LTX-2's video decoder, in one pass: from one's output to the other's input.
+"""What stands between two convolutions of LTX-2's video autoencoder, in one pass: from one to the next one's input.
 
     x   = y + bias + noise + residual     y: the output of a convolution without its bias; each summand optional
     n   = x / sqrt(mean over channels of x^2 + eps), then * (1 + scale) + shift where there is one, then SiLU
@@ -11,9 +11,10 @@ the results lie is ours. Exact versus diffusers 0.37-0.42.1, `autoencoder_kl_ltx
 
     pixel_norm_silu_pad             between the two convolutions of a resnet, and before the first and the last one
     residual_pixel_norm_silu_pad    from a resnet to the next: the sum is handed on, too
-    residual_pad                    from a resnet to an upsampler, which has no norm
+    residual_pad                    from a resnet to an upsampler or downsampler, which has no norm
 
-What follows an upsampler's convolution and the last one is in `depth_to_space.py`.
+What follows an upsampler's convolution and the decoder's last one is in `depth_to_space.py`, what follows a
+downsampler's in `space_to_depth.py`.
 
 Roundings, in order, all to bf16:
     r1  y + bias      r2  noise * its scale     r3  ... + noise      r4  ... + residual
@@ -137,7 +138,7 @@ def residual_pad(
     back: int = 0,
     edge: int = 0,
 ) -> Tensor:
-    """x, padded: from the end of a resnet to the convolution of an upsampler. Arguments as in the operators above."""
+    """x, padded: from the end of a resnet to the convolution of an upsampler or downsampler. Arguments as above."""
     return laid(padded(convolved(y, bias, noise, noise_scale) + residual.contiguous(), front, back, edge))  # r4
 
 

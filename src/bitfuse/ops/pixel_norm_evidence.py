@@ -29,12 +29,16 @@ _LEAST = 1 << 14  # elements of a battery's volume
 _MANY = 1 << 28  # elements of a volume of which only few families are tried
 
 
-def battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(family, arguments): a small volume where ATen adds up its channels in the same order, else one as large."""
+def battery(*args: Any, reference: Callable[..., Any], divided: bool = False) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(family, arguments): a small volume where ATen adds up its channels in the same order, else one as large.
+
+    divided    the sides of y are multiples of the arguments frames, height and width
+    """
     given = named(reference, args)
     y = given["y"]
     batch, sides = y.shape[0], list(y.shape[2:])
-    if (small := _small(y, normed="eps" in given)) is not None:
+    by = tuple(given[name] for name in ("frames", "height", "width")) if divided else (1, 1, 1)
+    if (small := _small(y, normed="eps" in given, by=by)) is not None:
         batch, *sides = small
     channels = y.shape[1]
     generator = torch.Generator(y.device).manual_seed(23)
@@ -50,9 +54,9 @@ def battery(*args: Any, reference: Callable[..., Any]) -> Iterator[tuple[str, tu
         )
 
 
-def _small(y: Tensor, normed: bool) -> tuple[int, ...] | None:
+def _small(y: Tensor, normed: bool, by: tuple[int, ...] = (1, 1, 1)) -> tuple[int, ...] | None:
     """(samples, frames, height, width) of a small volume that looks like y, and whose channels ATen adds up in the same
-    order where they are normed; None: there is none.
+    order where they are normed, with sides that are multiples of `by`; None: there is none.
 
     A side of 1 has no stride of its own and looks like no other, so it stays 1.
     """
@@ -62,7 +66,7 @@ def _small(y: Tensor, normed: bool) -> tuple[int, ...] | None:
     if longest is None:
         return None
     for some in _SMALL if normed else _SMALL[-1:]:
-        sides = [1 if mine == 1 else side for mine, side in zip(own, some, strict=True)]
+        sides = [1 if mine == 1 else side * step for mine, side, step in zip(own, some, by, strict=True)]
         few = min(batch, 2)
         sides[longest] *= -(-_LEAST // (few * channels * torch.Size(sides).numel()))
         if not normed or order is None or order_of((few, channels, *sides), y.element_size(), y.device) == order:
@@ -246,6 +250,7 @@ def _cases(reference: Callable[..., Any]) -> tuple[PixelCase, ...]:
         case(name="768x512x121, not causal, zeros at the edges", channels=128, sides=(121, 192, 128), front=1, back=1,
              edge=0, real=True),
         case(name="1536x1024x121, 1024 channels", channels=1024, sides=(16, 48, 32), real=True),
+        case(name="an encoder's, 768x512x1, 2048 channels", channels=2048, sides=(1, 16, 24), edge=0, real=True),
         case(name="modulated, with noise", channels=256, sides=(61, 96, 64), modulated=True, noisy=True, real=True),
         case(name="small", channels=16, sides=(3, 4, 6), batch=2),
         case(name="small, modulated, with noise", channels=32, sides=(2, 5, 8), batch=2, modulated=True, noisy=True),
@@ -323,6 +328,7 @@ def evidence(
     steps: tuple[str, ...],
     audits: tuple[Audit, ...] = (),
     parts: Callable[..., Iterator[Part]] | None = None,
+    battery: Callable[..., Iterator[tuple[str, tuple[Any, ...]]]] = battery,
 ) -> Evidence:
     more: dict[str, Any] = {"parts": parts or partial(_parts, reference=reference)}
     if "eps" in named(reference, ()):

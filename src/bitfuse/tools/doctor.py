@@ -505,7 +505,7 @@ def _hosts(device: torch.device) -> Iterator[Finding]:
         yield from _models(host) if HOSTS[host].standalone else _sources(HOSTS[host])
         if host == "diffusers":
             yield from _connectors()
-        yield from _video_decoder(host)
+        yield from _video_coders(host)
         if host == "diffusers":
             yield from _diffusion_decoder(device)
         yield from _looked_at(host, device)
@@ -546,21 +546,22 @@ def _connectors() -> Iterator[Finding]:
     yield _taken_over("diffusers", connectors, "text connectors", "sites of a block each")
 
 
-def _video_decoder(host: str) -> Iterator[Finding]:
+def _video_coders(host: str) -> Iterator[Finding]:
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {}
     if host == "diffusers":
-        from diffusers import AutoencoderKLLTX2Video as kind
+        from diffusers import AutoencoderKLLTX2Video
 
-        sizes: dict[str, Any] = {}
+        kinds = dict.fromkeys(("decoder", "encoder"), (AutoencoderKLLTX2Video, {}))
     elif host == "ltx-core":
-        from bitfuse.hosts.ltx_core_vae import HOST_CLASS as kind
+        from bitfuse.hosts.ltx_core_vae import HOST_CLASS, HOST_ENCODER
 
-        blocks = [("res_x", {"num_layers": 1}), ("compress_all", {"residual": True, "multiplier": 2})]
-        sizes = {"decoder_blocks": [*blocks, ("res_x", {"num_layers": 1})]}
-    else:
-        return
-    with torch.device("meta"):
-        decoder = torch.nn.Module.to(kind(**sizes), torch.bfloat16)
-    yield _taken_over(host, decoder, "video decoder", "sites before and after convolutions")
+        resnet, up = ("res_x", {"num_layers": 1}), ("compress_all", {"residual": True, "multiplier": 2})
+        kinds["decoder"] = HOST_CLASS, {"decoder_blocks": [resnet, up, resnet]}
+        kinds["encoder"] = HOST_ENCODER, {"encoder_blocks": [resnet, ("compress_all_res", {}), resnet]}
+    for coder, (kind, sizes) in kinds.items():
+        with torch.device("meta"):
+            model = torch.nn.Module.to(kind(**sizes), torch.bfloat16)
+        yield _taken_over(host, model, f"video {coder}", "sites before and after convolutions", coder)
 
 
 def _diffusion_decoder(device: torch.device) -> Iterator[Finding]:
@@ -596,11 +597,13 @@ def _looked_at(host: str, device: torch.device) -> Iterator[Finding]:
         yield Finding(f"{adapter.NAME}: {name}", {"ok": OK, "note": NOTE}[state], found, meaning, advice)
 
 
-def _taken_over(host: str, model: Any, of: str, what: str) -> Finding:
+def _taken_over(host: str, model: Any, of: str, what: str, part: str = "") -> Finding:
+    """part: the first of the names of those sites that are counted; empty: all are."""
     with hosts.accelerated(model) as handle:
-        alone = dict.fromkeys(site.declined for site in handle.sites if site.declined)
-        taken = sum(site.declined is None for site in handle.sites)
-        return _known(f"{handle.host}, {of}", host, taken, len(handle.sites), what, list(alone))
+        sites = [site for site in handle.sites if part in ("", site.name.partition(".")[0])]
+        alone = dict.fromkeys(site.declined for site in sites if site.declined)
+        taken = sum(site.declined is None for site in sites)
+        return _known(f"{handle.host}, {of}", host, taken, len(sites), what, list(alone))
 
 
 def _sources(host: Host) -> Iterator[Finding]:

@@ -66,6 +66,7 @@ OPERATORS = (
     "qk_rms_norm_split_rotary_three_ops",
     "qk_rms_norm_split_rotary_second_rounded",
     "qk_rms_norm_interleaved_rotary_addcmul",
+    "downsample",
     "swiglu",
 )
 

@@ -108,7 +108,10 @@ def _connectors(model: Any, dtype: torch.dtype) -> Part:
 def _autoencoder(model: Any, dtype: torch.dtype) -> Part:
     latents = _empty(dtype, 1, model.config["latent_channels"], *_LATENTS)
     timestep = _empty(dtype, 1) if model.config.get("timestep_conditioning") else None
-    return Part(model, lambda: model.decode(latents, timestep), f"a decode of latents {list(latents.shape)}")
+    height, width = (side * model.spatial_compression_ratio for side in _LATENTS[1:])
+    image = _empty(dtype, 1, model.config["in_channels"], 1, height, width)
+    sentence = f"a decode of latents {list(latents.shape)}, an encode of a frame {list(image.shape)}"
+    return Part(model, lambda: (model.decode(latents, timestep), model.encode(image)), sentence)
 
 
 class _NoAttention:

@@ -518,7 +518,10 @@ def _print_run(console: Console, row: dict[str, Any]) -> None:
         f"{row['sites_fused']} of {row['sites_seen']} sites fused; {min(row['runs'].values())} runs of each way; "
         f"the first of this process took {first['stock']:.1f} s and, with proofs, {first['bitfuse']:.1f} s",
     )
-    if row["sites_fused"] < row["sites_seen"]:
+    idle = sum(kind["count"] for kind in row["sites"] if kind["state"] == "not called yet")
+    if idle:
+        say(console, f"{idle} sites were not called, as a run from text encodes no video")
+    if row["sites_fused"] + idle < row["sites_seen"]:
         say(console, f"not fused: {row['not_fused']}")
     if row["mismatch"]:
         say(console, f"not identical: {row['mismatch']}")

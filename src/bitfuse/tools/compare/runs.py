@@ -189,7 +189,10 @@ def verdict(
     speed = f", at {times['ratio']:.3f} times its speed" if times["ratio"] else ""
     parts = [f"both latents after each of {len(rows)} steps", *(f"the {name}" for name in decoded)]
     what = " and ".join((", ".join(parts[:-1]), parts[-1])) if parts[1:] else parts[0]
-    return 0, f"Bit-identical to the unfused run: {what}, with {report.fused} of {report.seen} sites fused{speed}."
+    sites = f"{report.fused} of {report.seen} sites fused"
+    if idle := sum(site.state == "not called yet" for site in report.sites):  # a video encoder's, in a run from text
+        sites += f" and {idle} not called"
+    return 0, f"Bit-identical to the unfused run: {what}, with {sites}{speed}."
 
 
 def reasons(report: bitfuse.Report) -> str:

@@ -27,6 +27,7 @@ from bitfuse.core.launch import Plan, named
 from bitfuse.core.lines import error_line
 from bitfuse.core.operator import Operator, Tier
 from bitfuse.core.proof import Verdict
+from bitfuse.core.volumes import channels_last
 from bitfuse.ops.adaln import modulate
 from bitfuse.ops.adaln_evidence import AdalnCase
 from bitfuse.ops.grid_rotary_evidence import GridCase
@@ -35,6 +36,7 @@ from bitfuse.ops.perturbed_attention_evidence import PerturbedCase
 from bitfuse.ops.pixel_norm_evidence import PixelCase
 from bitfuse.ops.qk_norm_evidence import QKCase
 from bitfuse.ops.rope_evidence import RotaryCase
+from bitfuse.ops.space_to_depth_evidence import DownsampleCase
 from bitfuse.ops.swiglu_evidence import SwigluCase
 
 WHAT = "offsets beyond 2^31 elements"
@@ -57,6 +59,8 @@ def cases(operator: Operator) -> tuple[Any, ...]:
         names = named(case.reference, ())
         there = {"modulated": "scale" in names, "noisy": True, "whole": True, "inside": False}
         sizes: dict[str, Any] = {"front": 0, "edge": 0, "batch": 1, "up": (1, 2, 2), "patch": 2, "repeats": 2}
+        if isinstance(case, DownsampleCase):  # of which each pixel becomes one, as there are as many after it
+            sizes["up"] = (1, 1, 1)
         channels = 64 if "patch" in names or "height" in names else _WIDTH
         volume = replace(case, name=WHAT, channels=channels, sides=(2, 2, 1 << 24), **sizes, **there)
         apart = replace(volume, name=f"{WHAT}, between scales", sides=(1, 1, 1 << 12), batch=_BATCH)
@@ -162,9 +166,13 @@ def _run(
             pointers.append(None)
         else:
             plant(tuple(form.shape), form.stride(), small)
-    for t in plan.before(*args) if plan.before else ():  # dense: [1, window, ...], of a volume a mean for each pixel
+    for t in plan.before(*args) if plan.before else ():  # dense: [1, window, ...], of a volume in channels_last_3d
         whole = tuple(forms[0].shape)
-        shape = (whole[0], 1, *whole[2:]) if t.ndim == 5 else (_BATCH, tokens, *t.shape[2:])
+        if t.ndim == 5:
+            out = channels_last((whole[0], t.shape[1], *whole[2:]), t.dtype)
+            plant(out.shape, out.strides, t.contiguous())
+            continue
+        shape = (_BATCH, tokens, *t.shape[2:])
         plant(shape, tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape))), t.contiguous())
     written = []
     for out, t in zip((*plan.witnesses, *plan.outputs), expected, strict=True):

@@ -328,6 +328,7 @@ _ROUNDED_NEXT = "nothing but a conversion to the same dtype comes after it"
 _IDLE = {
     "residual_pad": "round_to(x + residual, DTYPE)",
     "upsample": "x + tl.load(residual_ptr + residual_at + again, mask=here, other=0.0).to(tl.float32)",
+    "downsample": "x.to(tl.float32) + mean",
     "unpatchify": "x + tl.load(bias_ptr + channel, mask=channel < USED * EACH, other=0.0).to(tl.float32)",
 }
 

@@ -325,6 +325,14 @@ def _upsampled_sum(a: Tensor, b: Tensor) -> tuple[Any, ...]:
     return _pixels(a, b), _channels(a, b), None, 1, 1, 1
 
 
+def _downsampled_bias(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    return _pixels(a, b), torch.zeros_like(_pixels(a, b)), b, 1, 1, 1
+
+
+def _downsampled_sum(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+    return _pixels(a, b), _channels(a, b), None, 1, 1, 1
+
+
 def _patches(a: Tensor, b: Tensor) -> tuple[Any, ...]:
     return _pixels(a, b), b, 1, 1
 
@@ -398,6 +406,8 @@ STEPS = (
     Step("y + bias, upsampled", "upsample", _upsampled_bias),
     Step("y + residual, upsampled", "upsample", _upsampled_sum),
     Step("y + bias, in patches", "unpatchify", _patches),
+    Step("y + bias, downsampled", "downsample", _downsampled_bias),
+    Step("y + residual, downsampled", "downsample", _downsampled_sum),
 )
 """Every two-operand step once, in the operator that shows its result bare. Products with a row's own statistic are not
 among them: it is no bf16 value, and no two of them can be chosen apart. `values` and `arguments` sweep those."""
