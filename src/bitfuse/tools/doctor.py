@@ -34,7 +34,7 @@ from rich.text import Text
 
 from bitfuse import hosts
 from bitfuse.core.bits import compare
-from bitfuse.core.conditions import around
+from bitfuse.core.conditions import OLDEST_GPU, around
 from bitfuse.core.kernel import interpreter
 from bitfuse.core.lines import error_line
 from bitfuse.core.operator import OPERATORS
@@ -46,7 +46,7 @@ from bitfuse.tools.text import cell
 
 OK, NOTE, WARNING, FAILURE = "ok", "note", "warning", "failure"
 
-OLDEST_TORCH, OLDEST_TRITON, OLDEST_GPU = "2.11", "3.6", (8, 0)
+OLDEST_TORCH, OLDEST_TRITON = "2.11", "3.6"
 NOTHING = "nothing"  # to do
 
 _NVIDIA = Path("/proc/driver/nvidia/version")  # there is a driver
