@@ -282,7 +282,9 @@ def test_a_hook_anywhere_in_the_projection_may_look(where, device, monkeypatch):
         assert activation(x).data_ptr() != addresses[0]
     assert len(seen) == 1
     (reason,) = _reasons(handle)["GELU in place"]
-    assert reason == "a hook on the projection (offload, layerwise casting) may look at what that gave"
+    assert (
+        reason == "somebody's hook or forward on the projection (offload, layerwise casting) may look at what that gave"
+    )
 
 
 def test_gradients_are_named(device):
@@ -430,6 +432,30 @@ def test_nested_tensors_are_stocks(device):
             assert bitfuse.compare(F.gelu(activation.proj(one), approximate="tanh"), found) is None
     assert list(_reasons(handle)) == ["GELU in place"]
     assert bitfuse.explain("gelu_tanh", nested)[0] == "x is a nested tensor, which has no one shape"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("launched_as_reference")
+@pytest.mark.parametrize("name", ["ff.net.0.proj", "ff.net.2", "attn1.to_q", "attn1.to_out.0"])
+@pytest.mark.parametrize("order", ["scripted first", "accelerated first"])
+def test_a_linear_of_torchscripts_is_called(name, order, device):
+    build, step = step_of("2.0", device)
+    expected, model = step(build())(), build()
+
+    def script():
+        block = model.transformer_blocks[0]
+        parent, _, attribute = name.rpartition(".")
+        setattr(block.get_submodule(parent), attribute, torch.jit.script(block.get_submodule(name)))
+
+    if order == "scripted first":
+        script()
+    handle = bitfuse.accelerate(model)
+    if order == "accelerated first":
+        script()
+    assert bitfuse.compare(expected, step(model)()) is None
+    assert handle.report().fused == handle.report().seen
+    handle.restore()
+    assert bitfuse.compare(expected, step(model)()) is None
 
 
 def test_a_projection_that_is_no_module_is_called(device):

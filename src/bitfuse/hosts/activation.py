@@ -47,7 +47,9 @@ class GELU(Part):
         if type(proj) is not torch.nn.Linear and not isinstance(proj, torch.nn.Module):
             return f"the projection is {described(proj)}, not a module"
         if hooked(proj) if type(proj) is torch.nn.Linear else any(map(hooked, proj.modules())):
-            return "a hook on the projection (offload, layerwise casting) may look at what that gave"
+            return (
+                "somebody's hook or forward on the projection (offload, layerwise casting) may look at what that gave"
+            )
         return next(around(), None) if watched() else None
 
     def fall(self, reason: str) -> None:
