@@ -3,15 +3,18 @@
     python benchmarks/session.py                                   # the plans, and what each runs
     python benchmarks/session.py models --out out --seconds 570    # a lent machine ends a call after ten minutes
     python benchmarks/session.py sglang operators audit-model --out out        # a plan's one command by its name, too
+    python benchmarks/session.py everything --out out --seconds 570      # again and again, until its exit code is 0
 
 Every command compares bits before it times. `bitfuse bench` writes its JSON to OUT whenever it has a row: cut off at
-its limit, or at the end of the time, it leaves the rows before; the other commands write when they are done. The file
-names are those of benchmarks/results, from which `make readme` fills the tables. Exit code 0: every command of the
-plans ran to its end and ended well.
+its limit, it leaves the rows before; the other commands write when they are done. What ended well is written down in
+OUT/done.json, and is not run again while its file is there. A command whose limit is longer than what is left of the
+time is not begun, unless it is the first. The file names are those of benchmarks/results, from which `make readme`
+makes the tables and docs/benchmarks.md. Exit code 0: every command of the plans ended well, now or before.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -56,6 +59,7 @@ PLANS = {
         Command("model", f"python {BENCH} model {tokens(6144, 1536, 24576, 32640)} --json FILE", 480),
         Command("first-step-model", f"python {BENCH} first-step --json FILE", 120),
     ],
+    "first-decode": [Command("first-decode", "python benchmarks/first_decode.py --out FILE", 150)],
     "runs": [Command("run", f"python {BENCH} run --json FILE", 240)],
     "later-models": [
         Command("2.3-model", f"python {BENCH} model --ltx 2.3 {tokens(6144, 1536, 24576)} --json FILE", 400),
@@ -89,7 +93,13 @@ PLANS = {
     ],
     "encoder": [Command("video-encoder", "python benchmarks/video_encoder.py --out FILE", 150)],
     "compiled": [Command("compiled", "python benchmarks/compiled.py --layers 8 --out FILE", 400)],
+    "decoder": [Command("diffusion-decoder", "python benchmarks/diffusion_decoder.py --out FILE", 240)],
+    "peers": [  # what it needs besides is in benchmarks/carry-peers.txt
+        Command("peers", "python benchmarks/peers.py --out FILE", 300),
+    ],
 }
+EVERYTHING = ("runs", "models", "operators", "peers", "later-models", "comfyui", "ltx-core", "sglang", "decoder")
+"""The plans of docs/benchmarks.md, in the order in which they tell most."""
 
 
 def card() -> str:
@@ -104,22 +114,33 @@ def card() -> str:
 
 
 def run(commands: list[Command], out: Path, seconds: float) -> list[tuple[Command, str, float]]:
-    """Each command, how it ended (exit code, cut off, not begun), and the seconds that it took."""
+    """Each command, how it ended (done before, exit code, cut off, not begun), and the seconds that it took."""
     end, prefix = time.monotonic() + seconds, f"{datetime.now(timezone.utc):%Y-%m-%d}-{card()}"
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    ledger = out / "done.json"
+    done = json.loads(ledger.read_text()) if ledger.is_file() else {}
+    rows: list[tuple[Command, str, float]] = []
+    begun = False
     for command in commands:
         start, left = time.monotonic(), end - time.monotonic()
-        if left <= 0:
+        if _is_done(command, done, out):
+            rows.append((command, "done before", 0.0))
+            continue
+        if left <= 0 or (begun and left < command.seconds):
             rows.append((command, "not begun", 0.0))
             continue
+        begun = True
         file = out / f"{prefix}-{command.name}.json"
         names = {"FILE": str(file), "PAGE": str(file.with_suffix(".html")), "python": sys.executable}
         argv = [names.get(word, word) for word in shlex.split(command.line)]
         print(f"\n== {command.name}: {shlex.join(argv)}", flush=True)
         process = subprocess.Popen(argv, start_new_session=True)
         try:
-            ended = f"exit code {process.wait(min(left, command.seconds))}"
+            code = process.wait(min(left, command.seconds))
+            ended = f"exit code {code}"
+            if code == 0 and "FILE" in command.line:
+                done[command.name] = {"line": command.line, "file": file.name}
+                ledger.write_text(json.dumps(done, indent=1))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # and what it started, which would go on using the GPU
             process.wait()
@@ -128,12 +149,19 @@ def run(commands: list[Command], out: Path, seconds: float) -> list[tuple[Comman
     return rows
 
 
+def _is_done(command: Command, done: dict[str, dict[str, str]], out: Path) -> bool:
+    """Whether this very command ended well before, and what it wrote is still there."""
+    found = done.get(command.name)
+    return found is not None and found["line"] == command.line and (out / found["file"]).is_file()
+
+
 def main(
     plans: Annotated[list[str] | None, typer.Argument(help="plans, or commands of them; none: list them")] = None,
     out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("out/session"),
     seconds: Annotated[float, typer.Option(min=1, help="for all of it")] = 3600.0,
 ) -> None:
     known = {command.name: [command] for commands in PLANS.values() for command in commands} | PLANS
+    known["everything"] = [command for plan in EVERYTHING for command in PLANS[plan]]
     if unknown := [plan for plan in plans or () if plan not in known]:
         raise typer.BadParameter(f"{unknown[0]!r} is no plan; accepted: {', '.join(known)}", param_hint="PLANS")
     if not plans:
@@ -141,6 +169,7 @@ def main(
         for plan, commands in PLANS.items():
             for command in commands:
                 table.add_row(plan, str(command.seconds), command.line)
+        table.add_row("everything", str(sum(c.seconds for c in known["everything"])), ", ".join(EVERYTHING))
         Console().print(table)
         return
     rows = run([command for plan in plans for command in known[plan]], out, seconds)
@@ -148,7 +177,7 @@ def main(
     for command, ended, took in rows:
         table.add_row(command.name, ended, f"{took:.0f}")
     Console().print(table)
-    raise typer.Exit(int(any(ended != "exit code 0" for _, ended, _ in rows)))
+    raise typer.Exit(int(any(ended not in ("exit code 0", "done before") for _, ended, _ in rows)))
 
 
 if __name__ == "__main__":

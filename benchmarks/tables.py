@@ -133,10 +133,13 @@ def model(documents: list[dict[str, Any]], version: str = "2.0") -> str:
     return "\n".join(lines)
 
 
-def whole_runs(document: dict[str, Any] | None, least: float = 0.02, up: str = "") -> str:
+def whole_runs(
+    document: dict[str, Any] | None, least: float = 0.02, up: str = "", alone: dict[str, Any] | None = None
+) -> str:
     """A whole two-stage run, its stages, and the decode alone; nothing where none was measured yet.
 
     least    share of stock's run that a stage has at least which gets a row
+    alone    of `benchmarks/first_decode.py`, in place of the run's own first decode
     """
     if document is None:
         return ""
@@ -162,11 +165,37 @@ def whole_runs(document: dict[str, Any] | None, least: float = 0.02, up: str = "
         sentences.append(f"Stages of at least {least:.0%} of the run.")
     for first in document.get("first_decode", ()):
         beyond, stock = first["beyond_stock_s"], first["processes"]["stock"]["seconds"]
+        empty, warm, size = beyond["empty caches"], beyond["warm caches"], f"{first['width']}x{first['height']}"
+        if alone is not None:
+            beyond, stock, size = alone["beyond_stock_s"], alone["stock_s"], alone["size"]
+            empty, warm = beyond["empty cache"], beyond["warm cache"]
         sentences.append(
-            f"The first decode of a process takes {beyond['empty caches']:.1f} s longer than stock's {stock:.1f} s "
-            f"with an empty Triton cache, {beyond['warm caches']:.1f} s with a warm one."
+            f"The first decode of a process, {size}, takes {empty:.1f} s longer than stock's {stock:.1f} s with an "
+            f"empty Triton cache, {warm:.1f} s with a warm one."
         )
-    return "\n".join([*lines, "", " ".join([*sentences, _sources([document], up)])])
+    documents = [document] if alone is None else [document, alone]
+    return "\n".join([*lines, "", " ".join([*sentences, _sources(documents, up)])])
+
+
+def first_decode(document: dict[str, Any]) -> str:
+    """What the first decode of a process takes beyond stock's, and what it took before."""
+    before, all_runs = document["before"], document["first_s"]
+    lines = [
+        f"| first decode of a process, {document['size']}, beyond stock's | before | now | all runs, with stock's |",
+        "| --- | --- | --- | --- |",
+    ]
+    for way in ("empty cache", "warm cache", "empty cache, 4 cores"):
+        earlier = f"{before['beyond_stock_s'][way]:.1f} s" if way in before["beyond_stock_s"] else "-"
+        runs = ", ".join(f"{seconds:.2f} s" for seconds in all_runs[way])
+        lines.append(
+            f"| {way.replace('cache', 'Triton cache')} | {earlier} | {document['beyond_stock_s'][way]:.1f} s | {runs} |"
+        )
+    sentence = (
+        f"Medians, each process by itself, {document['cores']} cores; stock takes {document['stock_s']:.1f} s, and "
+        f"{before['stock_s']:.1f} s before. Now: commit {document['commit']}; before: {before['commit']}. Every bit of "
+        "each video is that of the first stock process."
+    )
+    return "\n".join([*lines, "", f"{sentence} {_sources([document], '../')}"])
 
 
 def _run_line(what: str, row: dict[str, Any], bits: str | None) -> str:
@@ -667,7 +696,11 @@ _PROFILED = ("bitfuse", "a repeat of bitfuse", "GELU: quack 128x208 pingpong")
 
 
 def _sources(documents: list[dict[str, Any]], up: str = "") -> str:
-    machines = dict.fromkeys(_machine(document["machine"]) for document in documents)
+    days: dict[str, set[str]] = {}  # of each machine
+    for document in documents:
+        machine, _, day = _machine(document["machine"]).rpartition(", ")
+        days.setdefault(machine, set()).add(day)
+    machines = (f"{machine}, {', '.join(sorted(of))}" for machine, of in days.items())
     links = ", ".join(f"[{Path(document['path']).name}]({up}{document['path']})" for document in documents)
     return f"{'; '.join(machines)} ({links})."
 
@@ -737,8 +770,9 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "run table": lambda: whole_runs(newest_or_none("run")),
-    "run stages table": lambda: whole_runs(newest_or_none("run"), least=0.0, up="../"),
+    "run table": lambda: whole_runs(newest_or_none("run"), alone=newest_or_none("first-decode")),
+    "run stages table": lambda: whole_runs(newest_or_none("run"), 0.0, "../", newest_or_none("first-decode")),
+    "first decode table": lambda: first_decode(newest("first-decode")),
     "decoder table": lambda: decoder([newest("video-decoder"), newest("ltx-core-decoder")], newest("run")),
     "encoder table": lambda: encoder(newest_or_none("video-encoder")),
     "diffusion decoder table": lambda: diffusion_decoder(newest("diffusion-decoder")),

@@ -628,6 +628,26 @@ def test_a_steps_table_is_readable_at_80_columns():
     assert "compiled + graph, not timed: it does not run here (RuntimeError: no memory)" in lines
 
 
+def test_the_operators_table_is_readable_at_80_columns():
+    """Every name and every figure in one piece, and a sentence in one line below the table, not in it."""
+    names = sorted(bitfuse.OPERATORS, key=len)[-2:]
+    differs = "output 0 differs at [0, 0, 7]: 0x3f81 where the reference has 0x3f80, and 12 of 786432 values differ"
+    case = "ltx-core: AdaLN per token, no tables"
+    row = {"operator": names[1], "case": case, "x": [1, 24576, 4096], "mismatch": None, "of_copy": 1.0234}
+    row |= {"us": {way: _ms(12345.6) for way in ("fused", "copy", "eager")}, "speed_up": 10.05}
+    red = {"operator": names[0], "case": case, "x": [1, 24576, 4096], "mismatch": differs}
+    printed = io.StringIO()
+    bench._print_operators(Console(file=printed, width=80), [row, red])
+    lines = printed.getvalue().splitlines()
+    assert "…" not in printed.getvalue()
+    assert max(len(line) for line in lines if line.startswith(("┃", "│"))) <= 80
+    for name in names:
+        assert [line.strip() for line in lines].count(name) == 1
+    (figures,) = [line for line in lines if re.search(r"12345\.6\W+102\.3%\W+12345\.6\W+10\.05x", line)]
+    assert "ltx-core: AdaLN" in figures
+    assert f"not timed: {case}: {differs}" in lines
+
+
 def test_the_model_table(tables):
     first = {
         "version": "2.0",

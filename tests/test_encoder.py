@@ -486,8 +486,8 @@ def test_where_memory_runs_out_the_hosts_own_encoder_runs(monkeypatch):
     assert after == {name: count + 1 for name, count in before.items()}, "the next encode is fused again"
 
 
-@pytest.mark.usefixtures("fresh_routes")
-def test_a_size_of_which_an_operator_differs_is_the_hosts_own_from_then_on(monkeypatch, launched_as_reference):
+@pytest.mark.usefixtures("quick", "fresh_routes")
+def test_a_size_of_which_an_operator_differs_is_the_hosts_own_from_then_on(monkeypatch):
     runner = Operator._runner
 
     def other(operator, plan, args):
@@ -561,7 +561,7 @@ def pipe():
 
 @pytest.mark.usefixtures("quick")
 def test_a_pipeline_is_taken_over_with_its_encoder(pipe):
-    x = video(frames=1)
+    x = video(frames=9)
     expected = encoded(pipe.vae, x)
     with bitfuse.accelerated(pipe) as handle:
         assert ours_in(pipe.vae.encoder) is not None
@@ -572,8 +572,10 @@ def test_a_pipeline_is_taken_over_with_its_encoder(pipe):
     assert bitfuse.compare(expected, encoded(pipe.vae, x)) is None
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_pipeline_from_image_to_video_encodes_its_image_by_it(pipe):
+@pytest.mark.usefixtures("quick", "fresh_routes")  # the transformer runs, too, whose kernels other tests run
+@pytest.mark.parametrize("required", [(), ("encoder.*.norm1",)], ids=["", "required"])
+def test_a_pipeline_from_image_to_video_encodes_its_image_by_it_where_that_is_asked_for(required, pipe):
+    """One image a run is not worth the seconds that its kernels take; a video is, and whoever asks has it."""
     ltx2 = pytest.importorskip("diffusers.pipelines.ltx2")
     image = pytest.importorskip("PIL.Image").effect_noise((64, 64), 80).convert("RGB")
     from_image = ltx2.LTX2ImageToVideoPipeline(**pipe.components)
@@ -586,10 +588,18 @@ def test_a_pipeline_from_image_to_video_encodes_its_image_by_it(pipe):
         return from_image(**call, generator=torch.Generator().manual_seed(0), return_dict=False)
 
     expected = run()
-    with bitfuse.accelerated(from_image) as handle:
+    x = video(frames=9).to(from_image.vae.device)
+    of_video = encoded(from_image.vae, x)
+    with bitfuse.accelerated(from_image, require=required) as handle:
         found = run()
         ours = elementwise(handle, "encoder")
-        assert {(site.state, site.fused) for site in ours} == {("fused", 1)}, handle.report()
+        if required:
+            assert {(site.state, site.fused) for site in ours} == {("fused", 1)}, handle.report()
+        else:
+            assert {site.state for site in ours} == {"fallen back"}, handle.report()
+            assert {"one frame, in a pipeline" in reason for site in ours for reason in site.reasons} == {True}
+        assert bitfuse.compare(of_video, encoded(from_image.vae, x)) is None
+        assert {site.fused for site in ours} == {1 + bool(required)}
     assert [bitfuse.compare(a, b) for a, b in zip(expected, found, strict=True)] == [None] * 2
 
 

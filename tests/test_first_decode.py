@@ -15,8 +15,12 @@ from bitfuse import OPERATORS
 from bitfuse.core import conditions, proof, volume_mean, volumes
 from bitfuse.core import operator as routing
 from bitfuse.core.bits import as_tuple, compare, compare_parts
+from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator, Tier
+from bitfuse.core.values import every_16_bit_pattern
 from bitfuse.core.volume_mean import emulated_mean, order_of
+from bitfuse.hosts.rehearsal import Rehearsal
+from bitfuse.hosts.video_coder import Pending
 from bitfuse.ops import (
     convolution,
     depth_to_space_evidence,  # noqa: F401 (it names a Generator, which is replaced below)
@@ -24,6 +28,7 @@ from bitfuse.ops import (
 )
 from bitfuse.ops import pixel_norm_evidence as evidence
 from bitfuse.ops.convolution import CONVOLUTION
+from bitfuse.ops.pixel_norm import convolved
 from live_bytes import LiveBytes
 
 diffusers = pytest.importorskip("diffusers", minversion="0.38")
@@ -36,10 +41,10 @@ SIZES = {  # frames, height and width of the latents; how much of stock's peak t
     "a frame of 1536x1024": ((1, 32, 48), (1.05, 0.6)),
 }
 VIDEOS = {  # what is encoded: (frames, height, width); as above. Of an image a weight is most: 226 MB, and its probe's
-    "a frame of 768x512": ((1, 512, 768), (3.0, 0.6)),
+    "a frame of 768x512": ((1, 512, 768), (3.0, 0.4)),
     "a frame of 1536x1024": ((1, 1024, 1536), (1.05, 0.4)),
-    "121 frames of 768x512": ((121, 512, 768), (0.9, 0.6)),
-    "121 frames of 1536x1024": ((121, 1024, 1536), (0.9, 0.6)),
+    "121 frames of 768x512": ((121, 512, 768), (0.87, 0.6)),
+    "121 frames of 1536x1024": ((121, 1024, 1536), (0.87, 0.6)),
 }
 
 
@@ -139,7 +144,7 @@ def test_the_first_encode_holds_no_more_than_stocks(size):
     assert {site.state for site in sites(handle, "encoder")} == {"fused"}, handle.report()
     assert first.peak <= first_at_most * stock.peak
     assert second.peak <= second_at_most * stock.peak
-    assert stock.ops > 2.9 * second.ops
+    assert stock.ops > 2.8 * second.ops
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -304,3 +309,33 @@ def test_on_a_gpu_the_first_decode_holds_no_more_than_stocks(device):
             assert compare(expected, found) is None
             assert held <= most * of_stock
         assert {site.state for site in sites(handle, "decoder")} == {"fused"}, handle.report()
+
+
+# -- what is compiled --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize(
+    ("coder", "shape", "kernels"), [("decode", (128, 16, 16, 24), 12), ("encode", (3, 121, 512, 768), 15)]
+)
+def test_a_first_call_has_few_kernels(coder, shape, kernels, monkeypatch):
+    """A decode's 19 took 7.8 s to compile with 16 cores, side by side (H200, 2026-11-29)."""
+    compiled = []
+    monkeypatch.setattr(Rehearsal, "compiles", lambda self: True)
+    monkeypatch.setattr(Plan, "compile", lambda plan, args: compiled.append(plan))
+    monkeypatch.setattr(Plan, "load", lambda plan, args: None)
+    vae = real()
+    with bitfuse.accelerated(vae), torch.no_grad():
+        getattr(vae, coder)(torch.empty(1, *shape, dtype=torch.bfloat16, device="meta"))
+    assert len(compiled) == kernels
+
+
+def test_a_bias_of_negative_zero_alters_no_bit(device):
+    """What stands where there is no bias (`Pending.taken`)."""
+    every = every_16_bit_pattern(torch.bfloat16, device)
+    assert compare(every, every + every.new_full((), -0.0)) is None
+    assert compare(every, every + every.new_full((), 0.0)) is not None
+    y = every.view(1, 256, 1, 16, 16)
+    _, _, bias, _, _ = Pending(y).taken()
+    assert compare(convolved(y, None, None, None), convolved(y, bias, None, None)) is None
+    assert Pending(y, every[:256]).taken()[2] is not None

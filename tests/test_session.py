@@ -59,10 +59,43 @@ def test_commands_run_in_order_each_within_its_time(session, tmp_path, monkeypat
         ("long", "cut off"),
     ]
     assert time.monotonic() - start < 50, "what a command started ends with it"
-    (file,) = (tmp_path / "out").glob("*.json")
+    (file,) = (tmp_path / "out").glob("*-h100-*.json")
     assert json.loads(file.read_text()) == {}
     assert file.name[10:] == "-h100-good.json"
     assert [ended for _, ended, _ in session.run(commands[3:], tmp_path, -1)] == ["not begun"]
+
+
+def test_what_ended_well_is_not_run_again_while_its_file_is_there(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "card", lambda: "h100")
+    write = "python -c \"import sys; open(sys.argv[1], 'a').write('1')\" FILE"
+    good, bad, silent = (
+        session.Command("good", write, 60),
+        session.Command("bad", write.replace("write('1')", "write('1') and sys.exit(1)"), 60),
+        session.Command("silent", "python -c pass", 60),
+    )
+
+    def ended(*commands, seconds=120):
+        return [how for _, how, _ in session.run(list(commands), tmp_path, seconds)]
+
+    assert ended(good, bad, silent) == ["exit code 0", "exit code 1", "exit code 0"]
+    # a file alone, as a command leaves it that failed, does not make it done
+    assert ended(good, bad, silent) == ["done before", "exit code 1", "exit code 0"]
+    (file,) = tmp_path.glob("*-good.json")
+    assert file.read_text() == "1"
+    assert ended(session.Command("good", write + " again", 60)) == ["exit code 0"], "another command of that name"
+    file.unlink()
+    assert ended(good) == ["exit code 0"]
+
+
+def test_a_command_that_would_be_cut_off_waits_for_the_next_call(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "card", lambda: "h100")
+    commands = [session.Command(name, "python -c pass", 500) for name in ("first", "second")]
+    assert [how for _, how, _ in session.run(commands, tmp_path, 100)] == ["exit code 0", "not begun"]
+
+
+def test_everything_fits_into_calls_of_ten_minutes(session):
+    for plan in session.EVERYTHING:
+        assert all(command.seconds <= 570 for command in session.PLANS[plan]), plan
 
 
 @pytest.mark.parametrize(

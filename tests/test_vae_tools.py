@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 import warnings
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 import bitfuse
 import tiny
 from bitfuse import OPERATORS, BitfuseWarning
-from bitfuse.core import proof
+from bitfuse.core import launch, proof
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator
 from bitfuse.hosts.rehearsal import Rehearsal
@@ -334,12 +336,13 @@ def compiled(monkeypatch, fresh_routes):
         found.append(kernel_of(plan.signature(args)))
 
     monkeypatch.setattr(Plan, "compile", compile)
+    monkeypatch.setattr(Plan, "load", lambda plan, args: None)
     return found
 
 
 def kernel_of(signature):
     """Which compiled kernel a signature is of: its source and constants, dtypes, alignment, and classes of numbers."""
-    kernel, _, _, pointers, extras, _, scalars = signature
+    kernel, _, _, pointers, extras, _, scalars, _ = signature
     return kernel, tuple(None if p is None else p[:2] for p in pointers), extras, scalars
 
 
@@ -393,6 +396,68 @@ def test_a_rehearsal_that_fails_fails_no_decode(error, compiled, monkeypatch):
         raise error("no memory is left")
 
     monkeypatch.setattr(Operator, "dry", fails)
+    assert bitfuse.compare(expected, decoded(vae)) is None
+    assert_fused(handle)
+
+
+def test_a_decode_goes_on_while_kernels_are_compiled_that_it_needs_later(compiled, monkeypatch):
+    """No thread is left when it ends."""
+    vae, begun, threads = make(), threading.Event(), set()
+    expected = decoded(vae)
+    compile, prove = Plan.compile, proof.prove
+
+    def slow(plan, args):
+        threads.add(threading.current_thread())
+        assert begun.wait(60)
+        compile(plan, args)
+
+    def proving(*args):
+        begun.set()
+        return prove(*args)
+
+    monkeypatch.setattr(Plan, "compile", slow)
+    monkeypatch.setattr(proof, "prove", proving)
+    bitfuse.accelerate(vae)
+    assert bitfuse.compare(expected, decoded(vae)) is None
+    assert compiled
+    assert not any(thread is threading.main_thread() or thread.is_alive() for thread in threads)
+    assert launch.under_way == {}
+
+
+def test_triton_is_made_ready_when_a_decoder_is_taken_over(monkeypatch):
+    devices = []
+    monkeypatch.setattr("bitfuse.hosts.video_coder.start_up", devices.append)
+    with bitfuse.accelerate(make()):
+        assert {device.type for device in devices} == {"cpu"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_no_thread_is_left_where_a_decode_ends_early(error, compiled, monkeypatch):
+    vae, threads, count = make(), set(), []
+    monkeypatch.setattr(Plan, "compile", lambda plan, args: (threads.add(threading.current_thread()), time.sleep(0.1)))
+
+    def ended(site, operator, *args):
+        count.append(operator)
+        raise error
+
+    monkeypatch.setattr("bitfuse.hosts.video_coder.CoderSite.call", ended)
+    handle = bitfuse.accelerate(vae)
+    with pytest.raises(error) if error is KeyboardInterrupt else contextlib.nullcontext():
+        decoded(vae)
+    assert len(count) == 1
+    assert not any(thread.is_alive() for thread in threads)
+    handle.restore()
+
+
+def test_what_a_thread_cannot_compile_is_no_error_of_the_decode(compiled, monkeypatch):
+    vae = make()
+    expected = decoded(vae)
+    handle = bitfuse.accelerate(vae)
+
+    def fails(plan, args):
+        raise OSError("no space is left on the device")
+
+    monkeypatch.setattr(Plan, "compile", fails)
     assert bitfuse.compare(expected, decoded(vae)) is None
     assert_fused(handle)
 

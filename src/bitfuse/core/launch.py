@@ -7,8 +7,10 @@ differ in their number of tokens alone mostly have one signature.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -57,6 +59,8 @@ class Plan:
                wrong order of additions that the rounded outputs hide. A call drops them
     by_shape   PyTorch's order of additions depends on more of the shape than the signature holds: the first call of
                every layout is compared, with its witnesses, before that layout is fused
+    apart      numbers that the kernel gets as scalars, and that have a proof each although they share it: of channels
+    effort     about how long it takes to compile, beside others: threads begin with the longest (`hosts/rehearsal.py`)
     """
 
     kernel: Kernel
@@ -71,6 +75,8 @@ class Plan:
     by_shape: bool = False
     options: dict[str, Any] = field(default_factory=lambda: dict(EXACT))
     slots: tuple[str | None, ...] = ()
+    apart: tuple[int, ...] = ()
+    effort: int = 1
 
     def signature(self, args: tuple[Any, ...]) -> tuple:
         """Everything that the bits and the outputs' form may depend on. One proof serves all calls that have it.
@@ -86,14 +92,20 @@ class Plan:
             for t in self.pointers(args)
         )
         outs = tuple((out.dtype, _order(out.shape, out.strides)) for out in (*self.witnesses, *self.outputs))
+        kernel = (self.kernel.fn.__qualname__, *self._compiled_for(), self.slots)
+        device, others = args[0].device, rerouted(args[0].is_cuda)
+        return (kernel, device, others, pointers, self.extras, outs, self._classes(), self.apart)
+
+    def _compiled_for(self) -> tuple[Any, ...]:
+        constants = tuple((name, str(value)) for name, value in self.constants.items())
+        return constants, self.num_warps, tuple(self.options.items())
+
+    def _classes(self) -> tuple[str, ...]:
         names = self.kernel.parameters[-len(self.scalars) - len(self.constants) :]
-        scalars = tuple(
+        return tuple(
             _specialisation(value, self.kernel.fn.__annotations__.get(name), name in self.kernel.do_not_specialize)
             for value, name in zip(self.scalars, names, strict=False)
         )
-        constants = tuple((name, str(value)) for name, value in self.constants.items())
-        kernel = (self.kernel.fn.__qualname__, constants, self.num_warps, tuple(self.options.items()), self.slots)
-        return (kernel, args[0].device, rerouted(args[0].is_cuda), pointers, self.extras, outs, scalars)
 
     def pointers(self, args: tuple[Any, ...]) -> list[Tensor | None]:
         """The call's tensors, with None for each optional one that it passes as None or leaves out at the end."""
@@ -124,10 +136,26 @@ class Plan:
         return replace(self, outputs=outputs, witnesses=witnesses)
 
     def compile(self, args: tuple[Any, ...]) -> None:
-        """Compile the kernel and load it onto the arguments' device, in any thread: `bind` then finds it."""
+        """Compile the kernel, in any thread: `load` and `bind` then find it."""
         with on_device(args[0]):
-            extras = (torch.empty(16, dtype=dtype, device=args[0].device) for dtype in self.extras)
-            self._compiled(self.filled((*self.pointers(args), *extras, *self.empty(args[0].device))))
+            self._in_triton(self._few(args))
+
+    def load(self, args: tuple[Any, ...]) -> None:
+        """Load it onto the arguments' device, in any thread: `bind` then finds it there."""
+        with on_device(args[0]):
+            _runner(self._in_triton(self._few(args)), self.grid)
+
+    def compiled_key(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What selects the compiled kernel, and no more: the part of a signature that Triton looks at."""
+        return self._key(self._few(args))
+
+    def _few(self, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        extras = (torch.empty(16, dtype=dtype, device=args[0].device) for dtype in self.extras)
+        return self.filled((*self.pointers(args), *extras, *self.empty(args[0].device)))
+
+    def _key(self, pointers: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+        found = tuple(t if t is None else (t.dtype, t.device, t.data_ptr() % 16 == 0) for t in pointers)
+        return id(self.kernel), self._compiled_for(), self._classes(), found
 
     def bind(self, args: tuple[Any, ...], outs: tuple[Tensor, ...]) -> Callable[..., Any]:
         """Compile for these arguments; returns launch(*args, *outs), good for every call with the same layout."""
@@ -153,17 +181,35 @@ class Plan:
         return launch
 
     def _compiled(self, pointers: tuple[Tensor | None, ...]) -> Callable[..., Any]:
+        if under_way and (ahead := under_way.get(self._key(pointers))) is not None:
+            concurrent.futures.wait([ahead])  # what it raised shows again here
         tail = (*self.scalars, *self.constants.values())
         if interpreting():
             interpreted = self.kernel.interpreted[self.grid]
             return lambda *pointers: interpreted(*pointers, *tail)
-        compiled = self.kernel.compiled.warmup(
-            *pointers, *self.scalars, grid=self.grid, **self.constants, num_warps=self.num_warps, **self.options
-        )
         # The compiled kernel's own runner skips the JIT's argument inspection, and addresses skip its inspection
         # of tensors: the route's key already fixes all that they would look at.
-        runner = compiled[self.grid]
+        runner = _runner(self._in_triton(pointers), self.grid)
         return lambda *pointers: runner(*[None if t is None else t.data_ptr() for t in pointers], *tail)
+
+    def _in_triton(self, pointers: tuple[Tensor | None, ...]) -> Any:
+        return self.kernel.compiled.warmup(
+            *pointers, *self.scalars, grid=self.grid, **self.constants, num_warps=self.num_warps, **self.options
+        )
+
+
+under_way: dict[tuple[Any, ...], concurrent.futures.Future[Any]] = {}
+"""By `Plan.compiled_key`: kernels that threads compile and load just now, for which others wait."""
+
+# Triton 3.6 loads what a kernel is launched by as a Python module, and all of those have one name. CPython gives
+# two threads that load two of them one module object, which then has the functions of the one that came last: a kernel
+# was launched with the arguments of another ("function takes exactly 50 arguments (32 given)", H200, 2026-11-29).
+_loading = threading.Lock()
+
+
+def _runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., Any]:
+    with _loading:
+        return compiled[grid]
 
 
 def _specialisation(value: int | float, annotation: str | None, by_width_alone: bool) -> str:

@@ -135,7 +135,7 @@ class LTX2VideoDecoder3d(_Coder, VideoDecoder):
         causal = self.causal(coder, hidden_states, temb, causal)
         if coder.timestep_scale_multiplier is not None:
             temb = temb * coder.timestep_scale_multiplier
-        return self.after_first(coder, coder.conv_in(hidden_states, causal=causal), temb, causal)
+        return self.after_first(coder, lambda: coder.conv_in(hidden_states, causal=causal), temb, causal)
 
     def values_of_block(self, block: Any, timestep: Any, x: Tensor) -> Any:
         """[B, n, 1, 1, 1] by the block's own embedder; what came in where it has none."""
@@ -175,7 +175,7 @@ class LTX2VideoEncoder3d(_Coder, VideoEncoder):
 
     def coded(self, coder: Any, hidden_states: Tensor, causal: bool | None = None) -> Tensor:
         causal = self.causal(coder, hidden_states, causal)
-        x = biased(*self.after_first(coder, self._first(coder, hidden_states, causal), None, causal))
+        x = biased(*self.after_first(coder, lambda: self._first(coder, hidden_states, causal), None, causal))
         return torch.cat([x, x[:, -1:].repeat(1, x.size(1) - 2, 1, 1, 1)], dim=1)
 
     def _first(self, coder: Any, video: Tensor, causal: bool) -> Tensor:

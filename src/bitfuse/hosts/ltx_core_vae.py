@@ -184,7 +184,7 @@ class ConvVideoDecoder(_Coder, VideoDecoder):
                 timestep = torch.full((sample.shape[0],), coder.decode_timestep, device=device, dtype=sample.dtype)
             scaled = timestep * coder.timestep_scale_multiplier.to(sample)
         causal = coder.causal
-        video = self.after_first(coder, coder.conv_in(sample, causal=causal), scaled, causal, generator)
+        video = self.after_first(coder, lambda: coder.conv_in(sample, causal=causal), scaled, causal, generator)
         return video.to(dtype) if _CASTS else video
 
     def values_of_block(self, block: Any, timestep: Any, x: Tensor) -> Any:
@@ -227,7 +227,7 @@ class VideoEncoder(_Coder, video_encoder.VideoEncoder):
         return True
 
     def coded(self, coder: Any, sample: Tensor) -> Tensor:
-        x = biased(*self.after_first(coder, self._first(coder, sample), None, True))
+        x = biased(*self.after_first(coder, lambda: self._first(coder, sample), None, True))
         return coder.per_channel_statistics.normalize(x[:, :-1])  # all but the variance, which upstream drops, too
 
     def _first(self, coder: Any, video: Tensor) -> Tensor:

@@ -1,22 +1,60 @@
-"""Kernels are compiled side by side: those of a transformer's first block at its first call, a decoder's before it."""
+"""Kernels are compiled side by side: those of a transformer's first block at its first call, a decoder's in its first.
+
+No thread outlives that call: a transformer's end before its second block, a decoder's before its first video is there.
+Those of `start_up`, which compile no kernel, take half a second.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
 import os
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
+from bitfuse.core import launch
 from bitfuse.core.conditions import around
+from bitfuse.core.kernel import interpreting
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator, Route, _layout
 from bitfuse.hosts.site import COMPILING, Site
+
+
+def start_up(device: torch.device) -> tuple[threading.Thread, ...]:
+    """Let Triton make ready for its first kernel in threads of their own, in the first call of a process: for a model
+    on a GPU, as soon as bitfuse has to do with it. Returns the threads; empty where there is no GPU.
+
+    Triton reads all of its own files for the keys of its cache, 0.5 s, and builds what it calls the driver by, 0.45 s
+    where that is not in the cache (3.6, H200, 2026-11-29). What goes wrong shows again where a kernel is compiled.
+    """
+    return _started() if device.type == "cuda" and not interpreting() else ()
+
+
+@functools.cache
+def _started() -> tuple[threading.Thread, ...]:
+    def read_files() -> None:
+        with contextlib.suppress(Exception):
+            from triton.runtime import cache
+
+            cache.triton_key()
+
+    def build() -> None:
+        with contextlib.suppress(Exception):
+            from triton.runtime import driver
+
+            driver.active.get_current_target()
+
+    threads = tuple(threading.Thread(target=work, name=f"bitfuse {work.__name__}") for work in (read_files, build))
+    with contextlib.suppress(RuntimeError):  # no more threads are to be had
+        for thread in threads:
+            thread.start()
+    return threads
 
 
 class Rehearsal:
@@ -24,8 +62,6 @@ class Rehearsal:
 
     One after the other, each when a site first calls for it, 15 kernels took 11 s on a host with slow CPUs (H100,
     2026-11-27), and in threads 3: much of it is LLVM's, ptxas' and a C compiler's, which leave Python to other threads.
-    But what is in Triton's cache is loaded by Python alone, for which threads queue: 15 took 0.8 s with 16 of them,
-    0.6 s with 4. So threads begin with the first kernel that has to be compiled.
 
     The block runs once, as it would, so nothing but time tells of it; its sites count one call in `Site.compiling`.
     Not where a site may not fall back (`strict`), for a CUDA graph, without a GPU, or in a model of few blocks, where
@@ -34,8 +70,10 @@ class Rehearsal:
     under_way    held while the sites take part
     """
 
-    AT_ONCE = 0.15  # seconds: a kernel in Triton's cache takes 0.03, one that is not 0.3 and more
     MIN_BLOCKS = 8
+    # Triton's own Python takes turns: what takes a kernel 0.1 s of it took each of 15 in as many threads 1.4 s, and the
+    # first was there when all were (H200, 16 cores, 2026-11-29).
+    THREADS = 6
 
     def __init__(self, block: Any, sites: Iterable[Site]):
         self._block, self._sites = weakref.ref(block), tuple(sites)
@@ -59,7 +97,7 @@ class Rehearsal:
         return operator.dry(self._take, *args)
 
     def _take(self, plan: Plan, args: tuple[Any, ...]) -> None:
-        self._launches.setdefault((id(plan.kernel), plan.signature(args)), (plan, args))
+        self._launches.setdefault(plan.compiled_key(args), (plan, args))
 
     def __call__(self, forward: Callable[[], Any]) -> Any:
         if not self._unnoticed():
@@ -70,23 +108,39 @@ class Rehearsal:
             result = forward()
         for site in self._sites:
             site.rehearsal = None
-        self.compile()
+        with self.compiling() as kernels:
+            concurrent.futures.wait(kernels)
         return result
 
-    def compile(self) -> None:
-        """Compile what was noted."""
-        waiting = iter(list(self._launches.values()))
-        for number, (plan, args) in enumerate(waiting):
-            start = time.perf_counter()
-            with contextlib.suppress(Exception):  # it shows again where the kernel is proved
-                plan.compile(args)
-            # the first one's time is for Triton to start up
-            if number and time.perf_counter() - start > self.AT_ONCE:
-                break
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for plan, args in waiting:
-                _ = plan.kernel.compiled  # made here: two threads would make one each
-                pool.submit(plan.compile, args)
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[list[Future[None]]]:
+        """Inside, what was noted is compiled and loaded in threads, of which none is left behind. Whoever needs one of
+        these kernels waits for it (`launch.under_way`). Given is when each is there.
+
+        The longest are begun first, and one thread loads, in the order in which kernels were noted.
+        """
+        compiling = ThreadPoolExecutor(min(self.THREADS, os.cpu_count() or 1), "bitfuse compile")
+        loading = ThreadPoolExecutor(1, "bitfuse load")
+        found: dict[Any, Future[None]] = {}
+        try:
+            with contextlib.suppress(Exception):  # such as that no more threads are to be had
+                found |= self._submit(compiling, loading)
+                launch.under_way.update(found)
+            yield list(found.values())
+        finally:
+            for key, future in found.items():
+                if launch.under_way.get(key) is future:
+                    launch.under_way.pop(key, None)
+            compiling.shutdown(wait=False, cancel_futures=True)
+            loading.shutdown(cancel_futures=True)
+            compiling.shutdown()
+
+    def _submit(self, compiling: ThreadPoolExecutor, loading: ThreadPoolExecutor) -> dict[Any, Future[None]]:
+        begun: dict[Any, Future[None]] = {}
+        for key, (plan, args) in sorted(self._launches.items(), key=lambda item: -item[1][0].effort):
+            _ = plan.kernel.compiled  # made here: two threads would make one each
+            begun[key] = compiling.submit(_compile, plan, args)
+        return {key: loading.submit(_load, plan, args, begun[key]) for key, (plan, args) in self._launches.items()}
 
     def _unnoticed(self) -> bool:
         if any(site.strict for site in self._sites) or next(around(), None) is not None:
@@ -98,3 +152,16 @@ class Rehearsal:
         block = self._block()
         on_a_gpu = block is not None and next(block.parameters()).is_cuda
         return on_a_gpu and not torch.cuda.is_current_stream_capturing()
+
+
+def _compile(plan: Plan, args: tuple[Any, ...]) -> None:
+    for thread in start_up(args[0].device):
+        with contextlib.suppress(RuntimeError):  # it was not to be had
+            thread.join()
+    plan.compile(args)
+
+
+def _load(plan: Plan, args: tuple[Any, ...], compiled: Future[None]) -> None:
+    concurrent.futures.wait([compiled])
+    if not compiled.cancelled() and compiled.exception() is None:
+        plan.load(args)

@@ -16,7 +16,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from bitfuse.core.originals import rerouted
 from bitfuse.core.volumes import laid
 from bitfuse.hosts.ltx2 import why_gradient
 from bitfuse.hosts.part import Model, Part, compiled_sentence
-from bitfuse.hosts.rehearsal import Rehearsal
+from bitfuse.hosts.rehearsal import Rehearsal, start_up
 from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import Entry, calls_of, of_operators
 from bitfuse.ops.convolution import CONVOLUTION
@@ -105,8 +106,13 @@ class Pending:
     residual: Tensor | None = None
 
     def taken(self) -> tuple[Any, ...]:
-        """(y, residual, bias, noise, noise_scale), which are not held here any more: their memory is used again."""
-        found = self.y, self.residual, self.bias, self.noise, self.noise_scale
+        """(y, residual, bias, noise, noise_scale), which are not held here any more: their memory is used again.
+
+        Where there is no bias it is -0.0, which alters no number in any bit. So a width has one kernel for its first
+        norm, after a sampler, and for those after convolutions: one to compile and to prove in place of two.
+        """
+        bias = self.y.new_full((self.y.shape[1],), -0.0) if self.bias is None else self.bias
+        found = self.y, self.residual, bias, self.noise, self.noise_scale
         del self.y, self.residual
         return found
 
@@ -269,6 +275,7 @@ class VideoCoder(Part):
         }
         shared.handle.sites += sites.values()
         shared.handle.put(coder, cls(coder, shared, sites))
+        start_up(next(coder.parameters()).device)
 
     # -- when the host's own forward must run --
 
@@ -443,56 +450,66 @@ class VideoCoder(Part):
             refusal.patience.failed(proof.Verdict(False, because, seconds=seconds, final=False))
         proof.remember(self.refused, shape, refusal, _SHAPES_KEPT)
 
-    def _rehearse(self, coder: Any, volume: Tensor, causal: bool) -> None:
-        """Compile the kernels for a volume of this shape side by side, found in a forward without values.
-
-        One after the other 19 kernels took 11 s (121 frames of 1536x1024, H200, 2026-11-29). None of its
-        modules is called, nothing is launched but a copy of the first volume, and it holds what a fused one does.
-        """
+    def _kernels(self, coder: Any, volume: Tensor, causal: bool) -> AbstractContextManager[object]:
+        """Inside, the first forward of this shape, its kernels are compiled in threads while it goes on."""
+        if getattr(self._here, "dry", None) is not None:
+            return nullcontext()
         if volume.shape in self._rehearsed or self.conditioned(coder) or self.draws(coder):
-            return
+            return nullcontext()
         proof.remember(self._rehearsed, volume.shape, True, _SHAPES_KEPT)
         rehearsal = Rehearsal(coder, ())
         if next(around(), None) is not None or not rehearsal.compiles():
-            return
+            return nullcontext()
+        self._rehearse(rehearsal, coder, volume, causal)
+        return rehearsal.compiling()
+
+    def _rehearse(self, rehearsal: Rehearsal, coder: Any, volume: Tensor, causal: bool) -> None:
+        """Find the kernels in a forward without values. None of the coder's modules is called, nothing is launched but
+        a copy of the first volume, and it holds what a fused forward does."""
         self._here.dry = rehearsal.dry
         try:
-            self.after_first(coder, volume, None, causal)
+            self.after_first(coder, lambda: volume, None, causal)
         except torch.AcceleratorError:
             raise
         except Exception:  # why something can't be fused is said where it is proved, and memory may do for that
             _log.debug("the kernels of a %s could not be found beforehand", self.kind, exc_info=True)
         finally:
             self._here.dry = None
-        rehearsal.compile()
 
     def after_first(
-        self, coder: Any, volume: Tensor, timestep: Any, causal: bool, generator: torch.Generator | None = None
+        self,
+        coder: Any,
+        first: Callable[[], Tensor],
+        timestep: Any,
+        causal: bool,
+        generator: torch.Generator | None = None,
     ) -> Any:
         """What `_last` makes of what the first convolution gave. `LaidOtherwise` where that is not a contiguous volume.
 
+        first       gives that: it is let go of here, where a caller would hold an argument until this has ended (not in
+                    every version of Python), and an encoder's first volume is its largest
         timestep    handed on to `values_of_block` and `last_values`
         generator   of the noise that is injected
         """
+        volume = first()
         if (reason := _why_laid_otherwise(volume)) is not None:
             raise LaidOtherwise(reason)
-        if getattr(self._here, "dry", None) is None:
-            self._rehearse(coder, volume, causal)
-        pending = Pending(laid(volume))
-        del volume
-        for stage in self.stages(coder):
-            of_block = self.values_of_block(stage.module, timestep, pending.y)
-            for name, module in stage.steps:
-                if type(module) is self.names.resnet:
-                    pending = self._resnet(name, module, pending, of_block, causal, generator)
-                else:
-                    pending = self._sampler(name, module, pending, causal)
-        norm_out = self.names.norm_out
-        values = self.last_values(coder, timestep, pending.y)
-        _, padded = self._norm(norm_out, getattr(coder, norm_out), pending, coder.conv_out, causal, values)
-        last = self._convolve("conv_out", padded, coder.conv_out)
-        del padded
-        return self._last(coder, last)
+        with self._kernels(coder, volume, causal):
+            pending = Pending(laid(volume))
+            del volume
+            for stage in self.stages(coder):
+                of_block = self.values_of_block(stage.module, timestep, pending.y)
+                for name, module in stage.steps:
+                    if type(module) is self.names.resnet:
+                        pending = self._resnet(name, module, pending, of_block, causal, generator)
+                    else:
+                        pending = self._sampler(name, module, pending, causal)
+            norm_out = self.names.norm_out
+            values = self.last_values(coder, timestep, pending.y)
+            _, padded = self._norm(norm_out, getattr(coder, norm_out), pending, coder.conv_out, causal, values)
+            last = self._convolve("conv_out", padded, coder.conv_out)
+            del padded
+            return self._last(coder, last)
 
     def _last(self, coder: Any, last: Pending) -> Any:
         """What becomes of what the last convolution gave."""

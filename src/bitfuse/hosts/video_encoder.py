@@ -31,7 +31,20 @@ class VideoEncoder(VideoCoder):
     kind, sampling = "encoder", DOWNSAMPLE
 
     def why_stock(self, coder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        return super().why_stock(coder, args, kwargs) or self._why_not_divided(coder, self._given(args, kwargs))
+        given = self._given(args, kwargs)
+        reason = super().why_stock(coder, args, kwargs) or self._why_not_divided(coder, given)
+        return reason or self._why_not_worth_it(given)
+
+    def _why_not_worth_it(self, video: Tensor) -> str | None:
+        """A run of a pipeline encodes an image once. The first encode of a process takes seconds for its kernels (9.1 s
+        with an empty Triton cache on an H200, where stock takes 1.0), and each wins 4 to 8 ms."""
+        of_a_pipeline = len(self.model.handle.models) > 1
+        if video.shape[2] > 1 or not of_a_pipeline or any(site.strict for site in self.sites):
+            return None
+        return (
+            "it is one frame, in a pipeline: kernels that take seconds to compile and prove would win milliseconds; "
+            'require=["encoder.*"] has it fused'
+        )
 
     def patches(self, encoder: Any) -> tuple[int, int]:
         """(frames, pixels a side) of the patches of the video that the first convolution takes."""

@@ -75,12 +75,17 @@ def unpatchify(y: Tensor, bias: Tensor | None, frames: int, patch: int) -> Tenso
 
 @kernel(do_not_specialize=("pixels", "frames", "height", "width"))
 def _upsample_kernel(
-    y_ptr, residual_ptr, bias_ptr, out_ptr, pixels, frames, height, width,
+    y_ptr, residual_ptr, bias_ptr, out_ptr, pixels, frames, height, width, channels, of_residual,
     residual_batch: tl.int64, residual_frame: tl.int64, residual_row: tl.int64, residual_pixel: tl.int64,
-    C: tl.constexpr, RESIDUAL: tl.constexpr, UP_FRAMES: tl.constexpr, UP_HEIGHT: tl.constexpr, UP_WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr, UP_FRAMES: tl.constexpr, UP_HEIGHT: tl.constexpr, UP_WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes CHANNELS channels of what PIXELS pixels of y become. frames, height, width: of y."""
+    """A program takes CHANNELS channels of what PIXELS pixels of y become: one kernel for every width.
+
+    frames, height, width    of y
+    channels, of_residual    of the result, and of the residual once it is laid out as that
+    WHOLE                    of_residual is a multiple of CHANNELS
+    """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     PARTS: tl.constexpr = UP_FRAMES * UP_HEIGHT * UP_WIDTH
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
@@ -88,18 +93,18 @@ def _upsample_kernel(
     h, rest = rest % height, rest // height
     d, batch = rest % frames, (rest // frames).to(tl.int64)
     lane = tl.program_id(1) * (CHANNELS * PARTS) + tl.arange(0, CHANNELS * PARTS)[None, :]
-    here = (pixel < pixels)[:, None] & (lane < C * PARTS)
-    x = tl.load(y_ptr + pixel.to(tl.int64)[:, None] * (C * PARTS) + lane, mask=here, other=0.0).to(tl.float32)
+    here = (pixel < pixels)[:, None] & (lane < channels * PARTS)
+    x = tl.load(y_ptr + pixel.to(tl.int64)[:, None] * (channels * PARTS) + lane, mask=here, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         x = round_to(x + tl.load(bias_ptr + lane, mask=here, other=0.0).to(tl.float32), dtype)  # r1
     if residual_ptr is not None:
         residual_at = (batch * residual_batch + d.to(tl.int64) * residual_frame)[:, None]
         residual_at += (h.to(tl.int64) * residual_row + w.to(tl.int64) * residual_pixel)[:, None]
-        if RESIDUAL % CHANNELS == 0:
-            first = tl.program_id(1) * (CHANNELS * PARTS) % (RESIDUAL * PARTS)
+        if WHOLE:
+            first = tl.program_id(1) * (CHANNELS * PARTS) % (of_residual * PARTS)
             again = tl.multiple_of(first, CHANNELS * PARTS) + tl.arange(0, CHANNELS * PARTS)[None, :]
         else:
-            again = lane % (RESIDUAL * PARTS)
+            again = lane % (of_residual * PARTS)
         x = x + tl.load(residual_ptr + residual_at + again, mask=here, other=0.0).to(tl.float32)  # r4
     # a row for each of the pixels
     x = tl.trans(tl.reshape(x.to(dtype), (PIXELS, CHANNELS, PARTS)), (0, 2, 1))
@@ -112,8 +117,8 @@ def _upsample_kernel(
     at = (batch.to(tl.int64) * (frames * UP_FRAMES - (UP_FRAMES - 1)) + d) * (height * UP_HEIGHT) + h
     at = at * (width * UP_WIDTH) + w
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    there = ((pixel < pixels) & (d >= 0))[:, None] & (channel < C)
-    tl.store(out_ptr + at[:, None] * C + channel, x, mask=there)
+    there = ((pixel < pixels) & (d >= 0))[:, None] & (channel < channels)
+    tl.store(out_ptr + at[:, None] * channels + channel, x, mask=there)
 
 
 @kernel(do_not_specialize=("pixels", "height", "width"))
@@ -164,17 +169,19 @@ def _upsample_plan(
     per_program = max(1, 8 * elements() // (channels_at_once * parts))
     pixels = batch * sides[0] * sides[1] * sides[2]
     shape = (batch, channels, sides[0] * frames - (frames - 1), sides[1] * height, sides[2] * width)
+    of_residual = 1 if residual is None else residual.shape[1] // parts
     return Plan(
         _upsample_kernel,
         (-(-pixels // per_program), -(-channels // channels_at_once), 1),
-        (pixels, *sides, *steps(residual)),
+        (pixels, *sides, channels, of_residual, *steps(residual)),
         {
-            **{"C": channels, "RESIDUAL": 1 if residual is None else residual.shape[1] // parts},
+            "WHOLE": of_residual % channels_at_once == 0,
             **{"UP_FRAMES": frames, "UP_HEIGHT": height, "UP_WIDTH": width},
             **{"CHANNELS": channels_at_once, "PIXELS": per_program},
         },
         WARPS,
         (channels_last(shape, y.dtype),),
+        apart=(channels, of_residual),
     )
 
 

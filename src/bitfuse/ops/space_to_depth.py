@@ -67,13 +67,14 @@ def mean_of(y: Tensor, residual: Tensor, frames: int, height: int, width: int) -
 
 @kernel(do_not_specialize=("pixels", "frames", "height", "width"))
 def _downsample_kernel(
-    y_ptr, residual_ptr, bias_ptr, given_ptr, out_ptr, pixels, frames, height, width,
+    y_ptr, residual_ptr, bias_ptr, given_ptr, out_ptr, pixels, frames, height, width, channels,
     residual_batch: tl.int64, residual_frame: tl.int64, residual_row: tl.int64, residual_pixel: tl.int64,
-    C: tl.constexpr, GROUP: tl.constexpr, DOWN_FRAMES: tl.constexpr, DOWN_HEIGHT: tl.constexpr,
-    DOWN_WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+    GROUP: tl.constexpr, DOWN_FRAMES: tl.constexpr, DOWN_HEIGHT: tl.constexpr, DOWN_WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes what CHANNELS channels of y become in PIXELS pixels. pixels, frames, height, width: of out.
+    """A program takes what CHANNELS channels of y become in PIXELS pixels: one kernel for every width.
 
+    pixels, frames, height, width    of out; channels: of y
     given_ptr    the mean, as the result lies; None: it is computed here
     """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -89,8 +90,8 @@ def _downsample_kernel(
     residual_at = batch * residual_batch + d.to(tl.int64) * residual_frame
     residual_at += h.to(tl.int64) * residual_row + w.to(tl.int64) * residual_pixel
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    here = inside & (channel < C)
-    x = tl.load(y_ptr + at[:, None] * C + channel, mask=here, other=0.0).to(tl.float32)
+    here = inside & (channel < channels)
+    x = tl.load(y_ptr + at[:, None] * channels + channel, mask=here, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         x = round_to(x + tl.load(bias_ptr + channel, mask=here, other=0.0).to(tl.float32), dtype)  # r1
     # a row for each pixel of out, in which the pixels of a channel stand side by side
@@ -98,12 +99,12 @@ def _downsample_kernel(
     x = tl.reshape(tl.trans(tl.reshape(x.to(dtype), (PIXELS, PARTS, CHANNELS)), (0, 2, 1)), (PIXELS, WIDE))
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]
     wide = tl.program_id(1) * WIDE + tl.arange(0, WIDE)[None, :]
-    out_at, there = pixel.to(tl.int64) * (C * PARTS) + wide, (pixel < pixels) & (wide < C * PARTS)
+    out_at, there = pixel.to(tl.int64) * (channels * PARTS) + wide, (pixel < pixels) & (wide < channels * PARTS)
     if given_ptr is not None:
         mean = tl.load(given_ptr + out_at, mask=there, other=0.0).to(tl.float32)
     else:
         lane = tl.program_id(1) * (CHANNELS * GROUP) + tl.arange(0, CHANNELS * GROUP)[None, :]
-        of_residual = inside & (lane < C * GROUP)
+        of_residual = inside & (lane < channels * GROUP)
         more = tl.load(residual_ptr + residual_at[:, None] + lane, mask=of_residual, other=0.0)
         more = tl.trans(tl.reshape(more, (PIXELS, PARTS, CHANNELS * GROUP)), (0, 2, 1))
         more = tl.reshape(more, (PIXELS, WIDE * GROUP))
@@ -157,9 +158,9 @@ def _plan(
     return Plan(
         _downsample_kernel,
         (-(-pixels // per_program), -(-channels // channels_at_once), 1),
-        (pixels, *sides, *steps(residual)),
+        (pixels, *sides, channels, *steps(residual)),
         {
-            **{"C": channels, "GROUP": group, "DOWN_FRAMES": frames, "DOWN_HEIGHT": height, "DOWN_WIDTH": width},
+            **{"GROUP": group, "DOWN_FRAMES": frames, "DOWN_HEIGHT": height, "DOWN_WIDTH": width},
             **{"CHANNELS": channels_at_once, "PIXELS": per_program},
         },
         WARPS,
@@ -167,6 +168,7 @@ def _plan(
         before=_mean if given_mean else None,
         extras=(y.dtype,) if given_mean else (),
         slots=("y_ptr", "residual_ptr", "bias_ptr", *(("given_ptr",) if given_mean else ()), "out_ptr"),
+        apart=(channels,),
     )
 
 

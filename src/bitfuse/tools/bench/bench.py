@@ -137,19 +137,28 @@ def operators(console: Console, names: Iterable[str] | None = None) -> Iterator[
             rows.append(_operator(operator, case, _device()))
             torch.cuda.empty_cache()
             yield rows[-1]
-    headings = ("operator", "case", "x", "fused us", "copy us", "of copy", "eager us", "speed-up", "bits")
-    table = Table(*headings, title="cold L2, median")
-    for row in rows:
-        figures = ["-"] * 5
-        if "us" in row:
-            fused, copy, eager = (f"{row['us'][name]['median']:.1f}" for name in ("fused", "copy", "eager"))
-            figures = [fused, copy, f"{row['of_copy']:.1%}", eager, f"{row['speed_up']:.2f}x"]
-        bits = "see below" if row["mismatch"] else "equal"
-        table.add_row(*map(cell, (row["operator"], row["case"], row["x"], *figures, bits)))
-    console.print(table)
-    for row in rows:
-        if row["mismatch"]:
-            say(console, f"not timed: {row['operator']}, {row['case']}: {row['mismatch']}")
+    _print_operators(console, rows)
+
+
+def _print_operators(console: Console, rows: list[dict[str, Any]]) -> None:
+    """A table for each operator, readable at 80 columns: figures in one piece, sentences below it."""
+    say(console, "cold L2, median; every bit equal but where - stands")
+    for name in dict.fromkeys(row["operator"] for row in rows):
+        table = Table(title=cell(name), title_justify="left")
+        table.add_column("case", width=32)
+        for heading in ("fused us", "of copy", "eager us", "speed-up"):
+            table.add_column(heading, justify="right", no_wrap=True, min_width=8)
+        of_it = [row for row in rows if row["operator"] == name]
+        for row in of_it:
+            figures = ["-"] * 4
+            if "us" in row:
+                fused, eager = (f"{row['us'][way]['median']:.1f}" for way in ("fused", "eager"))
+                figures = [fused, f"{row['of_copy']:.1%}", eager, f"{row['speed_up']:.2f}x"]
+            table.add_row(*map(cell, (f"{row['case']} ({'x'.join(map(str, row['x']))})", *figures)))
+        console.print(table)
+        for row in of_it:
+            if row["mismatch"]:
+                say(console, f"not timed: {row['case']}: {row['mismatch']}")
 
 
 def timed_cases(operator: Operator) -> list[Any]:

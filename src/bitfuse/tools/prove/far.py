@@ -61,7 +61,7 @@ def cases(operator: Operator) -> tuple[Any, ...]:
         sizes: dict[str, Any] = {"front": 0, "edge": 0, "batch": 1, "up": (1, 2, 2), "patch": 2, "repeats": 2}
         if isinstance(case, DownsampleCase):  # of which each pixel becomes one, as there are as many after it
             sizes["up"] = (1, 1, 1)
-        channels = 64 if "patch" in names or "height" in names else _WIDTH
+        channels = _WIDTH if "eps" in names else 64  # of one program, where others than rows' kernels cut them up
         volume = replace(case, name=WHAT, channels=channels, sides=(2, 2, 1 << 24), **sizes, **there)
         apart = replace(volume, name=f"{WHAT}, between scales", sides=(1, 1, 1 << 12), batch=_BATCH)
         return (volume, apart) if "scale" in names else (volume,)
