@@ -358,7 +358,7 @@ _QUACK = (
     "2.15 on also on sm_120), from 2.14 on by shape and alignment. bitfuse proves against whichever runs in this "
     "process, and compares the bits of every layout; the single pass of a norm may not be proved: slower"
 )
-_KEYS = re.compile(r"(Autograd|Autocast)?(CPU|CUDA)|(Composite\w+|Autograd)\[alias\]")
+_KEYS = re.compile(r"(Autograd|Autocast)?(CPU|CUDA)|ADInplaceOrView|BackendSelect|(Composite\w+|Autograd)\[alias\]")
 
 
 def _overrides(device: torch.device) -> Iterator[Finding]:
