@@ -6,10 +6,11 @@
     python benchmarks/session.py everything --out out --seconds 570      # again and again, until its exit code is 0
 
 Every command compares bits before it times. `bitfuse bench` writes its JSON to OUT whenever it has a row: cut off at
-its limit, it leaves the rows before; the other commands write when they are done. What ended well is written down in
-OUT/done.json, and is not run again while its file is there. A command whose limit is longer than what is left of the
-time is not begun, unless it is the first. The file names are those of benchmarks/results, from which `make readme`
-makes the tables and docs/benchmarks.md. Exit code 0: every command of the plans ended well, now or before.
+its limit, it leaves the rows before; of the other commands some do so too. What ended well is written down in
+OUT/done.json, and is not run again on a GPU of that name while its file is there. A command whose limit is longer than
+what is left of the time is not begun, unless it is the first: one that fails slowly, again and again, is best seen to
+by its name. The file names are those of benchmarks/results, from which `make readme` makes the tables and
+docs/benchmarks.md. Exit code 0: every command of the plans ended well, now or before.
 """
 
 from __future__ import annotations
@@ -98,8 +99,11 @@ PLANS = {
         Command("peers", "python benchmarks/peers.py --out FILE", 300),
     ],
 }
-EVERYTHING = ("runs", "models", "operators", "peers", "later-models", "comfyui", "ltx-core", "sglang", "decoder")
-"""The plans of docs/benchmarks.md, in the order in which they tell most."""
+EVERYTHING = (
+    *("runs", "models", "operators", "peers", "first-decode", "verify"),
+    *("later-models", "comfyui", "ltx-core", "sglang", "decoder"),
+)
+"""The plans of docs/benchmarks.md, in the order in which they tell most; the last is docs/decode.md's."""
 
 
 def card() -> str:
@@ -115,15 +119,16 @@ def card() -> str:
 
 def run(commands: list[Command], out: Path, seconds: float) -> list[tuple[Command, str, float]]:
     """Each command, how it ended (done before, exit code, cut off, not begun), and the seconds that it took."""
-    end, prefix = time.monotonic() + seconds, f"{datetime.now(timezone.utc):%Y-%m-%d}-{card()}"
+    end, here = time.monotonic() + seconds, card()
+    prefix = f"{datetime.now(timezone.utc):%Y-%m-%d}-{here}"
     out.mkdir(parents=True, exist_ok=True)
     ledger = out / "done.json"
-    done = json.loads(ledger.read_text()) if ledger.is_file() else {}
+    done = read_ledger(ledger)
     rows: list[tuple[Command, str, float]] = []
     begun = False
     for command in commands:
         start, left = time.monotonic(), end - time.monotonic()
-        if _is_done(command, done, out):
+        if _is_done(command, done, out, here):
             rows.append((command, "done before", 0.0))
             continue
         if left <= 0 or (begun and left < command.seconds):
@@ -140,24 +145,45 @@ def run(commands: list[Command], out: Path, seconds: float) -> list[tuple[Comman
             ended = f"exit code {code}"
             if code == 0 and "FILE" in command.line:
                 done[command.name] = {"line": command.line, "file": file.name}
-                ledger.write_text(json.dumps(done, indent=1))
+                whole = ledger.with_suffix(".part")  # a call may be ended at any time, also here
+                whole.write_text(json.dumps(done, indent=1))
+                whole.replace(ledger)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # and what it started, which would go on using the GPU
-            process.wait()
             ended = "cut off"
+        finally:  # of an interrupt, too: what it started would go on using the GPU
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         rows.append((command, ended, time.monotonic() - start))
     return rows
 
 
-def _is_done(command: Command, done: dict[str, dict[str, str]], out: Path) -> bool:
-    """Whether this very command ended well before, and what it wrote is still there."""
+def read_ledger(ledger: Path) -> dict[str, dict[str, str]]:
+    """What ended well before. A file that is no such list ends the call with a sentence."""
+    try:
+        done = json.loads(ledger.read_text()) if ledger.is_file() else {}
+        if isinstance(done, dict) and all({"line", "file"} <= set(found) for found in done.values()):
+            return done
+    except (ValueError, TypeError):
+        pass
+    raise typer.BadParameter(f"{ledger} is no list of what is done; without it all is run again", param_hint="--out")
+
+
+def _is_done(command: Command, done: dict[str, dict[str, str]], out: Path, here: str) -> bool:
+    """Whether this very command ended well before, on a GPU of this name, and what it wrote is still there, whole."""
     found = done.get(command.name)
-    return found is not None and found["line"] == command.line and (out / found["file"]).is_file()
+    if found is None or found["line"] != command.line or not found["file"].endswith(f"-{here}-{command.name}.json"):
+        return False
+    try:
+        json.loads((out / found["file"]).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def main(
     plans: Annotated[list[str] | None, typer.Argument(help="plans, or commands of them; none: list them")] = None,
-    out: Annotated[Path, typer.Option(help="folder for the JSON")] = Path("out/session"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="folder for the JSON")] = Path("out/session"),
     seconds: Annotated[float, typer.Option(min=1, help="for all of it")] = 3600.0,
 ) -> None:
     known = {command.name: [command] for commands in PLANS.values() for command in commands} | PLANS

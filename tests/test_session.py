@@ -87,6 +87,46 @@ def test_what_ended_well_is_not_run_again_while_its_file_is_there(session, tmp_p
     assert ended(good) == ["exit code 0"]
 
 
+def test_what_was_done_on_another_gpu_or_is_half_written_is_run_again(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "card", lambda: "cpu")
+    good = session.Command("good", "python -c \"import sys; open(sys.argv[1], 'w').write('{}')\" FILE", 60)
+
+    def ended():
+        return session.run([good], tmp_path, 120)[0][1]
+
+    assert [ended(), ended()] == ["exit code 0", "done before"]
+    monkeypatch.setattr(session, "card", lambda: "h100")
+    assert [ended(), ended()] == ["exit code 0", "done before"]
+    (file,) = tmp_path.glob("*-h100-good.json")
+    file.write_text('{"rows": [')
+    assert [ended(), ended()] == ["exit code 0", "done before"]
+    assert file.read_text() == "{}"
+
+
+@pytest.mark.parametrize("text", ['{"half', "[]", '{"good": {"line": "x"}}', '{"good": 3}'])
+def test_a_broken_list_of_what_is_done_is_named(session, tmp_path, text):
+    (tmp_path / "done.json").write_text(text)
+    with pytest.raises(typer.BadParameter, match=r"done\.json is no list of what is done"):
+        session.run([], tmp_path, 120)
+
+
+def test_an_interrupt_ends_what_was_started(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "card", lambda: "h100")
+    started = []
+
+    class Interrupted(session.subprocess.Popen):
+        def wait(self, timeout=None):
+            if not started:
+                started.append(self)
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(session.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.run([session.Command("long", "python -c 'import time; time.sleep(60)'", 60)], tmp_path, 120)
+    assert started[0].poll() is not None
+
+
 def test_a_command_that_would_be_cut_off_waits_for_the_next_call(session, tmp_path, monkeypatch):
     monkeypatch.setattr(session, "card", lambda: "h100")
     commands = [session.Command(name, "python -c pass", 500) for name in ("first", "second")]
