@@ -7,6 +7,7 @@ and the JSON part.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ PLOTS = tables.ROOT / "docs" / "plots"
 LEAST = 0.01  # share of a run's time that a stage has at least which is drawn
 Row = dict[str, Any]
 WAYS = {"bitfuse": "bitfuse", "graph": "CUDA graph", "compiled + graph": "compiled, CUDA graph"}
+OTHERS = {"compiled + graph": "compiled", "quality high": "tier high", "KJNodes": "KJNodes"}  # none has stock's bits
 
 
 def picture(name: str, says: str) -> str:
@@ -49,6 +51,13 @@ def sources(*documents: Row) -> str:
     return tables._sources(list(documents), "../")
 
 
+def gpu(document: Row) -> str:
+    """Its short name, as H100 of "NVIDIA H100 80GB HBM3": rows of one table may be of several."""
+    device = document["machine"]["device"]
+    found = re.search(r"\b[A-Z]\d+\w*\b|\b\d{4}\b", device)
+    return found[0] if found else device
+
+
 # -- what the JSON has -------------------------------------------------------------------------------------------------
 
 
@@ -68,9 +77,18 @@ def steps() -> list[tuple[Row, Row]]:
     for document in tables.newest_of_each("comfyui"):
         for row in document["rows"]:
             more = {"host": "comfyui", "host_version": f"ComfyUI {document['machine']['comfyui']}"}
-            more |= {"version": document["ltx"], "speed_ups": row["speedup"], "peak_gb": row["peak_gb_of_a_step"]}
+            more |= {"version": document["ltx"], "speed_ups": row["speedup"], "peak_gb": _comfyui_peaks(row)}
             found.append((document, {**row, **more, "mismatch": "; ".join(row["differs"].values()) or None}))
     return sorted(found, key=lambda pair: (_order(pair[1]), pair[1]["version"], pair[1]["tokens"]))
+
+
+def _comfyui_peaks(row: Row) -> dict[str, float]:
+    """The peaks of its ways. Of a graph none where what the graph holds was not counted: a replay allocates nearly
+    nothing, so its peak alone would be less than what the graph takes."""
+    peaks = {way: peak for way, peak in row["peak_gb_of_a_step"].items() if way != "graph"}
+    if "graph_holds_gb" in row:
+        peaks["graph"] = row["peak_gb_of_a_step"]["graph"] + row["graph_holds_gb"]
+    return peaks
 
 
 def _order(row: Row) -> int:
@@ -117,8 +135,8 @@ def whole_run() -> str:
             picture("run", "Seconds of a whole run's stages, stock and with bitfuse"),
             table(["stage", "stock", "bitfuse", "", "output"], rows),
             f"LTX-{row['version']}, {row['geometry']}; {row['host_version']}, {min(row['runs'].values())} runs of each "
-            "way by turns in one process, both latents, frames and sound compared in each. `-`: nothing is handed out "
-            "there that could be compared; what the next stages make of it is. What is a stage, and the decode alone: "
+            "way by turns in one process, without the text encoder; both latents, frames and sound compared in each. "
+            "`-`: nothing is handed out there that could be compared; what the next stages make of it is. What is a stage, and the decode alone: "
             f"[bench](bench.md). {sources(document)}",
         ]
     )
@@ -129,18 +147,20 @@ def steps_by_tokens() -> str:
     if not found:
         return ""
     rows = []
-    for _, row in found:
-        cells = [_name(row), str(row["tokens"]), times(row["ms"]["stock"])]
+    for document, row in found:
+        cells = [_name(row), gpu(document), str(row["tokens"]), times(row["ms"]["stock"])]
         for way in ("bitfuse", "graph"):
             timed = way in row["ms"]
             cells.append(f"{times(row['ms'][way])}, {row['speed_ups'][way]:.2f}x" if timed else "-")
-        other = next((way for way in ("compiled + graph", "quality high") if way in row["ms"]), None)
-        named = {"compiled + graph": "compiled", "quality high": "tier high"}
-        cells.append(f"{named[other]}: {times(row['ms'][other])}" if other else "-")
+        other = next((way for way in OTHERS if way in row["ms"]), None)
+        if other and not (row["peer_differs"] if other == "KJNodes" else row["differs_from_stock"][other]):
+            raise ValueError(f"{_name(row)}, {row['tokens']} tokens: {other!r} has stock's bits, and no column here")
+        cells.append(f"{OTHERS[other]}: {times(row['ms'][other])}" if other else "-")
         cells.append(f"{1e3 * row['ms']['bitfuse']['median'] / row['tokens']:.0f} us")
         rows.append([*cells, row["mismatch"] or "identical"])
     heads = [
         "host",
+        "GPU",
         "tokens",
         "stock",
         "bitfuse",
@@ -165,8 +185,10 @@ def steps_by_tokens() -> str:
             picture("hosts", "Speed-up of a step over the host's own, over the number of video tokens, for each host"),
             table(heads, rows),
             "One step of the whole transformer on seeded weights, all ways of a row by turns in one process, its "
-            "output compared with the host's stock step in the same run. `compiled` is torch.compile with a CUDA "
-            f"graph, `tier high` is SGLang's with all its fusions: both give other bits.{said} "
+            "output compared with the host's stock step in the same run. SGLang's stock is its tier `exact`. The graph "
+            "of diffusers' LTX-2.0 goes with `keep_text=True`. `compiled` is torch.compile with a CUDA graph, `tier "
+            "high` SGLang's with all its fusions, `KJNodes` ComfyUI with the fused blocks of that node pack: each was "
+            f"found to give other bits than stock.{said} Rows of different GPUs are no comparison of hosts. "
             f"{sources(*unique([document for document, _ in found]))}",
         ]
     )
@@ -178,15 +200,17 @@ def operators() -> str:
     if not chosen:
         return ""
     rows = []
+    of = {id(row): gpu(document) for document in documents for row in document.get("operators", ())}
     for name, row in chosen.items():
         us = row["us"]
-        cells = [f"`{name}`", "x".join(map(str, row["x"])), times(us["fused"], "us"), times(us["copy"], "us")]
+        cells = [f"`{name}`", of[id(row)], "x".join(map(str, row["x"]))]
+        cells += [times(us["fused"], "us"), times(us["copy"], "us")]
         rows.append([*cells, f"{row['of_copy']:.0%}", times(us["eager"], "us"), f"{row['speed_up']:.1f}x"])
     return "\n\n".join(
         [
             "## Operators against a copy of the same bytes",
             picture("operators", "Speed of each operator as a share of a plain copy that moves the same bytes"),
-            table(["operator", "x", "fused", "the copy", "of its speed", "PyTorch chain", "speed-up"], rows),
+            table(["operator", "GPU", "x", "fused", "the copy", "of its speed", "PyTorch chain", "speed-up"], rows),
             "One case of each, that of 768x512x121 where it has one; every size is in the JSON. With a cold L2, by "
             "turns, bits compared first in the same run. `layer_norm_modulate` leaves the LayerNorm to ATen. "
             f"{sources(*unique([document for document in documents if document.get('operators')]))}",
@@ -220,20 +244,22 @@ def memory() -> str:
     of_steps = [(d, r) for d, r in steps() if "stock" in r["peak_gb"]]
     more = [
         [
-            *(_name(r), str(r["tokens"])),
+            *(_name(r), gpu(d), str(r["tokens"])),
             *(_gb(r["peak_gb"], way) for way in ("stock", "bitfuse")),
             *(_less(r["peak_gb"]), _gb(r["peak_gb"], "graph")),
         ]
-        for _, r in of_steps
+        for d, r in of_steps
     ]
+    notes = [f" {_name(r)}: {d['note']}." for d, r in of_steps if "note" in d]
     return "\n\n".join(
         [
             "## Memory",
             picture("memory", "Peak of memory of each stage of a whole run, stock and with bitfuse"),
             table(["stage", "stock", "bitfuse", ""], rows),
             f"The peak of a stage beyond the weights and what is kept to compare with. {sources(document)}",
-            table(["a step of", "tokens", "stock", "bitfuse", "", "with its CUDA graph"], more),
-            "The peak of a step beyond the weights; a graph's pool of memory counts. "
+            table(["a step of", "GPU", "tokens", "stock", "bitfuse", "", "with its CUDA graph"], more),
+            "The peak of a step beyond the weights; a graph's pool of memory counts, and in diffusers' LTX-2.0 the "
+            f"text that is kept beside it.{''.join(dict.fromkeys(notes))} "
             f"{sources(*unique([d for d, _ in of_steps]))}",
         ]
     )
@@ -250,7 +276,7 @@ def _less(peak: dict[str, float]) -> str:
 def first_steps() -> list[tuple[Row, str, Row]]:
     """(document, what, row) of everything that was timed in fresh processes."""
     found = [
-        (document, f"first step, LTX-{row['version']}, {row['tokens']} tokens", row)
+        (document, f"first step, LTX-{row['version']}, {row['layers']} layers, {row['tokens']} tokens", row)
         for document in tables.newest_of_each("first-step-model")
         for row in document["first_step"]
     ]
@@ -277,21 +303,24 @@ def first() -> str:
     if not found:
         return ""
     rows = []
-    for _, what, row in found:
+    for document, what, row in found:
         stock = min(p["seconds"] for name, p in row["processes"].items() if name.startswith("stock"))
         for caches in ("empty caches", "warm caches"):
             process = row["processes"][caches]
             proofs = f"{process['proofs']} in {process['proofs_s']:.2f} s"
-            rows.append([what, caches, f"{stock:.2f} s", f"{process['seconds']:.2f} s"])
+            rows.append([what, gpu(document), caches, f"{stock:.2f} s", f"{process['seconds']:.2f} s"])
             rows[-1] += [f"{row['beyond_stock_s'][caches]:+.2f} s", proofs, row["mismatch"] or "identical"]
     return "\n\n".join(
         [
             "## The first step of a process",
             picture("first", "Seconds that the first step and the first decode of a process take beyond stock's"),
-            table(["what", "Triton's caches", "stock", "bitfuse", "beyond it", "proofs among it", "output"], rows),
+            table(
+                ["what", "GPU", "Triton's caches", "stock", "bitfuse", "beyond it", "proofs among it", "output"], rows
+            ),
             "Each in a fresh process, from before `accelerate` to the end of the first step or decode; of the step one "
-            "run of each, of the decode the median of three ([decode](decode.md)). The output is compared with that of "
-            "the stock process by its SHA-256. "
+            "run of each, for stock the faster of two; of the decode the median of three ([decode](decode.md)). All "
+            "layers of a model run the same kernels, so what a step takes beyond stock is that of 48 as well. The "
+            "output is compared with that of the stock process by its SHA-256. "
             f"{sources(*unique([document for document, _, _ in found]))}",
         ]
     )
@@ -370,7 +399,12 @@ def peers() -> str:
             where_faster(document, cases),
             every_way(document, cases),
             "One process, by turns, with a cold L2. Full dots above, and `none` here, are equal to the PyTorch chain "
-            "in every bit on these inputs, random and normal; that says nothing of others. "
+            "in every bit on these inputs, random and normal; that says nothing of others. Where no PyTorch chain is "
+            f"timed ({_some(_emulated(document))}), none rounds so: the bits are those of an emulation of "
+            "comfy-kitchen's kernel. bitfuse's time is that of the operator alone, outputs in new memory. A peer's "
+            "has what it leaves to PyTorch: the norms where that is said, of SGLang's `head_gate` the sigmoid. Tables "
+            "are made ready beforehand, but vLLM-Omni's `qk_rms_norm_grid_rotary` takes none and is given only the "
+            "sizes of its grid. "
             f"The peers: {versions}. {sources(document)}",
             "Not timed here:\n\n" + "\n".join(f"- {line}" for line in not_timed(document)),
             "Published by others, measured elsewhere and not comparable with the times above:",
@@ -394,7 +428,8 @@ def where_faster(document: Row, cases: Cases) -> str:
     exact = [r for r in timed if not worst[r["operator"], r["way"]]["differ"]]
     ahead = sorted((r for r in timed if r["ratio"] < 1), key=lambda r: (r not in exact, r["ratio"]))
     said = (
-        f"{len(timed)} times a peer was timed beside bitfuse, {len(exact)} times one that has eager's bits at every "
+        f"{len(timed)} times a peer was timed beside bitfuse (torch.compile in each of its modes is one, each size "
+        f"counts), {len(exact)} times one that has eager's bits at every "
         f"size that was tried. Of these it is faster {sum(r in exact for r in ahead)} times, of the others "
         f"{sum(r not in exact for r in ahead)} times:"
     )
@@ -433,6 +468,11 @@ def not_timed(document: Row) -> Iterator[str]:
         yield document["note"]
 
 
+def _emulated(document: Row) -> list[str]:
+    """Operators that no PyTorch chain stands for."""
+    return list(dict.fromkeys(r["operator"] for r in document["rows"] if r["way"] == "eager" and "reason" in r))
+
+
 def _published() -> list[Row]:
     return json.loads((tables.ROOT / "benchmarks" / "published.json").read_text())
 
@@ -461,9 +501,10 @@ HEAD = """# Benchmarks
 TAIL = """## How it was measured
 
 `python benchmarks/session.py everything --out out --seconds 570` on a machine with a GPU, called again until it says
-that all is done, and `make readme`. Every result whose time stands here was compared with stock of the same host, in
-every bit and in the same run, before it was timed ([bench](bench.md)). Times are medians, in brackets the 10th and the
-90th percentile."""
+that all is done, measures all of this anew, and `make readme` makes the page. What stands here comes from several such
+sittings: below each table are its GPU, its day and its JSON. Every time of bitfuse's is that of a result that was
+compared in every bit, in the same run: with the host's stock, or an operator with the PyTorch chain
+([bench](bench.md)). Times are medians, in brackets the 10th and the 90th percentile, between the two where there were two, or the least alone."""
 
 
 def page() -> str:

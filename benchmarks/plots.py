@@ -173,10 +173,12 @@ def beside(rows: dict[str, list[tuple[str, float, bool]]], x: str) -> Draw:
             for peer, ratio, exact in found:
                 color = COLORS[peer]
                 face = color if exact else "none"
-                label = None if peer in seen else peer
+                if peer not in seen:  # full in the legend, whichever comes first
+                    axes.scatter([], [], s=36, color=color, label=peer)
                 seen.add(peer)
-                axes.scatter(ratio, -index, s=36, facecolors=face, edgecolors=color, label=label, zorder=3)
-        axes.axvline(1, color=COLORS["bitfuse"], linewidth=1.2)
+                axes.scatter(ratio, -index, s=36, facecolors=face, edgecolors=color, zorder=3)
+        axes.scatter([], [], s=36, facecolors="none", edgecolors=INK, label="other bits than eager's")
+        axes.axvline(1, color=COLORS["bitfuse"], linewidth=1.2, label="bitfuse")
         axes.set_yticks([-index for index in range(len(rows))], list(rows), fontsize=8)
         axes.grid(axis="y", linewidth=0.5)
         axes.set_xscale("log", base=2)
@@ -185,6 +187,8 @@ def beside(rows: dict[str, list[tuple[str, float, bool]]], x: str) -> Draw:
         axes.set_xticks([t for t in ticks if t <= largest], [f"{t:g}x" for t in ticks if t <= largest])
         axes.minorticks_off()
         axes.set_xlabel(x)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=7, fontsize=8, columnspacing=1)
+        axes.legend(
+            loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=8, fontsize=8, columnspacing=1, handletextpad=0.3
+        )
 
     return draw

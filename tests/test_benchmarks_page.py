@@ -20,7 +20,7 @@ def module_of(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("page", "plots", "tables", "peers"):
+        if name in ("page", "plots", "tables", "peers", "session"):
             del sys.modules[name]
 
 
@@ -90,13 +90,62 @@ def test_a_peer_that_is_faster_stays_and_one_that_is_absent_says_why(module_of, 
     text = page.peers()
     assert "| `swiglu`, 1x6x8 | bitfuse | 10.0 us (9.00 to 11.0) | 1.00x | none |" in text
     assert "|  | KJNodes | 9.00 us (9.00 to 11.0) | 0.90x | 12 of 48, 25.0% |" in text
-    said = "3 times a peer was timed beside bitfuse, 2 times one that has eager's bits at every size that was tried."
+    said = "3 times a peer was timed beside bitfuse (torch.compile in each of its modes is one, each size counts), "
+    said += "2 times one that has eager's bits at every size that was tried."
     assert f"{said} Of these it is faster 1 times, of the others 1 times:" in text
     assert (
         "| SGLang, exact | `swiglu` | 1x6x8 | 0.80x | none |\n| KJNodes | `swiglu` | 1x6x8 | 0.90x | 12 of 48" in text
     )
     assert "- quack: not installed (`swiglu`)" in text
     assert "- cache-dit: has none" in text
+
+
+def test_a_graph_has_a_peak_only_where_what_it_holds_was_counted(module_of):
+    page = module_of("page")
+    peaks = {"stock": 0.7, "bitfuse": 0.9, "graph": 0.4}
+    assert page._comfyui_peaks({"peak_gb_of_a_step": peaks}) == {"stock": 0.7, "bitfuse": 0.9}
+    assert page._comfyui_peaks({"peak_gb_of_a_step": peaks, "graph_holds_gb": 0.25})["graph"] == pytest.approx(0.65)
+
+
+def test_a_row_of_a_page_with_several_gpus_names_its_own(module_of):
+    page = module_of("page")
+    assert page.gpu({"machine": {"device": "NVIDIA H100 80GB HBM3"}}) == "H100"
+    for section in (page.steps_by_tokens, page.operators, page.memory, page.first):
+        text = section()
+        if len({name for name in ("H100", "H200") if f"NVIDIA {name}" in text}) > 1:
+            assert "| GPU |" in text, section.__name__
+
+
+def test_a_way_with_stocks_bits_is_not_among_those_with_others(module_of, monkeypatch):
+    page = module_of("page")
+    ms = {way: {"median": 2.0, "p10": 1.0, "p90": 3.0} for way in ("stock", "bitfuse", "compiled + graph")}
+    row = {"host": "diffusers", "host_version": "diffusers 1", "version": "2.0", "tokens": 24, "mismatch": None}
+    row |= {"ms": ms, "speed_ups": {"bitfuse": 1.0}, "differs_from_stock": {"compiled + graph": "output 0 differs"}}
+    machine = dict.fromkeys(("device", "driver", "torch", "triton", "diffusers"), "1") | {"date": "2026-11-29T"}
+    monkeypatch.setattr(page, "steps", lambda: [({"machine": machine, "path": "x.json"}, row)])
+    assert "compiled: 2.00 ms" in page.steps_by_tokens()
+    row["differs_from_stock"]["compiled + graph"] = None
+    with pytest.raises(ValueError, match="has stock's bits"):
+        page.steps_by_tokens()
+
+
+def test_the_plan_everything_measures_all_of_the_page(module_of, monkeypatch):
+    page, session = module_of("page"), module_of("session")
+    asked = set()
+    monkeypatch.setattr(page.tables, "newest_or_none", lambda name: asked.add(name))
+    monkeypatch.setattr(page.tables, "newest_of_each", lambda name: asked.add(name) or [])
+    page.page()
+    names = {command.name for plan in session.EVERYTHING for command in session.PLANS[plan]}
+    assert len(asked) > 5
+    assert asked <= names, "the page says that this plan measures it anew"
+
+
+def test_the_legend_of_peers_says_what_a_hollow_dot_is(module_of):
+    pytest.importorskip("matplotlib")
+    plots = module_of("plots")
+    text = plots.svg(plots.beside({"swiglu": [("SGLang", 1.5, False)]}, "time"), 8, 3)
+    for label in ("SGLang", "other bits than eager's", "bitfuse"):
+        assert f">{label}</text>" in text
 
 
 def test_peers_are_compared_with_eager_before_they_are_timed(module_of, monkeypatch, fresh_routes):
