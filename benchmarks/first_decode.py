@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -388,6 +389,12 @@ def main() -> int:
         return 0
     if asked.out is None:
         parser.error("--out is needed: the JSON file to write")
+    if asked.runs < 1:
+        parser.error(f"--runs {asked.runs}; accepted: 1 or more")
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", asked.size):
+        parser.error(f"--size {asked.size!r}; accepted: width x height x frames, as 768x512x121")
+    if not (asked.tiny or torch.cuda.is_available()):
+        parser.error("there is no CUDA device; accepted without one: --tiny, with TRITON_INTERPRET=1")
     from bitfuse.tools.machine import machine
 
     asked.out.parent.mkdir(parents=True, exist_ok=True)

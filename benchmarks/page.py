@@ -136,7 +136,8 @@ def whole_run() -> str:
             table(["stage", "stock", "bitfuse", "", "output"], rows),
             f"LTX-{row['version']}, {row['geometry']}; {row['host_version']}, {min(row['runs'].values())} runs of each "
             "way by turns in one process, without the text encoder; both latents, frames and sound compared in each. "
-            "`-`: nothing is handed out there that could be compared; what the next stages make of it is. What is a stage, and the decode alone: "
+            "`-`: nothing is handed out there that could be compared; what the next stages make of it is. What is a "
+            "stage, and the decode alone: "
             f"[bench](bench.md). {sources(document)}",
         ]
     )
@@ -504,7 +505,8 @@ TAIL = """## How it was measured
 that all is done, measures all of this anew, and `make readme` makes the page. What stands here comes from several such
 sittings: below each table are its GPU, its day and its JSON. Every time of bitfuse's is that of a result that was
 compared in every bit, in the same run: with the host's stock, or an operator with the PyTorch chain
-([bench](bench.md)). Times are medians, in brackets the 10th and the 90th percentile, between the two where there were two, or the least alone."""
+([bench](bench.md)). Times are medians, in brackets the 10th and the 90th percentile, between the two where there were
+two, or the least alone."""
 
 
 def page() -> str:

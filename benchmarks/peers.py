@@ -19,6 +19,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -228,7 +229,7 @@ def build(capability: str) -> None:
     arch, loader = sglang("jit.utils.arch"), sglang("jit.utils.compile.loader")
     for module, maker, *args in OF_SGLANG:
         library = FOLDER.resolve() / BUILT / f"{maker}.so"
-        library.parent.mkdir(exist_ok=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
 
         def keep(compiled: Path, library: Path = library) -> Any:  # instead of loading it, which takes a GPU
             shutil.copy(compiled, library)
@@ -566,6 +567,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=170.0, help="no operator is begun after so many")
     parser.add_argument("--tiny", action="store_true", help="try the script on few tokens, on any device")
     asked = parser.parse_args()
+    if asked.rounds < 1:
+        parser.error(f"--rounds {asked.rounds}; accepted: 1 or more")
+    if too_few := [count for count in asked.tokens if count < 1]:
+        parser.error(f"--tokens {too_few[0]}; accepted: 1 or more")
+    if asked.build and not re.fullmatch(r"\d+\.\d+", asked.build):
+        parser.error(f"--build {asked.build!r}; accepted: a capability, as 9.0")
     FOLDER, KJNODES = asked.peers, asked.kjnodes or asked.peers / "ltxv_nodes.py"
     sys.path.insert(0, str(FOLDER.resolve()))
     if asked.build:

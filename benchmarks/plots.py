@@ -188,7 +188,7 @@ def beside(rows: dict[str, list[tuple[str, float, bool]]], x: str) -> Draw:
         axes.minorticks_off()
         axes.set_xlabel(x)
         axes.legend(
-            loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=8, fontsize=8, columnspacing=1, handletextpad=0.3
+            loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=4, fontsize=8, columnspacing=1, handletextpad=0.3
         )
 
     return draw

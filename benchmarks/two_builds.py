@@ -137,6 +137,10 @@ def main() -> None:
     parser.add_argument("--version", default="2.0")
     parser.add_argument("--operators", action="store_true", help="also every operator, on its real cases")
     asked = parser.parse_args()
+    if not (asked.old / "bitfuse").is_dir():
+        parser.error(f"{str(asked.old)!r} has no folder bitfuse; accepted: the folder src of an older build")
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device, and times in Triton's interpreter mean nothing")
     builds = [Build("old", asked.old), Build("new", Path(__file__).resolve().parents[1] / "src")]
     with builds[-1].loaded():
         from bitfuse.tools.machine import machine
