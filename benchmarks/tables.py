@@ -158,9 +158,10 @@ def whole_runs(
         lines.append(_run_line(what, decode, decode["mismatch"] or "equal"))
     sentences = [
         f"LTX-{row['version']}, {row['geometry']}, decoded with its sound; medians of {min(row['runs'].values())} runs "
-        "of each way by turns in one process, the text encoder left out. Memory beyond the weights; `-`: compared by "
-        "what the next stages make of it."
+        "of each way by turns in one process, the text encoder left out. Memory beyond the weights."
     ]
+    if any(stage["bits"] is None for stage in longest):
+        sentences.append("`-`: compared by what the next stages make of it.")
     if least:
         sentences.append(f"Stages of at least {least:.0%} of the run.")
     for first in document.get("first_decode", ()):
@@ -497,7 +498,8 @@ def decoder(documents: list[dict[str, Any]], run: dict[str, Any]) -> str:
         peaks = f"{row['peak_gb']['stock']:.1f} to {row['peak_gb']['bitfuse']:.1f} GB"
         output = "identical in every bit" if row["equal"] else "differs"
         lines.append(f"| {name} | {stock:.0f} ms | {ours:.0f} ms, {stock / ours:.2f}x | {peaks} | {output} |")
-    return "\n".join([*lines, "", f"By turns in one process. {_sources([run, *documents], '../')}"])
+    said = "By turns in one process; medians of the sizes that a whole run has, of the others the least of each way."
+    return "\n".join([*lines, "", f"{said} {_sources([run, *documents], '../')}"])
 
 
 def encoder(document: dict[str, Any] | None) -> str:
@@ -514,7 +516,10 @@ def encoder(document: dict[str, Any] | None) -> str:
         first = " to ".join(f"{row['first_s'][way]:.1f}" for way in ("stock", "bitfuse"))
         times = f"{stock:.1f} ms | {ours:.1f} ms, {stock / ours:.2f}x | {first} s"
         lines.append(f"| {row['encode']} | {times} | {peaks} | {launches} | {output} |")
-    said = "By turns in one process, in the order of the rows; a first call is that of its size in the process."
+    said = (
+        "By turns in one process, in the order of the rows; the least of each way. A first call is that of its size in "
+        "the process."
+    )
     return "\n".join([*lines, "", f"{said} {_sources([document], '../')}"])
 
 
@@ -634,7 +639,8 @@ def linear_turns(document: dict[str, Any]) -> str:
         name = min(kernels, key=lambda name: kernels[name])
         best = f"{kernels[name]:.4f} ms, {times['today'] / kernels[name]:.3f}x: {name}"
         lines.append(f"| {case} | {times['F.linear']:.4f} ms | {times['today']:.4f} ms | {best} |")
-    return "\n".join([*lines, "", _sources([document], "../")])
+    said = "Medians. `F.linear` alone is without what follows it; today is all of it, as the other columns."
+    return "\n".join([*lines, "", f"{said} {_sources([document], '../')}"])
 
 
 def linear_one_step(document: dict[str, Any]) -> str:
@@ -645,7 +651,10 @@ def linear_one_step(document: dict[str, Any]) -> str:
     lines = ["| a step with these layers by a kernel | time | over today |", "| --- | --- | --- |"]
     lines += [f"| {name} | {t:.1f} ms | {today / t:.3f}x |" for name, t in ms.items()]
     kinds = ", ".join(f"{name}: {step[name]}" for name in ("up", "down", "out"))
-    said = f"6144 tokens, {step['layers']} layers, a CUDA graph a way, every output equal to stock's; {kinds}."
+    said = (
+        f"6144 tokens, {step['layers']} layers, a CUDA graph a way, medians, every output equal to stock's; "
+        f"{kinds}. Today is the mean of its two rows."
+    )
     return "\n".join([*lines, "", said, _sources([document], "../")])
 
 
@@ -663,8 +672,8 @@ def linear_steps(document: dict[str, Any]) -> str:
                 lines.append(f"| {name} | {row['ms']:.1f} ms | {rows['bitfuse']['ms'] / row['ms']:.4f}x |")
     lines += [
         "",
-        f"6144 tokens, {found['layers']} layers, a CUDA graph a way, every output equal to stock's. bitfuse itself was "
-        f"timed {len(baselines)} times: {min(baselines):.1f} to {max(baselines):.1f} ms. "
+        f"6144 tokens, {found['layers']} layers, a CUDA graph a way, medians, every output equal to stock's. bitfuse "
+        f"itself was timed {len(baselines)} times: {min(baselines):.1f} to {max(baselines):.1f} ms. "
         f"{_sources([document], '../')}",
     ]
     return "\n".join(lines)
@@ -689,6 +698,7 @@ def linear_power(document: dict[str, Any]) -> str:
             f"{took[0]:.1f} and {took[1]:.1f} ms in two steps of bitfuse, {took[2]:.1f} ms in one with GELU in quack's "
             "GEMM."
         ]
+    sentences.insert(0, "Means over the ten seconds.")
     return "\n".join([*lines, "", " ".join([*sentences, _sources([document], "../")])])
 
 

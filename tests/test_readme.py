@@ -28,6 +28,17 @@ def test_tables_are_those_of_the_json():
         assert tables.filled(text) == text, f"{page}: run `make readme`"
 
 
+def test_a_table_of_times_says_which_of_them_it_shows():
+    tables = _tables()
+    silent = []
+    pages = "".join((ROOT / page).read_text() for page in tables.PAGES)
+    for name, text in re.findall(r"<!-- (\w[\w. ]* table[\w. ]*) -->\n(.*?)\n<!-- end -->", pages, re.DOTALL):
+        timed = re.search(r"\| (\*\*)?\d[\d.]* (ms|us)\b", text)
+        if timed and not re.search(r"\bmedians?\b|\bthe least\b|\bmeans\b", text, re.IGNORECASE):
+            silent.append(name)
+    assert silent == []
+
+
 def test_no_version_of_a_host_was_seen_to_differ():
     rows = _tables().json.loads(_tables().COMPATIBILITY.read_text())
     assert {row["host"] for row in rows} == {"diffusers", "ltx-core", "sglang"}
