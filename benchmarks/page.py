@@ -503,10 +503,10 @@ TAIL = """## How it was measured
 
 `python benchmarks/session.py everything --out out --seconds 570` on a machine with a GPU, called again until it says
 that all is done, measures all of this anew, and `make readme` makes the page. What stands here comes from several such
-sittings: below each table are its GPU, its day and its JSON. Every time of bitfuse's is that of a result that was
-compared in every bit, in the same run: with the host's stock, or an operator with the PyTorch chain
-([bench](bench.md)). Times are medians, in brackets the 10th and the 90th percentile, between the two where there were
-two, or the least alone."""
+sittings: below each table are its GPU, its JSON and its day, of which bitfuse was as well. Every time of bitfuse's is
+that of a result that was compared in every bit, in the same run: with the host's stock, or an operator with the PyTorch
+chain ([bench](bench.md)). Times are medians, in brackets the 10th and the 90th percentile, between the two where there
+were two, or the least alone."""
 
 
 def page() -> str:
