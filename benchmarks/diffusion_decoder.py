@@ -17,6 +17,7 @@ import argparse
 import copy
 import functools
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -415,6 +416,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="try the script on few tokens, on any device")
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wrong := [size for size in asked.size or () if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", size)]:
+        parser.error(f"--size {wrong[0]!r}; accepted: width x height x frames, as 512x384x25")
     if device.type == "cpu" and not asked.tiny:
         parser.error("there is no CUDA device; accepted without one: --tiny, with TRITON_INTERPRET=1")
     parts = asked.only or ["operators", "block", "decode"]

@@ -599,6 +599,9 @@ def main() -> None:
         model = seeded.build(geometry, DEVICE, seed=0)
         run.say("-- the model")
         steps, tried, few = Steps(model, geometry), named(ways), (1, 2) if run.tiny else (2, 5)
+        if unknown := [name for name in only if not any(one.startswith(name) for some in tried for one in some)]:
+            names = ", ".join(dict.fromkeys(name for some in tried for name in some))
+            parser.error(f"--only {unknown[0]!r} begins no way's name; accepted: {names}")
         tried = Ways(*({name: one for name, one in some.items() if name.startswith(only)} for some in tried))
         found = results["6144 tokens"] = {"layers": run.layers}
         results["24576 tokens"] = {"layers": run.layers}

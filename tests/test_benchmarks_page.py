@@ -20,7 +20,7 @@ def module_of(monkeypatch):
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("page", "plots", "tables", "peers", "session"):
+        if name in ("page", "plots", "tables", "peers", "session", "first_decode", "two_builds"):
             del sys.modules[name]
 
 
@@ -171,3 +171,24 @@ def test_peers_are_compared_with_eager_before_they_are_timed(module_of, monkeypa
     assert found["absent"]["reason"] == "not installed"
     assert "it gives" in found["another shape"]["reason"]
     assert "us" not in found["another shape"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("peers --out FILE --tiny --rounds 0", "--rounds 0; accepted: 1 or more"),
+        ("peers --out FILE --tiny --tokens 24 -5", "--tokens -5; accepted: 1 or more"),
+        ("peers --build abc", "--build 'abc'; accepted: a capability"),
+        ("first_decode --out FILE --tiny --runs 0", "--runs 0; accepted: 1 or more"),
+        ("first_decode --out FILE --tiny --size 8x8", "--size '8x8'; accepted: width x height x frames"),
+        ("two_builds nowhere --out FILE", "'nowhere' has no folder bitfuse"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_anything_is_begun(module_of, monkeypatch, capsys, tmp_path, line, said):
+    name, *options = line.replace("FILE", str(tmp_path / "new" / "x.json")).split()
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    with pytest.raises(SystemExit) as ended:
+        module_of(name).main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
