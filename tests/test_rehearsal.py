@@ -6,6 +6,7 @@ In the interpreter there is nothing to compile, so these tests say that there is
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +149,52 @@ def test_a_launch_waits_for_its_own_kernel(operator, device):
         assert not thread.is_alive()
     finally:
         launch.under_way.clear()
+
+
+class LaterIsLonger:
+    """A launch that takes a while to compile; a thread loads first what is compiled last."""
+
+    kernel = SimpleNamespace(compiled=None)
+
+    def __init__(self, effort):
+        self.effort = effort
+
+    def compile(self, args):
+        time.sleep(0.05)
+
+    def load(self, args):
+        pass
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_a_call_that_ends_early_waits_for_no_kernel_that_is_not_begun(error, monkeypatch):
+    """Python's own `concurrent.futures.wait` waits for ever for what was cancelled; so did a decode without memory."""
+    monkeypatch.setattr(Rehearsal, "THREADS", 2)
+    rehearsal, begun, other = Rehearsal(torch.nn.Identity(), ()), threading.Event(), threading.Event()
+    rehearsal._launches.update({number: (LaterIsLonger(number), (torch.zeros(1),)) for number in range(64)})
+
+    def call():
+        with contextlib.suppress(RuntimeError, KeyboardInterrupt), rehearsal.compiling():
+            begun.set()
+            assert other.wait(60)
+            if error is not None:
+                raise error
+
+    def another():
+        """A launch of a kernel that is cancelled meanwhile."""
+        ahead = launch.under_way[0]
+        other.set()
+        launch.ended(ahead)
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (call, another)]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert launch.under_way == {}
+    assert not any(thread.name.startswith("bitfuse") for thread in threading.enumerate())
 
 
 FOR_NO_GPU = """

@@ -6,7 +6,6 @@ Those of `start_up`, which compile no kernel, take half a second.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import functools
 import os
@@ -109,7 +108,8 @@ class Rehearsal:
         for site in self._sites:
             site.rehearsal = None
         with self.compiling() as kernels:
-            concurrent.futures.wait(kernels)
+            for kernel in kernels:
+                launch.ended(kernel)
         return result
 
     @contextlib.contextmanager
@@ -162,6 +162,6 @@ def _compile(plan: Plan, args: tuple[Any, ...]) -> None:
 
 
 def _load(plan: Plan, args: tuple[Any, ...], compiled: Future[None]) -> None:
-    concurrent.futures.wait([compiled])
+    launch.ended(compiled)
     if not compiled.cancelled() and compiled.exception() is None:
         plan.load(args)
