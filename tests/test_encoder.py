@@ -287,6 +287,23 @@ def test_a_wrong_call_raises_what_stock_raises():
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("coder", ["encoder", "decoder"])
+def test_what_is_too_small_to_be_mirrored_raises_what_stock_raises(coder):
+    """That an operator's shapes don't fit is known where it is called, in the midst of a forward."""
+    vae = make(REFLECT)
+    handle = bitfuse.accelerate(vae)
+    forward, given = getattr(vae, coder), video() if coder == "encoder" else latents(height=1)
+    found = []
+    for call in (functools.partial(type(forward).forward, forward), forward):
+        with torch.no_grad(), pytest.raises(RuntimeError) as raised:
+            call(given)
+        found.append((raised.type, str(raised.value)))
+    assert found[0] == found[1]
+    assert "Padding size should be less than" in found[0][1]
+    handle.restore()
+
+
+@pytest.mark.usefixtures("quick")
 def test_autocast_and_inference_mode():
     vae, x = make(), video()
     handle = bitfuse.accelerate(vae)
@@ -381,6 +398,11 @@ def noisy(vae):
     vae.encoder.mid_block.resnets[0].per_channel_scale1 = torch.nn.Parameter(torch.full((256, 1, 1), 0.5, dtype=BF16))
 
 
+def another_mean(vae):
+    """The fused encoder took it to be what the channels make of it, and stock raises an error."""
+    vae.encoder.down_blocks[0].downsamplers[0].group_size = 4
+
+
 def eight_frames_for_one(vae):
     vae.encoder.down_blocks[1].downsamplers[0].stride = (8, 1, 1)
 
@@ -430,6 +452,7 @@ def test_an_encoder_that_is_changed_between_two_calls(what):
     [
         (another_downsampler, "has 2 downsamplers, one after the other"),
         (eight_frames_for_one, "makes one frame of 8"),
+        (another_mean, "has 16 channels, and means of 4 for 8 of them"),
     ],
 )
 def test_downsamplers_of_another_kind_are_refused_as_stock_refuses_them(change, told):

@@ -273,6 +273,16 @@ def test_triton_is_made_ready_in_threads_where_there_is_a_gpu(monkeypatch):
         rehearsal._started.cache_clear()
 
 
+def test_no_thread_makes_triton_ready_where_bitfuse_is_off(monkeypatch):
+    monkeypatch.setattr(rehearsal, "interpreting", lambda: False)
+    monkeypatch.setattr(rehearsal, "_started", lambda: pytest.fail("bitfuse is off"))
+    bitfuse.disable()
+    try:
+        assert rehearsal.start_up(torch.device("cuda", 0)) == ()
+    finally:
+        bitfuse.enable()
+
+
 def test_accelerate_makes_triton_ready(device, monkeypatch):
     devices = []
     monkeypatch.setattr("bitfuse.hosts.part.start_up", devices.append)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bitfuse.core import launch
-from bitfuse.core.conditions import around
+from bitfuse.core.conditions import OFF, around
 from bitfuse.core.kernel import interpreting
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator, Route, _layout
@@ -27,12 +27,12 @@ from bitfuse.hosts.site import COMPILING, Site
 
 def start_up(device: torch.device) -> tuple[threading.Thread, ...]:
     """Let Triton make ready for its first kernel in threads of their own, in the first call of a process: for a model
-    on a GPU, as soon as bitfuse has to do with it. Returns the threads; empty where there is no GPU.
+    on a GPU, as soon as bitfuse has to do with it. Returns the threads; empty where there is no GPU, or bitfuse is off.
 
     Triton reads all of its own files for the keys of its cache, 0.5 s, and builds what it calls the driver by, 0.45 s
     where that is not in the cache (3.6, H200, 2026-11-29). What goes wrong shows again where a kernel is compiled.
     """
-    return _started() if device.type == "cuda" and not interpreting() else ()
+    return _started() if device.type == "cuda" and not interpreting() and OFF not in around() else ()
 
 
 @functools.cache
