@@ -254,10 +254,22 @@ def first_steps() -> list[tuple[Row, str, Row]]:
         for document in tables.newest_of_each("first-step-model")
         for row in document["first_step"]
     ]
-    run = a_run()
-    for row in run[0].get("first_decode", ()) if run else ():
-        found.append((run[0], f"first decode, {row['width']}x{row['height']}x{row['frames']}", row))
+    if document := tables.newest_or_none("first-decode"):
+        found.append((document, f"first decode, {document['size']}", _first_decode(document)))
     return found
+
+
+def _first_decode(document: Row) -> Row:
+    """Its medians, in the form of a first step's row."""
+    processes: dict[str, Row] = {"stock": {"seconds": document["stock_s"]}}
+    for caches, way in (("empty caches", "empty cache"), ("warm caches", "warm cache")):
+        ones = [row for row in document["rows"] if row["process"] == way]
+        if not all(row["equal"] for row in ones):
+            raise ValueError(f"{document['path']}: a video of {way!r} is not stock's")
+        middle = sorted(ones, key=lambda row: row["first_s"])[len(ones) // 2]
+        processes[caches] = {"seconds": middle["first_s"], "proofs": middle["proofs"], "proofs_s": middle["proofs_s"]}
+    beyond = {caches: processes[caches]["seconds"] - document["stock_s"] for caches in processes if caches != "stock"}
+    return {"processes": processes, "beyond_stock_s": beyond, "mismatch": None}
 
 
 def first() -> str:
@@ -277,8 +289,9 @@ def first() -> str:
             "## The first step of a process",
             picture("first", "Seconds that the first step and the first decode of a process take beyond stock's"),
             table(["what", "Triton's caches", "stock", "bitfuse", "beyond it", "proofs among it", "output"], rows),
-            "Each in a fresh process, from before `accelerate` to the end of the first step or decode; one run of "
-            "each, so without a spread. The output is compared with that of the stock process by its SHA-256. "
+            "Each in a fresh process, from before `accelerate` to the end of the first step or decode; of the step one "
+            "run of each, of the decode the median of three ([decode](decode.md)). The output is compared with that of "
+            "the stock process by its SHA-256. "
             f"{sources(*unique([document for document, _, _ in found]))}",
         ]
     )

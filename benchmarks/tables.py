@@ -534,19 +534,23 @@ def comfyui(document: dict[str, Any]) -> str:
             raise ValueError(f"{row['tokens']} tokens: {row['peer_differs']}")
         share = int(differ[1]) / int(differ[2])
         launches = " to ".join(f"{kinds[way]['launches_a_block']['other']:.0f}" for way in ("stock", "bitfuse"))
-        memory = ", ".join(f"{peak[way]:.2f} GB" for way in ("stock", "bitfuse", "graph"))
+        gigabytes = [peak["stock"], peak["bitfuse"]]
+        if "graph_holds_gb" in row:  # else the peak of a replay is without the tensors that the graph keeps for it
+            gigabytes.append(peak["graph"] + row["graph_holds_gb"])
+        memory = ", ".join(f"{one:.2f} GB" for one in gigabytes)
         lines.append(
             f"| {row['tokens']} | {ms['stock']['median']:.0f} ms | {ways}; {share:.0%} of values differ | {launches} | "
             f"{memory} |"
         )
     made = document["machine"]
+    graphs = ", then with it" if all("graph_holds_gb" in row for row in document["rows"]) else ""
     lines += [
         "",
         f"LTX-{document['ltx']}, {document['rows'][0]['layers']} layers, ComfyUI {made['comfyui']}, comfy-kitchen "
         f"{made['comfy_kitchen']}, built by ComfyUI's own loader with random weights; medians by turns; every bit of "
         "video and sound as stock's with bitfuse, without and with the graph. KJNodes' are its LTX2 Attention Tuner "
         "Patch's. Launches are those that are neither matmul nor attention; memory beyond the weights: stock's, then "
-        f"bitfuse's without and with the graph. {_sources([document], '../')}",
+        f"bitfuse's without a graph{graphs}. {_sources([document], '../')}",
     ]
     return "\n".join(lines)
 

@@ -412,7 +412,35 @@ def test_a_hook_on_a_projection_may_look(of_2_3):
     finally:
         removed.remove()
     assert seen
-    assert "a hook on the projection" in node_of(ours).report()
+    assert "somebody's hook or forward on the projection" in node_of(ours).report()
+
+
+def test_options_may_be_given_to_all_blocks_by_their_place(of_2_3, monkeypatch):
+    """As a node may that runs the blocks by itself."""
+    patcher, of = of_2_3
+    run = forward_of(patcher, of)
+    expected = run()
+    with bitfuse.accelerated(patcher) as handle:
+        model = patcher.model.diffusion_model
+        ours = model._process_transformer_blocks
+        by_place = lambda *args, transformer_options, **kwargs: ours(*args, transformer_options, **kwargs)  # noqa: E731
+        monkeypatch.setitem(vars(model), "_process_transformer_blocks", by_place)
+        assert bitfuse.compare(expected, run()) is None
+        monkeypatch.undo()
+    assert "fused" in {site.state for site in handle.sites}
+
+
+def test_an_activation_of_another_nodes_stays_and_is_named(of_2_3):
+    def prepare(patcher):
+        activation = feed_forwards(patcher)[0].net[0]
+        patcher.add_object_patch(
+            "diffusion_model.transformer_blocks.0.ff.net.0.forward", lambda x: activation.proj(x).relu()
+        )
+
+    patcher, of = of_2_3
+    ours = both(patcher, of, prepare=prepare, steps=1)
+    (parked,) = node_of(ours).prepared
+    assert set(parked.extras.gelu.reasons) == {wrapper.REPLACED}
 
 
 def test_lora_patches(of_2_3):

@@ -401,12 +401,13 @@ def replaced():
     return {f.name: f for f in check("replaced ops")}
 
 
-def test_ops_replaced_in_python():
+@pytest.mark.parametrize("key", ["CUDA", "AutogradCUDA", "Autograd", "ADInplaceOrView", "BackendSelect"])
+def test_ops_replaced_in_python(key):
     before = replaced()
     assert "replaced ops" not in before or before["replaced ops"].state == OK
     lib = torch.library.Library("aten", "IMPL")
     try:
-        lib.impl("_fused_rms_norm", lambda *args: args[:2], "CUDA")
+        lib.impl("_fused_rms_norm", lambda *args: args[:2], key)
         found = replaced()["replaced ops"]
     finally:
         lib._destroy()

@@ -282,7 +282,9 @@ def test_a_hook_anywhere_in_the_projection_may_look(where, device, monkeypatch):
         assert activation(x).data_ptr() != addresses[0]
     assert len(seen) == 1
     (reason,) = _reasons(handle)["GELU in place"]
-    assert reason == "a hook on the projection (offload, layerwise casting) may look at what that gave"
+    assert (
+        reason == "somebody's hook or forward on the projection (offload, layerwise casting) may look at what that gave"
+    )
 
 
 def test_gradients_are_named(device):
@@ -358,40 +360,128 @@ def test_nothing_is_lost_where_there_is_nothing_to_activate(device):
 
 
 class Cut(torch.nn.Module):
-    """A projection to one feature more, of which the first is left out: dense for one token, and lies at 2 bytes."""
+    """A projection to one feature more, of which one is left out: dense for one token, in wider strides."""
 
-    def __init__(self, linear):
+    def __init__(self, linear, kept):
         super().__init__()
         self.wide = torch.nn.Linear(linear.in_features, 1 + linear.out_features).to(linear.weight)
+        self.kept = kept
 
     def forward(self, x):
-        return self.wide(x)[..., 1:]
+        return self.wide(x)[..., self.kept]
 
 
-def test_the_kernel_in_place_is_the_one_that_was_proved(device, monkeypatch, fresh_routes):
-    """The proof's outputs begin at a multiple of 16 bytes. For others Triton compiles another kernel, in place."""
-    from bitfuse.hosts import activation as adapter
-
+@pytest.mark.parametrize("left_out", ["the first", "the last"])
+def test_a_result_that_does_not_lie_as_a_new_one_is_not_written_into(left_out, device):
+    """The matrix product that comes next is chosen by strides and alignment: those of stock's GELU, which are new."""
     build, _ = step_of("2.0", device)
-    model, places = build(), []
+    model = build()
     activation = model.transformer_blocks[0].ff.net[0]
-    activation.proj = Cut(activation.proj)
-    monkeypatch.setattr(adapter, "in_place", lambda x: (places.append(x.data_ptr() % 16), in_place(x))[1])
+    activation.proj = Cut(activation.proj, slice(1, None) if left_out == "the first" else slice(-1))
     x = torch.randn(1, 1, activation.proj.wide.in_features, device=device, dtype=torch.bfloat16)
     with torch.no_grad():
+        assert activation.proj(x).is_contiguous()
         expected = activation(x)
         handle = bitfuse.accelerate(model)
         found = activation(x)
     assert bitfuse.compare(expected, found) is None
-    assert found.data_ptr() % 16 == 2, "in place, by PyTorch"
-    assert set(places) <= {0}
-    (reason,) = _reasons(handle)["short GELU"]
-    assert "does not begin at a multiple of 16 bytes" in reason
+    assert (found.stride(), found.storage_offset()) == (expected.stride(), expected.storage_offset())
+    assert found.data_ptr() % 16 == 0
+    (reason,) = _reasons(handle)["GELU in place"]
+    assert "does not lie in PyTorch's memory as a new tensor does" in reason
+
+
+def _free_activation(device):
+    """The handle of an acceleration, a GELU of its model, an input for it, and what stock makes of that."""
+    build, _ = step_of("2.0", device)
+    model = build()
+    activation = model.transformer_blocks[0].ff.net[0]
+    x = torch.randn(1, 3, activation.proj.in_features, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = activation(x)
+    return bitfuse.accelerate(model), activation, x, expected
+
+
+def test_the_result_is_a_tensor_of_its_own(device):
+    """As stock's: not the view that `F.linear` gave, which nobody may write into with gradients."""
+    _, activation, x, expected = _free_activation(device)
+    shift = torch.nn.Parameter(torch.ones(x.shape[1], 1, device=device, dtype=torch.bfloat16))
+    with torch.no_grad():
+        found = activation(x)
+    assert found._base is None
+    found += shift
+    assert bitfuse.compare((expected + shift).detach(), found.detach()) is None
+
+
+def test_an_activation_is_called_as_stock_calls_it(device):
+    handle, activation, x, expected = _free_activation(device)
+    with torch.no_grad():
+        assert bitfuse.compare(expected, activation(hidden_states=x)) is None
+        for given in ((), (x, x)):
+            with pytest.raises(TypeError, match=r"GELU\.forward\(\)"):
+                activation(*given)
+    assert _reasons(handle) == {"GELU in place": {"it was not called with one tensor, by its place": 3}}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested")
+def test_nested_tensors_are_stocks(device):
+    handle, activation, x, _ = _free_activation(device)
+    nested = torch.nested.nested_tensor([x[0], x[0, :2]])
+    with torch.no_grad():
+        for found, one in zip(activation(nested).unbind(), nested.unbind(), strict=True):
+            assert bitfuse.compare(F.gelu(activation.proj(one), approximate="tanh"), found) is None
+    assert list(_reasons(handle)) == ["GELU in place"]
+    assert bitfuse.explain("gelu_tanh", nested)[0] == "x is a nested tensor, which has no one shape"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("launched_as_reference")
+@pytest.mark.parametrize("name", ["ff.net.0.proj", "ff.net.2", "attn1.to_q", "attn1.to_out.0"])
+@pytest.mark.parametrize("order", ["scripted first", "accelerated first"])
+def test_a_linear_of_torchscripts_is_called(name, order, device):
+    build, step = step_of("2.0", device)
+    expected, model = step(build())(), build()
+
+    def script():
+        block = model.transformer_blocks[0]
+        parent, _, attribute = name.rpartition(".")
+        setattr(block.get_submodule(parent), attribute, torch.jit.script(block.get_submodule(name)))
+
+    if order == "scripted first":
+        script()
+    handle = bitfuse.accelerate(model)
+    if order == "accelerated first":
+        script()
+    assert bitfuse.compare(expected, step(model)()) is None
+    assert handle.report().fused == handle.report().seen
+    handle.restore()
+    assert bitfuse.compare(expected, step(model)()) is None
+
+
+def test_a_projection_that_is_no_module_is_called(device):
+    handle, activation, x, expected = _free_activation(device)
+    linear = activation.proj
+    del activation.proj
+    activation.proj = lambda given: linear(given)
+    with torch.no_grad():
+        assert bitfuse.compare(expected, activation(x)) is None
+    assert _reasons(handle) == {"GELU in place": {"the projection is a function, not a module": 1}}
+
+
+def test_a_gelu_of_a_class_that_somebody_derives_meanwhile_runs(device):
+    handle, activation, x, _ = _free_activation(device)
+    kind = type(activation)
+    activation.__class__ = type("Twice", (kind,), {"gelu": lambda self, gate: kind.gelu(self, gate) * 2})
+    with torch.no_grad():
+        expected = F.gelu(activation.proj(x), approximate="tanh") * 2
+        assert bitfuse.compare(expected, activation(x)) is None
+    assert _reasons(handle) == {"GELU in place": {"the gelu of the activation was replaced": 1}}
 
 
 @pytest.mark.filterwarnings("ignore:.*overrid")
+@pytest.mark.parametrize("key", ["{}", "Autograd{}", "Autograd", "ADInplaceOrView", "BackendSelect"])
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
-def test_a_gelu_that_is_registered_in_python_is_the_one_that_runs(approximate, device, fresh_routes):
+def test_a_gelu_that_is_registered_in_python_is_the_one_that_runs(approximate, key, device, fresh_routes):
     """PyTorch's own come and go; `gelu_` is another op, and a kernel was proved by ATen's."""
     build, _ = step_of("2.0", device)
     model = build()
@@ -401,12 +491,22 @@ def test_a_gelu_that_is_registered_in_python_is_the_one_that_runs(approximate, d
     x = torch.randn(1, 3, activation.proj.in_features, device=device, dtype=torch.bfloat16)
     with torch.no_grad(), torch.library._scoped_library("aten", "IMPL") as library:
         assert activation(x).min() > -1
-        library.impl("gelu", lambda self, *, approximate="none": self * 0 - 7, device.type.upper())
+        library.impl("gelu", lambda self, *, approximate="none": self * 0 - 7, key.format(device.type.upper()))
         assert (activation(x) == -7).all()
         assert (bitfuse.OPERATORS["gelu_tanh"](activation.proj(x)) == -7).all()
     assert _reasons(handle) == {"GELU in place": {"Python code is registered for PyTorch's gelu": 1}}
     with torch.no_grad():
         assert activation(x).min() > -1
+
+
+@pytest.mark.filterwarnings("ignore:.*overrid")
+def test_a_gelu_in_place_that_is_registered_in_python_does_not_run(device):
+    _, activation, x, _ = _free_activation(device)
+    activation.approximate = "none"
+    with torch.no_grad(), torch.library._scoped_library("aten", "IMPL") as library:
+        expected = F.gelu(activation.proj(x))
+        library.impl("gelu_", lambda self, *, approximate="none": self.zero_(), device.type.upper())
+        assert bitfuse.compare(expected, activation(x)) is None
 
 
 @pytest.mark.usefixtures("launched_as_reference")
@@ -690,6 +790,50 @@ def test_what_is_alone_is_told_by_who_holds_it():
     assert not fresh(lambda: torch.from_numpy(np.zeros(3, dtype=np.float32)))
     assert not fresh(lambda: torch.empty(2).as_subclass(Mine))
     assert not fresh(lambda: torch.nn.Parameter(torch.empty(2)))
+    assert not fresh(lambda: torch.empty(2).share_memory_())
+    assert not fresh(lambda: torch.empty(8)[4:])
+    assert not fresh(lambda: torch.empty(2, 3)[:1, :2])
+
+
+@pytest.mark.parametrize("whom", ["its memory", "what it is a view of"])
+def test_what_is_known_weakly_is_not_alone(whom):
+    known = []
+
+    def view():
+        t = torch.empty(6).view(2, 3)
+        known.append(weakref.ref(t.untyped_storage() if whom == "its memory" else t._base))
+        return t
+
+    t = view()
+    assert known[0]() is not None, "so that somebody can read what is written"
+    assert not alone(t)
+
+
+class Script(torch.nn.Module):
+    """TorchScript's attributes are held in C++ alone."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.way = way
+        self.kept = torch.zeros(0)
+
+    def forward(self, x):
+        flat = x + 1
+        self.kept = flat
+        if self.way == "itself":
+            return flat
+        return flat.view(1, -1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", ["itself", "what it is a view of"])
+def test_what_is_held_in_cpp_is_not_alone(way):
+    scripted = torch.jit.script(Script(way))
+    with torch.no_grad():
+        t = scripted(torch.zeros(6))
+        assert not alone(t)
+        t.add_(1)
+    assert scripted.kept[0] == 2, "what was written is seen"
 
 
 def test_a_report_is_made_while_reasons_are_added():

@@ -440,6 +440,37 @@ def test_the_scan_above_can_fail(tmp_path):
     assert _forbidden(path) == {"pickle", "eval"}
 
 
+FACTORIES = {
+    "arange",
+    "empty",
+    "empty_strided",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+}
+FACTORIES |= {"as_tensor", "randperm", "scalar_tensor", "zeros"}
+
+
+def _without_a_device(source):
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    made = (call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr in FACTORIES)
+    of_torch = (call for call in made if ast.unparse(call.func.value) == "torch")
+    return [ast.unparse(call) for call in of_torch if not any(word.arg in ("device", None) for word in call.keywords)]
+
+
+def test_every_tensor_is_made_on_a_device_that_is_named():
+    """`torch.set_default_device` is the caller's. What was made on it met a CPU's tensor in a probe."""
+    rooms = ("core", "ops", "hosts", "run")
+    files = [path for path in FILES if _room(_name(path)) in rooms and not _is_evidence(_name(path))]
+    assert {_here(path): found for path in files if (found := _without_a_device(path.read_text()))} == {}
+    assert _without_a_device("torch.tensor(1.0)\ntorch.zeros(2, device=x.device)") == ["torch.tensor(1.0)"]
+
+
 def test_operator_files_stay_short():
     lines = {_here(path): len(path.read_text().splitlines()) for path in OPERATOR_FILES}
     longer = {"ops/adaln.py": 620}  # it has one kernel, and twelve references of up to twenty lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -179,3 +180,18 @@ def test_the_encoders_table():
         "identical in every bit |"
     )
     assert table[3].endswith("| differs |")
+
+
+def test_in_comfyuis_table_a_graph_has_a_peak_only_where_what_it_holds_was_counted():
+    tables = _tables()
+    path = ROOT / "benchmarks" / "results" / "2026-11-29-h200-comfyui.json"
+    document = {**json.loads(path.read_text()), "path": path.name}
+    assert all("graph_holds_gb" not in row for row in document["rows"])
+    *_, note = (table := tables.comfyui(document)).splitlines()
+    assert "0.18 GB, 0.24 GB |" in table
+    assert "bitfuse's without a graph. " in note
+    for row in document["rows"]:
+        row["graph_holds_gb"] = 1.5
+    *_, note = (table := tables.comfyui(document)).splitlines()
+    assert "0.18 GB, 0.24 GB, 1.60 GB |" in table
+    assert "bitfuse's without a graph, then with it. " in note

@@ -209,6 +209,19 @@ def test_cpu_tensors_without_the_interpreter(operator, monkeypatch):
     assert_falls_back(operator, inputs(operator, "cpu"), "TRITON_INTERPRET=1")
 
 
+@pytest.mark.parametrize(("capability", "older"), [((7, 5), True), ((8, 0), False), ((12, 0), False)])
+def test_a_gpu_without_bf16_runs_the_reference(capability, older, monkeypatch):
+    """Triton's compiler would emulate bf16's instructions there: as doctor says, nothing is fused."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with FakeTensorMode():
+        x = torch.empty(1, 3, 8, device="cuda", dtype=torch.bfloat16)
+    reasons = [reason for reason in conditions.runnable({"x": x}) if "sm_" in reason]
+    assert reasons == (["cuda:0 is older than sm_80, and has no bf16 arithmetic"] if older else [])
+
+
 @each
 def test_inputs_are_never_written(operator, device):
     args = inputs(operator, device)

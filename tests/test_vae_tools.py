@@ -182,7 +182,7 @@ def test_a_pipelines_decoder_and_connectors_are_explained_as_they_are_done(folde
         call = {**tiny.CALL, **tiny.UNGUIDED, "generator": torch.Generator().manual_seed(0)}
         pipe(prompt="a red fox", output_type="pt", **call)
         with torch.no_grad():
-            pipe.vae.encode(torch.zeros(1, 3, 1, 64, 64, dtype=BF16))
+            pipe.vae.encode(torch.zeros(1, 3, 9, 64, 64, dtype=BF16))
         done = {kind["name"]: kind for kind in handle.report().kinds() if kind["name"] != "video_processor"}
     assert set(kinds) == set(done)
     for name, kind in kinds.items():
@@ -195,7 +195,7 @@ def test_a_pipelines_decoder_and_connectors_are_explained_as_they_are_done(folde
     assert any(name.startswith("decoder.") for name in kinds)
     assert any(name.startswith("encoder.") for name in kinds)
     assert any(name.startswith("connectors.") for name in kinds)
-    told = "a decode of latents [1, 16, 16, 16, 24], an encode of a frame [1, 3, 1, 512, 768]"
+    told = "a decode of latents [1, 16, 16, 16, 24], an encode of a video [1, 3, 9, 512, 768]"
     assert f"a prompt of 1024 tokens; {told}" in found.geometry
     assert kinds["decoder.conv_out"].arguments["x"].endswith(", channels_last_3d")
 

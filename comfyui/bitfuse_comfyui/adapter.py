@@ -82,6 +82,8 @@ class Blocks(Part):
 
     def why_stock(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Tables of another's making may be any matrix: attentions then find none that are the model's."""
+        if len(args) > 5:  # ComfyUI gives the options by their name
+            return "what comes after pe was given by its place"
         replaced = (name for name in _MAKING_TABLES if not _own(module, name))
         return next((f"another node has replaced {name} of this model" for name in replaced), None)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bitfuse.hosts.handle import Handle, Options
-from bitfuse.hosts.part import ModelForward
+from bitfuse.hosts.part import ModelForward, Part
 from bitfuse.run.swap import Forward, bound
 
 from . import adapter, upstream
@@ -87,9 +87,8 @@ class Parked(Handle):
         if had is None or had == bound(module, ours.method):
             self._standing.append((held, ours, had))
             held[ours.method] = ours
-        else:
-            for site in getattr(ours, "sites", ()):
-                site.fall(REPLACED)
+        elif isinstance(ours, Part):
+            ours.fall(REPLACED)
 
     def forget(self) -> None:
         """Of a model or a node that is gone: let go of what knew modules, without waiting for Python's collector."""

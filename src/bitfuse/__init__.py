@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bitfuse import moved
 from bitfuse.core.switch import ERROR
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "OPERATORS",

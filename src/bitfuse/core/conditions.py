@@ -23,6 +23,7 @@ from bitfuse.core.switch import VALUE
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (*HALVES, torch.float32)
 """The dtypes that kernels take: of 16 bits, and all."""
+OLDEST_GPU = (8, 0)
 
 
 class ShapeError(ValueError, RuntimeError):
@@ -86,6 +87,8 @@ def plain(arguments: dict[str, Any]) -> Iterator[str]:
             yield f"{name} is inside a functorch transform, and has no memory of its own"
         elif t.layout != torch.strided:
             yield f"{name} is a {t.layout} tensor, not a strided one"
+        elif t.is_nested:
+            yield f"{name} is a nested tensor, which has no one shape"
         if t.is_neg() or t.is_conj():
             yield f"{name} is a lazy view (its negation or conjugation is still pending)"
 
@@ -123,6 +126,8 @@ def runnable(arguments: dict[str, Any]) -> Iterator[str]:
         yield f"the tensors are on {device}; kernels run on CUDA devices"
     elif device.type == "cuda" and interpreting():
         yield "TRITON_INTERPRET=1 is set, and the interpreter is for CPU tensors"
+    elif device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        yield f"{device} is older than sm_{OLDEST_GPU[0]}{OLDEST_GPU[1]}, and has no bf16 arithmetic"
     if torch.is_grad_enabled() and (wanting := [name for name, t in tensors.items() if t.requires_grad]):
         yield f"a gradient is required of {', '.join(wanting)}"
     if tensors[first].numel() == 0:

@@ -200,7 +200,8 @@ def _added_number(device: torch.device, dtype: torch.dtype, number: float) -> fl
     around = (powers[:, None] * steps * number).flatten().to(dtype)
     around = torch.cat([around, -around])
     found = (around.to(device) + number).to("cpu")
-    for candidate in (torch.tensor(number, dtype=torch.float32), torch.tensor(number, dtype=dtype).float()):
+    as_fp32 = torch.tensor(number, dtype=torch.float32, device="cpu")
+    for candidate in (as_fp32, as_fp32.to(dtype).float()):
         if torch.equal(found, (around.float() + candidate).to(dtype)):
             return float(candidate)
     return None

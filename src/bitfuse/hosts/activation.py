@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitfuse.core.conditions import around, watched
+from bitfuse.core.conditions import around, described, watched
 from bitfuse.core.kernel import interpreting
 from bitfuse.core.originals import gelu_is_pythons
 from bitfuse.hosts.part import Model, Part
@@ -38,12 +38,18 @@ class GELU(Part):
         self._extra, self._short = model.handle.extras.gelu, model.handle.extras.short_gelu
 
     def why_stock(self, activation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if kwargs or len(args) != 1:
+            return "it was not called with one tensor, by its place"
         if torch.is_grad_enabled():
             return "gradients are enabled, and may need what the projection gave; torch.no_grad() allows it"
         # whoever is called may look at it later, on another stream say, without holding it
         proj = activation.proj
+        if type(proj) is not torch.nn.Linear and not isinstance(proj, torch.nn.Module):
+            return f"the projection is {described(proj)}, not a module"
         if hooked(proj) if type(proj) is torch.nn.Linear else any(map(hooked, proj.modules())):
-            return "a hook on the projection (offload, layerwise casting) may look at what that gave"
+            return (
+                "somebody's hook or forward on the projection (offload, layerwise casting) may look at what that gave"
+            )
         return next(around(), None) if watched() else None
 
     def fall(self, reason: str) -> None:
@@ -67,10 +73,12 @@ class GELU(Part):
         approximate = self.approximates(activation)
         if approximate == "tanh" and projected.dtype == torch.bfloat16 and _kernels_run(projected):
             route = GELU_TANH.routed(projected)
-            if route.fused and projected.data_ptr() % 16 == 0:
-                return in_place(projected)
-            self._short.fall(_NOT_AS_NEW if route.fused else str(route.reason))
-        return torch.ops.aten.gelu_(projected, approximate=approximate)
+            if route.fused:
+                return in_place(projected).data
+            self._short.fall(str(route.reason))
+        # `.data`: a tensor of its own, as stock's is. What `F.linear` gives is a view, into which PyTorch lets nobody
+        # write with gradients who has it from a `torch.no_grad()`
+        return torch.ops.aten.gelu_(projected, approximate=approximate).data
 
 
 def _kernels_run(t: Tensor) -> bool:
@@ -78,8 +86,9 @@ def _kernels_run(t: Tensor) -> bool:
     return (t.is_cuda or interpreting()) and t.numel() > 0
 
 
-_NOT_AS_NEW = "what the projection gave does not begin at a multiple of 16 bytes, for which no kernel is proved"
-_NOT_ALONE = "what the projection gave is held by somebody else, or is not dense in memory of PyTorch's"
+_NOT_ALONE = (
+    "what the projection gave is held by somebody else, or does not lie in PyTorch's memory as a new tensor does"
+)
 
 
 def activate_in_place(

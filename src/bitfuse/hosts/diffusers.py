@@ -25,7 +25,7 @@ from bitfuse.hosts.handle import Handle
 from bitfuse.hosts.ltx2 import ABSENT, AUDIO, COMPOSED, UNGATED, VIDEO, Ada, Rotary, RotaryTrial, Stream, Tables
 from bitfuse.hosts.part import Model, ModelForward, Part
 from bitfuse.hosts.site import Site
-from bitfuse.hosts.sources import Norms, calls_of, entries, functions, of_operators, why_not_stock
+from bitfuse.hosts.sources import Norms, calls_of, entries, functions, of_operators, own_method, why_not_stock
 from bitfuse.ops.head_gate import HEAD_GATE
 from bitfuse.ops.perturbed_attention import LERP_HEAD_GATE
 from bitfuse.ops.qk_norm import QK_INTERLEAVED_FP32, QK_SPLIT_FP32
@@ -430,7 +430,7 @@ class GELU(activation.GELU):
     __slots__ = ()
 
     def why_stock(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if "gelu" in module.__dict__:
+        if not own_method(module, "gelu", _GELU):
             return "the gelu of the activation was replaced"
         return super().why_stock(module, args, kwargs)
 

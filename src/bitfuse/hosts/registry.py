@@ -69,7 +69,7 @@ register(
         versions="0.38 to 0.42.1",
         install="pip install 'bitfuse[demo]'",
         accepts="a diffusers LTX-2 pipeline or LTX2VideoTransformer3DModel or LTX2TextConnectors or "
-        "LTX2VideoDiffusionDecoderModel",
+        "AutoencoderKLLTX2Video or LTX2VideoDiffusionDecoderModel",
         adapter="bitfuse.hosts.diffusers",
         seeded="bitfuse.tools.seeded.diffusers",
     )

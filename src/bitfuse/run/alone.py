@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from sys import getrefcount
+from typing import Any
 from weakref import getweakrefcount
 
 import torch
 from torch import Tensor
 
-_Holders = tuple[int, int, int, int, bool]
+_Holders = tuple[int, int, int, int, int, int, bool]
 _STRIDED, _uses = torch.strided, torch._C._storage_Use_Count
+_uses_of: Any = Tensor._use_count  # type: ignore[attr-defined]  # its stubs don't have it (torch 2.11 to 2.15)
 
 
 def alone(t: Tensor) -> bool:
@@ -19,21 +21,40 @@ def alone(t: Tensor) -> bool:
          lets everybody write into
 
     `F.linear` of three dimensions returns a view of what it computed, of which that view is to be the only holder.
-    Memory that PyTorch has from somebody else (numpy, DLPack, a library's buffer) can't be resized, and may be theirs.
+    Memory that PyTorch has from somebody else (numpy, DLPack, a library's buffer) can't be resized, and may be theirs;
+    and what is shared with another process may be read there.
+
+    It must also lie in its memory as a new tensor of its shape does: from its first element on, with the same strides,
+    those of dimensions of one element as well. A matrix product that reads it next is chosen by both.
     """
-    if type(t) is not Tensor or t.layout is not _STRIDED or not t.is_contiguous():
+    if type(t) is not Tensor or t.layout is not _STRIDED or t.is_nested or not t.is_contiguous():
         return False
     if t.requires_grad or (t.is_inference() and not torch.is_inference_mode_enabled()):  # as some wrapper made it
         return False
-    return _holders(t) in _ALONE and getrefcount(t) <= _REFERENCES
+    if t.data_ptr() % 16 or t.storage_offset() or t.stride() != _strides_of(t.shape) or getrefcount(t) > _REFERENCES:
+        return False
+    return _holders(t) in _ALONE and not (t.is_cpu and t.untyped_storage().is_shared())
+
+
+def _strides_of(shape: torch.Size) -> tuple[int, ...]:
+    """As PyTorch gives them to a new tensor."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 def _holders(t: Tensor) -> _Holders:
     """How many hold its memory, in C++ and in Python (`untyped_storage()` gives everybody one object); the tensor that
-    it is a view of, in Python; t, weakly; and whose memory it is."""
+    it is a view of, in Python and in C++ (a buffer of TorchScript's, say); any of these weakly; and whose memory it is.
+    """
     memory, base = t.untyped_storage(), t._base
-    views = 0 if base is None else getrefcount(base)
-    return _uses(memory._cdata), getrefcount(memory), views, getweakrefcount(t), memory.resizable()
+    weakly = getweakrefcount(t) + getweakrefcount(memory)
+    views, in_cpp = 0, 0
+    if base is not None:
+        views, in_cpp, weakly = getrefcount(base), _uses_of(base), weakly + getweakrefcount(base)
+    return _uses(memory._cdata), getrefcount(memory), views, in_cpp, _uses_of(t), weakly, memory.resizable()
 
 
 def _calibrate() -> tuple[int, tuple[_Holders, _Holders]]:

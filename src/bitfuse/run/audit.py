@@ -258,7 +258,7 @@ class Auditor:
             for i, (a, b) in enumerate(zip(expected, found, strict=True)):
                 if (mismatch := form_mismatch(a, b)) is not None:
                     mismatch = of_output(i, mismatch) if len(found) > 1 else mismatch
-                    return _Check(site, operator, route, forms, torch.empty(0), None, mismatch)
+                    return _Check(site, operator, route, forms, torch.empty(0, device="cpu"), None, mismatch)
             record = torch.zeros((len(found), 4), dtype=torch.int64, device=found[0].device)
             for a, b, row in zip(expected, found, record, strict=True):
                 self._compare(a, b, row)

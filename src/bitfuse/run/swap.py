@@ -133,7 +133,12 @@ def plain(module: Any) -> bool:
     """Whether what a call of the module runs is its class's forward: also where that was made an attribute, as
     accelerate leaves it when it removes a hook."""
     forward = module.__dict__.get("forward")
-    return forward is None or forward == bound(module)
+    if forward is None:
+        return True
+    try:
+        return forward == bound(module)
+    except AttributeError:  # a module of TorchScript's has its own alone: its class's can't be asked for (torch 2.13)
+        return False
 
 
 Place = tuple[dict[str, Any], str]

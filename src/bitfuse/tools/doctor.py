@@ -34,7 +34,7 @@ from rich.text import Text
 
 from bitfuse import hosts
 from bitfuse.core.bits import compare
-from bitfuse.core.conditions import around
+from bitfuse.core.conditions import OLDEST_GPU, around
 from bitfuse.core.kernel import interpreter
 from bitfuse.core.lines import error_line
 from bitfuse.core.operator import OPERATORS
@@ -46,7 +46,7 @@ from bitfuse.tools.text import cell
 
 OK, NOTE, WARNING, FAILURE = "ok", "note", "warning", "failure"
 
-OLDEST_TORCH, OLDEST_TRITON, OLDEST_GPU = "2.11", "3.6", (8, 0)
+OLDEST_TORCH, OLDEST_TRITON = "2.11", "3.6"
 NOTHING = "nothing"  # to do
 
 _NVIDIA = Path("/proc/driver/nvidia/version")  # there is a driver
@@ -358,7 +358,7 @@ _QUACK = (
     "2.15 on also on sm_120), from 2.14 on by shape and alignment. bitfuse proves against whichever runs in this "
     "process, and compares the bits of every layout; the single pass of a norm may not be proved: slower"
 )
-_KEYS = re.compile(r"(Autograd|Autocast)?(CPU|CUDA)|(Composite\w+|Autograd)\[alias\]")
+_KEYS = re.compile(r"(Autograd|Autocast)?(CPU|CUDA)|ADInplaceOrView|BackendSelect|(Composite\w+|Autograd)\[alias\]")
 
 
 def _overrides(device: torch.device) -> Iterator[Finding]:

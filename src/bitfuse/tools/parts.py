@@ -109,9 +109,10 @@ def _autoencoder(model: Any, dtype: torch.dtype) -> Part:
     latents = _empty(dtype, 1, model.config["latent_channels"], *_LATENTS)
     timestep = _empty(dtype, 1) if model.config.get("timestep_conditioning") else None
     height, width = (side * model.spatial_compression_ratio for side in _LATENTS[1:])
-    image = _empty(dtype, 1, model.config["in_channels"], 1, height, width)
-    sentence = f"a decode of latents {list(latents.shape)}, an encode of a frame {list(image.shape)}"
-    return Part(model, lambda: (model.decode(latents, timestep), model.encode(image)), sentence)
+    frames = 1 + model.temporal_compression_ratio  # one alone is left to the host in a pipeline
+    video = _empty(dtype, 1, model.config["in_channels"], frames, height, width)
+    sentence = f"a decode of latents {list(latents.shape)}, an encode of a video {list(video.shape)}"
+    return Part(model, lambda: (model.decode(latents, timestep), model.encode(video)), sentence)
 
 
 class _NoAttention:
