@@ -273,6 +273,70 @@ def test_triton_is_made_ready_in_threads_where_there_is_a_gpu(monkeypatch):
         rehearsal._started.cache_clear()
 
 
+FORKED = """
+import os, signal, time
+import torch
+from bitfuse.hosts import rehearsal
+
+assert rehearsal.start_up(torch.device("cuda", 0))
+if (child := os.fork()) == 0:
+    import triton.language
+
+    os._exit(0)
+for _ in range(600):
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid:
+        raise SystemExit(status)
+    time.sleep(0.1)
+os.kill(child, signal.SIGKILL)
+raise SystemExit("the child hangs")
+"""
+
+ENDS = """
+import threading, time
+from types import SimpleNamespace
+import torch
+from bitfuse.hosts.rehearsal import Rehearsal
+
+rehearsal, begun = Rehearsal(torch.nn.Identity(), ()), threading.Event()
+
+def compile(args):
+    begun.set()
+    time.sleep(0.5)
+    print("compiled")
+
+plan = SimpleNamespace(kernel=SimpleNamespace(compiled=None), effort=1, compile=compile, load=lambda args: None)
+rehearsal.THREADS = 1
+rehearsal._launches.update({number: (plan, (torch.zeros(1),)) for number in range(64)})
+
+def decode():
+    with rehearsal.compiling():
+        threading.Event().wait()
+
+threading.Thread(target=decode, daemon=True).start()
+assert begun.wait(60)
+"""
+
+
+def alone(code):
+    """A process that runs this, as on a GPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_process_that_is_forked_while_triton_is_made_ready_imports_it():
+    done = alone(FORKED)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_ends_in_a_first_decode_waits_for_no_kernel_that_is_not_begun():
+    """As ComfyUI's does at Ctrl-C, which decodes in a thread that Python waits for not at all."""
+    done = alone(ENDS)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 1 <= done.stdout.count("compiled") < 8
+
+
 def test_no_thread_makes_triton_ready_where_bitfuse_is_off(monkeypatch):
     monkeypatch.setattr(rehearsal, "interpreting", lambda: False)
     monkeypatch.setattr(rehearsal, "_started", lambda: pytest.fail("bitfuse is off"))

@@ -53,7 +53,20 @@ def _started() -> tuple[threading.Thread, ...]:
     with contextlib.suppress(RuntimeError):  # no more threads are to be had
         for thread in threads:
             thread.start()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=functools.partial(_join, threads, 10.0))
     return threads
+
+
+def _join(threads: Iterable[threading.Thread], seconds: float | None = None) -> None:
+    """Wait for these threads, each for so long at most.
+
+    Before a fork, too: a process that is forked while a thread imports Triton, a DataLoader's worker say, finds the
+    locks of those modules held for good, and waits for ever where it imports one.
+    """
+    for thread in threads:
+        with contextlib.suppress(RuntimeError):  # it was not to be had, or is the one that forks
+            thread.join(seconds)
 
 
 class Rehearsal:
@@ -155,9 +168,9 @@ class Rehearsal:
 
 
 def _compile(plan: Plan, args: tuple[Any, ...]) -> None:
-    for thread in start_up(args[0].device):
-        with contextlib.suppress(RuntimeError):  # it was not to be had
-            thread.join()
+    if not threading.main_thread().is_alive():  # Python waits for this thread before the process ends
+        raise RuntimeError("the process ends")
+    _join(start_up(args[0].device))
     plan.compile(args)
 
 
