@@ -298,10 +298,9 @@ from types import SimpleNamespace
 import torch
 from bitfuse.hosts.rehearsal import Rehearsal
 
-rehearsal, begun = Rehearsal(torch.nn.Identity(), ()), threading.Event()
+rehearsal, submitted = Rehearsal(torch.nn.Identity(), ()), threading.Event()
 
 def compile(args):
-    begun.set()
     time.sleep(0.5)
     print("compiled")
 
@@ -311,10 +310,11 @@ rehearsal._launches.update({number: (plan, (torch.zeros(1),)) for number in rang
 
 def decode():
     with rehearsal.compiling():
+        submitted.set()
         threading.Event().wait()
 
 threading.Thread(target=decode, daemon=True).start()
-assert begun.wait(60)
+assert submitted.wait(60)
 """
 
 
@@ -334,7 +334,7 @@ def test_a_process_that_ends_in_a_first_decode_waits_for_no_kernel_that_is_not_b
     """As ComfyUI's does at Ctrl-C, which decodes in a thread that Python waits for not at all."""
     done = alone(ENDS)
     assert (done.returncode, done.stderr) == (0, "")
-    assert 1 <= done.stdout.count("compiled") < 8
+    assert done.stdout.count("compiled") < 8
 
 
 def test_no_thread_makes_triton_ready_where_bitfuse_is_off(monkeypatch):

@@ -6,6 +6,7 @@ Those of `start_up`, which compile no kernel, take half a second.
 
 from __future__ import annotations
 
+import concurrent.futures.thread
 import contextlib
 import functools
 import os
@@ -168,7 +169,7 @@ class Rehearsal:
 
 
 def _compile(plan: Plan, args: tuple[Any, ...]) -> None:
-    if not threading.main_thread().is_alive():  # Python waits for this thread before the process ends
+    if getattr(concurrent.futures.thread, "_shutdown", False):  # Python waits for all that is to be done in a pool
         raise RuntimeError("the process ends")
     _join(start_up(args[0].device))
     plan.compile(args)
