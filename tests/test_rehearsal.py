@@ -167,11 +167,15 @@ class LaterIsLonger:
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_a_call_that_ends_early_waits_for_no_kernel_that_is_not_begun(error, monkeypatch):
+def test_a_call_that_ends_early_waits_for_no_kernel_that_is_not_begun(error, device, monkeypatch):
     """Python's own `concurrent.futures.wait` waits for ever for what was cancelled; so did a decode without memory."""
     monkeypatch.setattr(Rehearsal, "THREADS", 2)
     rehearsal, begun, other = Rehearsal(torch.nn.Identity(), ()), threading.Event(), threading.Event()
-    rehearsal._launches.update({number: (LaterIsLonger(number), (torch.zeros(1),)) for number in range(64)})
+    args = OPERATORS["residual_pad"].cases[0].arguments(device, tokens=24)
+    plan = OPERATORS["residual_pad"].plan(*args)
+    keys = [plan.compiled_key(args), *range(1, 64)]  # what is begun last is the first that is loaded
+    launches = {key: (LaterIsLonger(effort), (torch.zeros(1),)) for effort, key in enumerate(keys)}
+    rehearsal._launches.update(launches)
 
     def call():
         with contextlib.suppress(RuntimeError, KeyboardInterrupt), rehearsal.compiling():
@@ -182,9 +186,8 @@ def test_a_call_that_ends_early_waits_for_no_kernel_that_is_not_begun(error, mon
 
     def another():
         """A launch of a kernel that is cancelled meanwhile."""
-        ahead = launch.under_way[0]
-        other.set()
-        launch.ended(ahead)
+        threading.Timer(0.1, other.set).start()
+        plan.bind(args, plan.empty(args[0].device))
 
     threads = [threading.Thread(target=work, daemon=True) for work in (call, another)]
     threads[0].start()

@@ -182,7 +182,8 @@ class Plan:
 
     def _compiled(self, pointers: tuple[Tensor | None, ...]) -> Callable[..., Any]:
         if under_way and (ahead := under_way.get(self._key(pointers))) is not None:
-            ended(ahead)  # what it raised shows again here
+            with contextlib.suppress(concurrent.futures.CancelledError):
+                ahead.exception()  # waits; what it raised shows again here
         tail = (*self.scalars, *self.constants.values())
         if interpreting():
             interpreted = self.kernel.interpreted[self.grid]
@@ -200,16 +201,6 @@ class Plan:
 
 under_way: dict[tuple[Any, ...], concurrent.futures.Future[Any]] = {}
 """By `Plan.compiled_key`: kernels that threads compile and load just now, for which others wait."""
-
-
-def ended(future: concurrent.futures.Future[Any]) -> None:
-    """Wait until it is done or cancelled, whatever came of it.
-
-    `concurrent.futures.wait` waits for ever for what a pool cancels when it is shut down (Python 3.10 to 3.14).
-    """
-    with contextlib.suppress(concurrent.futures.CancelledError):
-        future.exception()
-
 
 # Triton 3.6 loads what a kernel is launched by as a Python module, and all of those have one name. CPython gives
 # two threads that load two of them one module object, which then has the functions of the one that came last: a kernel

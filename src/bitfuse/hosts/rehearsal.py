@@ -6,6 +6,7 @@ Those of `start_up`, which compile no kernel, take half a second.
 
 from __future__ import annotations
 
+import concurrent.futures
 import concurrent.futures.thread
 import contextlib
 import functools
@@ -123,7 +124,7 @@ class Rehearsal:
             site.rehearsal = None
         with self.compiling() as kernels:
             for kernel in kernels:
-                launch.ended(kernel)
+                ended(kernel)
         return result
 
     @contextlib.contextmanager
@@ -168,6 +169,15 @@ class Rehearsal:
         return on_a_gpu and not torch.cuda.is_current_stream_capturing()
 
 
+def ended(future: Future[Any]) -> None:
+    """Wait until it is done or cancelled, whatever came of it.
+
+    `concurrent.futures.wait` waits for ever for what a pool cancels when it is shut down (Python 3.11).
+    """
+    with contextlib.suppress(concurrent.futures.CancelledError):
+        future.exception()
+
+
 def _compile(plan: Plan, args: tuple[Any, ...]) -> None:
     if getattr(concurrent.futures.thread, "_shutdown", False):  # Python waits for all that is to be done in a pool
         raise RuntimeError("the process ends")
@@ -176,6 +186,6 @@ def _compile(plan: Plan, args: tuple[Any, ...]) -> None:
 
 
 def _load(plan: Plan, args: tuple[Any, ...], compiled: Future[None]) -> None:
-    launch.ended(compiled)
+    ended(compiled)
     if not compiled.cancelled() and compiled.exception() is None:
         plan.load(args)
