@@ -229,6 +229,21 @@ def test_tiles_slices_and_frames_are_the_hosts(cut):
     assert all(site.fused > 1 for site in elementwise(handle, "encoder")), "it was cut up"
 
 
+@pytest.mark.usefixtures("quick")
+def test_tiles_that_are_changed_between_two_calls():
+    """Of sides and overlaps that tile a video unevenly; slices and frames come and go, too."""
+    stock, vae, x = make(), make(), video(batch=2, frames=17, height=160, width=192)
+    handle = bitfuse.accelerate(vae)
+    settings = [(96, 64, False), (128, 96, True), (64, 32, True), (160, 96, False)]
+    for number, (side, stride, by_frames) in enumerate(settings):
+        for v in (stock, vae):
+            v.enable_tiling(side, side, 16, stride, stride, 8)
+            v.use_slicing = number % 2 == 0
+            v.use_framewise_encoding = v.use_framewise_decoding = by_frames
+        assert bitfuse.compare(encoded(stock, x), encoded(vae, x)) is None
+    all_fused(handle)
+
+
 # -- what it may be called with ----------------------------------------------------------------------------------------
 
 VIDEOS = {
