@@ -229,6 +229,21 @@ def test_tiles_slices_and_frames_are_the_hosts(cut):
     assert all(site.fused > 1 for site in elementwise(handle, "encoder")), "it was cut up"
 
 
+@pytest.mark.usefixtures("quick")
+def test_tiles_that_are_changed_between_two_calls():
+    """Of sides and overlaps that tile a video unevenly; slices and frames come and go, too."""
+    stock, vae, x = make(), make(), video(batch=2, frames=17, height=160, width=192)
+    handle = bitfuse.accelerate(vae)
+    settings = [(96, 64, False), (128, 96, True), (64, 32, True), (160, 96, False)]
+    for number, (side, stride, by_frames) in enumerate(settings):
+        for v in (stock, vae):
+            v.enable_tiling(side, side, 16, stride, stride, 8)
+            v.use_slicing = number % 2 == 0
+            v.use_framewise_encoding = v.use_framewise_decoding = by_frames
+        assert bitfuse.compare(encoded(stock, x), encoded(vae, x)) is None
+    all_fused(handle)
+
+
 # -- what it may be called with ----------------------------------------------------------------------------------------
 
 VIDEOS = {
@@ -283,6 +298,23 @@ def test_a_wrong_call_raises_what_stock_raises():
                 forward(x)
             found.append((raised.type, str(raised.value)))
         assert found[0] == found[1]
+    handle.restore()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("coder", ["encoder", "decoder"])
+def test_what_is_too_small_to_be_mirrored_raises_what_stock_raises(coder):
+    """That an operator's shapes don't fit is known where it is called, in the midst of a forward."""
+    vae = make(REFLECT)
+    handle = bitfuse.accelerate(vae)
+    forward, given = getattr(vae, coder), video() if coder == "encoder" else latents(height=1)
+    found = []
+    for call in (functools.partial(type(forward).forward, forward), forward):
+        with torch.no_grad(), pytest.raises(RuntimeError) as raised:
+            call(given)
+        found.append((raised.type, str(raised.value)))
+    assert found[0] == found[1]
+    assert "Padding size should be less than" in found[0][1]
     handle.restore()
 
 
@@ -381,6 +413,11 @@ def noisy(vae):
     vae.encoder.mid_block.resnets[0].per_channel_scale1 = torch.nn.Parameter(torch.full((256, 1, 1), 0.5, dtype=BF16))
 
 
+def another_mean(vae):
+    """The fused encoder took it to be what the channels make of it, and stock raises an error."""
+    vae.encoder.down_blocks[0].downsamplers[0].group_size = 4
+
+
 def eight_frames_for_one(vae):
     vae.encoder.down_blocks[1].downsamplers[0].stride = (8, 1, 1)
 
@@ -430,6 +467,7 @@ def test_an_encoder_that_is_changed_between_two_calls(what):
     [
         (another_downsampler, "has 2 downsamplers, one after the other"),
         (eight_frames_for_one, "makes one frame of 8"),
+        (another_mean, "has 16 channels, and means of 4 for 8 of them"),
     ],
 )
 def test_downsamplers_of_another_kind_are_refused_as_stock_refuses_them(change, told):

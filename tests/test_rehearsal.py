@@ -6,6 +6,7 @@ In the interpreter there is nothing to compile, so these tests say that there is
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +151,55 @@ def test_a_launch_waits_for_its_own_kernel(operator, device):
         launch.under_way.clear()
 
 
+class LaterIsLonger:
+    """A launch that takes a while to compile; a thread loads first what is compiled last."""
+
+    kernel = SimpleNamespace(compiled=None)
+
+    def __init__(self, effort):
+        self.effort = effort
+
+    def compile(self, args):
+        time.sleep(0.05)
+
+    def load(self, args):
+        pass
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_a_call_that_ends_early_waits_for_no_kernel_that_is_not_begun(error, device, monkeypatch):
+    """Python's own `concurrent.futures.wait` waits for ever for what was cancelled; so did a decode without memory."""
+    monkeypatch.setattr(Rehearsal, "THREADS", 2)
+    rehearsal, begun, other = Rehearsal(torch.nn.Identity(), ()), threading.Event(), threading.Event()
+    args = OPERATORS["residual_pad"].cases[0].arguments(device, tokens=24)
+    plan = OPERATORS["residual_pad"].plan(*args)
+    keys = [*range(63), plan.compiled_key(args)]  # what is begun last is the first that is loaded
+    launches = {key: (LaterIsLonger(effort), (torch.zeros(1),)) for effort, key in enumerate(keys)}
+    rehearsal._launches.update(launches)
+
+    def call():
+        with contextlib.suppress(RuntimeError, KeyboardInterrupt), rehearsal.compiling():
+            begun.set()
+            assert other.wait(60)
+            if error is not None:
+                raise error
+
+    def another():
+        """A launch of a kernel that is cancelled meanwhile."""
+        threading.Timer(0.1, other.set).start()
+        plan.bind(args, plan.empty(args[0].device))
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (call, another)]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert launch.under_way == {}
+    assert not any(thread.name.startswith("bitfuse") for thread in threading.enumerate())
+
+
 FOR_NO_GPU = """
 import threading, time
 from types import SimpleNamespace
@@ -223,6 +274,80 @@ def test_triton_is_made_ready_in_threads_where_there_is_a_gpu(monkeypatch):
         assert not any(thread.is_alive() for thread in threads)
     finally:
         rehearsal._started.cache_clear()
+
+
+FORKED = """
+import os, signal, time
+import torch
+from bitfuse.hosts import rehearsal
+
+assert rehearsal.start_up(torch.device("cuda", 0))
+if (child := os.fork()) == 0:
+    import triton.language
+
+    os._exit(0)
+for _ in range(600):
+    pid, status = os.waitpid(child, os.WNOHANG)
+    if pid:
+        raise SystemExit(status)
+    time.sleep(0.1)
+os.kill(child, signal.SIGKILL)
+raise SystemExit("the child hangs")
+"""
+
+ENDS = """
+import threading, time
+from types import SimpleNamespace
+import torch
+from bitfuse.hosts.rehearsal import Rehearsal
+
+rehearsal, submitted = Rehearsal(torch.nn.Identity(), ()), threading.Event()
+
+def compile(args):
+    time.sleep(0.5)
+    print("compiled")
+
+plan = SimpleNamespace(kernel=SimpleNamespace(compiled=None), effort=1, compile=compile, load=lambda args: None)
+rehearsal.THREADS = 1
+rehearsal._launches.update({number: (plan, (torch.zeros(1),)) for number in range(64)})
+
+def decode():
+    with rehearsal.compiling():
+        submitted.set()
+        threading.Event().wait()
+
+threading.Thread(target=decode, daemon=True).start()
+assert submitted.wait(60)
+"""
+
+
+def alone(code):
+    """A process that runs this, as on a GPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_process_that_is_forked_while_triton_is_made_ready_imports_it():
+    done = alone(FORKED)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_ends_in_a_first_decode_waits_for_no_kernel_that_is_not_begun():
+    """As ComfyUI's does at Ctrl-C, which decodes in a thread that Python waits for not at all."""
+    done = alone(ENDS)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("compiled") < 8
+
+
+def test_no_thread_makes_triton_ready_where_bitfuse_is_off(monkeypatch):
+    monkeypatch.setattr(rehearsal, "interpreting", lambda: False)
+    monkeypatch.setattr(rehearsal, "_started", lambda: pytest.fail("bitfuse is off"))
+    bitfuse.disable()
+    try:
+        assert rehearsal.start_up(torch.device("cuda", 0)) == ()
+    finally:
+        bitfuse.enable()
 
 
 def test_accelerate_makes_triton_ready(device, monkeypatch):

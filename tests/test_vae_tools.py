@@ -7,6 +7,7 @@ import json
 import threading
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from bitfuse.core import launch, proof
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator
 from bitfuse.hosts.rehearsal import Rehearsal
+from bitfuse.hosts.video_coder import CoderSite
 from bitfuse.ops import convolution
 from bitfuse.ops.convolution import CONVOLUTION
 from bitfuse.tools import explain as sites
@@ -422,6 +424,115 @@ def test_a_decode_goes_on_while_kernels_are_compiled_that_it_needs_later(compile
     assert compiled
     assert not any(thread is threading.main_thread() or thread.is_alive() for thread in threads)
     assert launch.under_way == {}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, KeyboardInterrupt])
+def test_an_error_in_a_first_decode_leaves_no_thread_behind_and_the_next_one_is_right(error, compiled, monkeypatch):
+    vae, found = make(), []
+    expected = decoded(vae)
+    compile, take = Plan.compile, Rehearsal._take
+
+    def slow(plan, args):
+        time.sleep(0.2)
+        compile(plan, args)
+
+    def later_is_longer(self, plan, args):
+        """So the thread that loads waits for a kernel that is not begun."""
+        take(self, replace(plan, effort=len(self._launches)), args)
+
+    def call():
+        try:
+            found.append(decoded(vae))
+        except (RuntimeError, KeyboardInterrupt) as raised:
+            found.append(raised)
+
+    def fails(*_):
+        assert launch.under_way
+        raise error("in the midst of it")
+
+    monkeypatch.setattr(Plan, "compile", slow)
+    monkeypatch.setattr(Rehearsal, "_take", later_is_longer)
+    monkeypatch.setattr(Rehearsal, "THREADS", 2)
+    handle = bitfuse.accelerate(vae)
+    with monkeypatch.context() as patch:
+        patch.setattr(CoderSite, "call", fails)
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
+    assert launch.under_way == {}
+    assert not any(thread.name.startswith("bitfuse") for thread in threading.enumerate())
+    if error is torch.OutOfMemoryError:
+        assert bitfuse.compare(expected, found[0]) is None
+        assert {"ran out of memory" in reason for reason in reasons(handle)} == {True}
+    else:
+        assert type(found[0]) is error
+        assert bitfuse.compare(expected, decoded(vae)) is None
+        assert_fused(handle)
+
+
+@pytest.mark.parametrize("method", ["compile", "load"])
+def test_a_kernel_that_fails_in_a_thread_is_no_error_of_the_decode(method, compiled, monkeypatch):
+    """It is compiled where it is called, and why it can't be is said there."""
+    vae = make()
+    expected = decoded(vae)
+
+    def fails(*_):
+        raise SystemExit("no such instruction")
+
+    monkeypatch.setattr(Plan, method, fails)
+    handle = bitfuse.accelerate(vae)
+    assert bitfuse.compare(expected, decoded(vae)) is None
+    assert_fused(handle)
+    assert launch.under_way == {}
+
+
+def test_two_threads_decode_at_once(compiled, monkeypatch):
+    """One model in both, and another in a third: one compiles, and whoever needs a kernel of it waits."""
+    vae, other, found = make(), make("2.3"), {}
+    expected = [decoded(vae), decoded(vae), decoded(other)]
+    compile, together = Plan.compile, threading.Barrier(3)
+
+    def slow(plan, args):
+        time.sleep(0.05)
+        compile(plan, args)
+
+    def call(number, model):
+        together.wait(60)
+        found[number] = decoded(model)
+
+    monkeypatch.setattr(Plan, "compile", slow)
+    handles = bitfuse.accelerate(vae), bitfuse.accelerate(other)
+    threads = [
+        threading.Thread(target=call, args=(number, model), daemon=True)
+        for number, model in enumerate((vae, vae, other))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert not any(thread.is_alive() for thread in threads)
+    assert [bitfuse.compare(right, found[number]) for number, right in enumerate(expected)] == [None] * 3
+    for handle in handles:
+        assert_fused(handle)
+    assert launch.under_way == {}
+
+
+def test_a_restore_while_kernels_are_compiled(compiled, monkeypatch):
+    vae = make()
+    expected = decoded(vae)
+    handle, compile = bitfuse.accelerate(vae), Plan.compile
+
+    def restoring(plan, args):
+        handle.restore()
+        compile(plan, args)
+
+    monkeypatch.setattr(Plan, "compile", restoring)
+    assert bitfuse.compare(expected, decoded(vae)) is None
+    assert "forward" not in vae.decoder.__dict__
+    assert launch.under_way == {}
+    assert bitfuse.compare(expected, decoded(vae)) is None
+    assert {site.fused for site in elementwise(handle)} == {1}
 
 
 def test_triton_is_made_ready_when_a_decoder_is_taken_over(monkeypatch):

@@ -182,7 +182,8 @@ class Plan:
 
     def _compiled(self, pointers: tuple[Tensor | None, ...]) -> Callable[..., Any]:
         if under_way and (ahead := under_way.get(self._key(pointers))) is not None:
-            concurrent.futures.wait([ahead])  # what it raised shows again here
+            with contextlib.suppress(concurrent.futures.CancelledError):
+                ahead.exception()  # waits; what it raised shows again here
         tail = (*self.scalars, *self.constants.values())
         if interpreting():
             interpreted = self.kernel.interpreted[self.grid]

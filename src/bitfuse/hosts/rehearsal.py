@@ -7,6 +7,7 @@ Those of `start_up`, which compile no kernel, take half a second.
 from __future__ import annotations
 
 import concurrent.futures
+import concurrent.futures.thread
 import contextlib
 import functools
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from bitfuse.core import launch
-from bitfuse.core.conditions import around
+from bitfuse.core.conditions import OFF, around
 from bitfuse.core.kernel import interpreting
 from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator, Route, _layout
@@ -28,12 +29,12 @@ from bitfuse.hosts.site import COMPILING, Site
 
 def start_up(device: torch.device) -> tuple[threading.Thread, ...]:
     """Let Triton make ready for its first kernel in threads of their own, in the first call of a process: for a model
-    on a GPU, as soon as bitfuse has to do with it. Returns the threads; empty where there is no GPU.
+    on a GPU, as soon as bitfuse has to do with it. Returns the threads; empty where there is no GPU, or bitfuse is off.
 
     Triton reads all of its own files for the keys of its cache, 0.5 s, and builds what it calls the driver by, 0.45 s
     where that is not in the cache (3.6, H200, 2026-11-29). What goes wrong shows again where a kernel is compiled.
     """
-    return _started() if device.type == "cuda" and not interpreting() else ()
+    return _started() if device.type == "cuda" and not interpreting() and OFF not in around() else ()
 
 
 @functools.cache
@@ -54,7 +55,20 @@ def _started() -> tuple[threading.Thread, ...]:
     with contextlib.suppress(RuntimeError):  # no more threads are to be had
         for thread in threads:
             thread.start()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=functools.partial(_join, threads, 10.0))
     return threads
+
+
+def _join(threads: Iterable[threading.Thread], seconds: float | None = None) -> None:
+    """Wait for these threads, each for so long at most.
+
+    Before a fork, too: a process that is forked while a thread imports Triton, a DataLoader's worker say, finds the
+    locks of those modules held for good, and waits for ever where it imports one.
+    """
+    for thread in threads:
+        with contextlib.suppress(RuntimeError):  # it was not to be had, or is the one that forks
+            thread.join(seconds)
 
 
 class Rehearsal:
@@ -109,7 +123,8 @@ class Rehearsal:
         for site in self._sites:
             site.rehearsal = None
         with self.compiling() as kernels:
-            concurrent.futures.wait(kernels)
+            for kernel in kernels:
+                ended(kernel)
         return result
 
     @contextlib.contextmanager
@@ -154,14 +169,23 @@ class Rehearsal:
         return on_a_gpu and not torch.cuda.is_current_stream_capturing()
 
 
+def ended(future: Future[Any]) -> None:
+    """Wait until it is done or cancelled, whatever came of it.
+
+    `concurrent.futures.wait` waits for ever for what a pool cancels when it is shut down (Python 3.11).
+    """
+    with contextlib.suppress(concurrent.futures.CancelledError):
+        future.exception()
+
+
 def _compile(plan: Plan, args: tuple[Any, ...]) -> None:
-    for thread in start_up(args[0].device):
-        with contextlib.suppress(RuntimeError):  # it was not to be had
-            thread.join()
+    if getattr(concurrent.futures.thread, "_shutdown", False):  # Python waits for all that is to be done in a pool
+        raise RuntimeError("the process ends")
+    _join(start_up(args[0].device))
     plan.compile(args)
 
 
 def _load(plan: Plan, args: tuple[Any, ...], compiled: Future[None]) -> None:
-    concurrent.futures.wait([compiled])
+    ended(compiled)
     if not compiled.cancelled() and compiled.exception() is None:
         plan.load(args)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitfuse.core import proof
-from bitfuse.core.conditions import around, capturing, runnable
+from bitfuse.core.conditions import ShapeError, around, capturing, runnable
 from bitfuse.core.operator import Operator
 from bitfuse.core.originals import rerouted
 from bitfuse.core.volumes import laid
@@ -404,7 +404,7 @@ class VideoCoder(Part):
         self._here.falls, start, found = falls, time.perf_counter(), None
         try:
             found = self.coded(module, *args, **kwargs)
-        except LaidOtherwise as otherwise:
+        except (LaidOtherwise, ShapeError) as otherwise:  # of shapes that don't fit the host raises its own error
             reason = str(otherwise)
         except torch.OutOfMemoryError:
             # the chain of an operator that is not fused holds more at once than the host's own forward does

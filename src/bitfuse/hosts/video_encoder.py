@@ -73,6 +73,9 @@ class VideoEncoder(VideoCoder):
             return f"{name} makes one frame of {sampler.stride[0]}, and repeats more than the first; accepted: 1 or 2"
         if sampler.group_size not in (1, 2, 4, 8):
             return f"{name} has a mean of {sampler.group_size} channels for its residual; accepted: 1, 2, 4 or 8"
+        channels, of_residual = sampler.conv.conv.weight.shape[:2]
+        if channels * sampler.group_size != of_residual:  # what the operator takes it to be, by these
+            return f"{name} has {of_residual} channels, and means of {sampler.group_size} for {channels} of them"
         return None
 
     def _sampler(self, name: str, sampler: Any, pending: Pending, causal: bool) -> Pending:
