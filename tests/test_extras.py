@@ -350,6 +350,18 @@ def test_where_the_short_gelu_is_not_atens_pytorchs_runs_in_place(device, monkey
     assert "GELU in place" not in _reasons(handle)
 
 
+def test_in_place_while_dynamo_evaluates_frames(device):
+    """As it goes on doing after a compilation that has raised: each call then holds what it is given once more."""
+    model, handle, _ = _steps(PLAIN, ORDERS[0], device, count=1)
+    activation = model.transformer_blocks[0].ff.net[0]
+    x = torch.randn(1, 3, activation.proj.in_features, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = F.gelu(activation.proj(x), approximate="tanh")
+        found = torch._dynamo.run(lambda: activation(x))()
+    assert bitfuse.compare(expected, found) is None
+    assert _reasons(handle) == {}
+
+
 def test_nothing_is_lost_where_there_is_nothing_to_activate(device):
     model, handle, _ = _steps(PLAIN, ORDERS[0], device, count=1)
     activation = model.transformer_blocks[0].ff.net[0]
