@@ -53,6 +53,18 @@ def video(batch: int = 1, frames: int = 9, height: int = 32, width: int = 64, dt
     return torch.randn(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(7)).to(dtype)
 
 
+def downsample_one_bit_off(monkeypatch) -> None:
+    """From now on, until the test ends, this operator's kernel is wrong in one bit."""
+    runner = Operator._runner
+
+    def other(operator, plan, args):
+        run = runner(operator, plan, args)
+        return run if operator.name != "downsample" else lambda *given: one_bit_off(run(*given))
+
+    monkeypatch.setattr(Operator, "_runner", other)
+    OPERATORS["downsample"].forget()
+
+
 def encoded(vae, x: Tensor | None = None, **more) -> Tensor:
     with torch.no_grad():
         (posterior,) = vae.encode(video() if x is None else x, return_dict=False, **more)
@@ -526,14 +538,7 @@ def test_where_memory_runs_out_the_hosts_own_encoder_runs(monkeypatch):
 
 @pytest.mark.usefixtures("quick", "fresh_routes")
 def test_a_size_of_which_an_operator_differs_is_the_hosts_own_from_then_on(monkeypatch):
-    runner = Operator._runner
-
-    def other(operator, plan, args):
-        run = runner(operator, plan, args)
-        return run if operator.name != "downsample" else lambda *given: one_bit_off(run(*given))
-
-    monkeypatch.setattr(Operator, "_runner", other)
-    OPERATORS["downsample"].forget()
+    downsample_one_bit_off(monkeypatch)
     vae = make()
     expected = encoded(vae)
     handle = bitfuse.accelerate(vae, audit=1)
@@ -768,14 +773,7 @@ def test_a_trace_of_an_encode_is_equal_and_names_a_wrong_kernel(monkeypatch):
         return bitfuse.trace(encode, encode, (video(),), model=vae, around_b=lambda: bitfuse.accelerated(vae))
 
     assert traced() is None
-    runner = Operator._runner
-
-    def other(operator, plan, args):
-        run = runner(operator, plan, args)
-        return run if operator.name != "downsample" else lambda *given: one_bit_off(run(*given))
-
-    monkeypatch.setattr(Operator, "_runner", other)
-    OPERATORS["downsample"].forget()
+    downsample_one_bit_off(monkeypatch)
     found = traced()
     assert (found.kind, found.run, found.operator) == ("site", "model_b", "downsample")
     assert found.place == "encoder.down_blocks.0.downsamplers.0.downsample"
