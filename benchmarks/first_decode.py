@@ -2,7 +2,7 @@
 
     python benchmarks/first_decode.py --out out/first-decode.json                        # some 90 s on an H200
     python benchmarks/first_decode.py --out out/first-decode.json --size 1536x1024x121
-    TRITON_INTERPRET=1 python benchmarks/first_decode.py --out /tmp/tiny.json --tiny     # tries the script on a CPU
+    TRITON_INTERPRET=1 python benchmarks/first_decode.py --out out/tiny.json --tiny     # tries the script on a CPU
 
 Each row is a process of its own, which has imported what it needs and made its weights before it is told to begin; one
 runs at a time. Its seconds are those from before `accelerate` to the end of the first decode, and the video's bits are

@@ -1,7 +1,7 @@
 """Each operator beside whoever else fuses the same chain: time, and how many elements have other bits than eager's.
 
     python benchmarks/peers.py --peers .peers --out out/peers.json     # two to three minutes
-    TRITON_INTERPRET=1 python benchmarks/peers.py --tiny --out /tmp/peers.json     # tries the script on a CPU
+    TRITON_INTERPRET=1 python benchmarks/peers.py --tiny --out out/peers.json     # tries the script on a CPU
 
 By turns in one process, with a cold L2: the PyTorch chain, bitfuse, torch.compile in its modes, and the functions of
 SGLang, vLLM-Omni, comfy-kitchen, KJNodes and quack, as far as they are in the folder `--peers` or installed

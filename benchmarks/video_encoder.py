@@ -2,7 +2,7 @@
 
     python benchmarks/video_encoder.py --out out/video-encoder.json              # a minute and a half on an H200
     python benchmarks/video_encoder.py --out out/one.json --only "2.0 768x512x1"
-    TRITON_INTERPRET=1 python benchmarks/video_encoder.py --out /tmp/tiny.json --tiny        # tries the script on a CPU
+    TRITON_INTERPRET=1 python benchmarks/video_encoder.py --out out/tiny.json --tiny        # tries the script on a CPU
 
 Random weights at the real sizes. An image (one frame) is what image-to-video encodes, a whole video what training,
 retakes and IC-LoRA do. Every result is compared with stock's first one in every bit, while no clock runs. `first_s` is
