@@ -16,6 +16,7 @@ import pytest
 
 from bitfuse import OPERATORS
 from bitfuse.core import proof
+from bitfuse.ops.convolution import CONVOLUTION
 from common import references_launched
 
 # What the hosts import is a heap of millions of objects, which Python's collector would walk for a tenth of the time
@@ -77,6 +78,20 @@ def launched_as_reference():
     else:
         with references_launched():
             yield
+
+
+@pytest.fixture
+def unproved(monkeypatch, fresh_routes):
+    """Kernels run without a battery before them, which takes most of the time: tests of the operators run those."""
+    monkeypatch.setattr(proof, "run_battery", lambda *args: proof.Verdict(True, "equal"))
+
+
+@pytest.fixture
+def undecided_convolutions():
+    """Whether a convolution of a layout has the host's bits is found out by this test itself."""
+    CONVOLUTION.forget()
+    yield
+    CONVOLUTION.forget()
 
 
 def _forget() -> None:

@@ -23,7 +23,6 @@ from bitfuse.core.launch import Plan
 from bitfuse.core.operator import Operator
 from bitfuse.hosts.rehearsal import Rehearsal
 from bitfuse.hosts.site import Site
-from bitfuse.ops.convolution import CONVOLUTION
 from bitfuse.run.swap import ours_in
 
 diffusers = pytest.importorskip("diffusers", minversion="0.38")
@@ -85,21 +84,13 @@ def all_stock(handle, *told: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _undecided():
-    CONVOLUTION.forget()
-    yield
-    CONVOLUTION.forget()
+def _undecided(undecided_convolutions):
+    """Of each test here."""
 
 
 @pytest.fixture
 def quick(launched_as_reference):
     """Kernels are proved by other tests; here their references run in their place and count as fused."""
-
-
-@pytest.fixture
-def unproved(monkeypatch, fresh_routes):
-    """Kernels run without a battery before them, which takes most of the time: tests of the operators run those."""
-    monkeypatch.setattr(proof, "run_battery", lambda *args: proof.Verdict(True, "equal"))
 
 
 # -- every bit ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import bitfuse
 import tiny
 from bitfuse.core import proof
 from bitfuse.hosts.site import Site
-from bitfuse.ops.convolution import CONVOLUTION
 from bitfuse.run.swap import ours_in
 
 diffusers = pytest.importorskip("diffusers", minversion="0.38")
@@ -117,10 +116,8 @@ def assert_stock(handle, *told: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _undecided():
-    CONVOLUTION.forget()
-    yield
-    CONVOLUTION.forget()
+def _undecided(undecided_convolutions):
+    """Of each test here."""
 
 
 @pytest.fixture
@@ -129,12 +126,6 @@ def quick(launched_as_reference):
 
 
 # -- every bit ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unproved(monkeypatch, fresh_routes):
-    """Kernels run without a battery before them, which takes most of the time: tests of the operators run those."""
-    monkeypatch.setattr(proof, "run_battery", lambda *args: proof.Verdict(True, "equal"))
 
 
 @pytest.mark.slow

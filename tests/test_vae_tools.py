@@ -44,10 +44,8 @@ DECODERS = (
 
 
 @pytest.fixture(autouse=True)
-def _undecided():
-    CONVOLUTION.forget()
-    yield
-    CONVOLUTION.forget()
+def _undecided(undecided_convolutions):
+    """Of each test here."""
 
 
 def one_bit_off(result):
