@@ -182,8 +182,7 @@ class Plan:
 
     def _compiled(self, pointers: tuple[Tensor | None, ...]) -> Callable[..., Any]:
         if under_way and (ahead := under_way.get(self._key(pointers))) is not None:
-            with contextlib.suppress(concurrent.futures.CancelledError):
-                ahead.exception()  # waits; what it raised shows again here
+            ended(ahead)  # what it raised shows again here
         tail = (*self.scalars, *self.constants.values())
         if interpreting():
             interpreted = self.kernel.interpreted[self.grid]
@@ -199,12 +198,17 @@ class Plan:
         )
 
 
+def ended(future: concurrent.futures.Future[Any]) -> None:
+    """Wait until it is done or cancelled, for which `concurrent.futures.wait` waits for ever (Python 3.11)."""
+    with contextlib.suppress(concurrent.futures.CancelledError):
+        future.exception()
+
+
 under_way: dict[tuple[Any, ...], concurrent.futures.Future[Any]] = {}
 """By `Plan.compiled_key`: kernels that threads compile and load just now, for which others wait."""
 
-# Triton 3.6 loads what a kernel is launched by as a Python module, and all of those have one name. CPython gives
-# two threads that load two of them one module object, which then has the functions of the one that came last: a kernel
-# was launched with the arguments of another ("function takes exactly 50 arguments (32 given)", H200, 2026-11-29).
+# Triton 3.6 loads each kernel's launcher as a Python module of one name, and CPython gives two threads that do so at
+# once one module object: a kernel was launched as another ("takes exactly 50 arguments (32 given)", H200, 2026-11-29).
 _loading = threading.Lock()
 
 
@@ -279,7 +283,7 @@ def strides(t: Tensor) -> tuple[int, ...]:
     found = list(t.stride())
     for dim in reversed(range(t.ndim)):
         if t.shape[dim] == 1:
-            found[dim] = found[dim + 1] * t.shape[dim + 1] if dim + 1 < t.ndim else 1
+            found[dim] = found[dim + 1] * max(t.shape[dim + 1], 1) if dim + 1 < t.ndim else 1
     return tuple(found)
 
 

@@ -124,7 +124,7 @@ class Rehearsal:
             site.rehearsal = None
         with self.compiling() as kernels:
             for kernel in kernels:
-                ended(kernel)
+                launch.ended(kernel)
         return result
 
     @contextlib.contextmanager
@@ -169,15 +169,6 @@ class Rehearsal:
         return on_a_gpu and not torch.cuda.is_current_stream_capturing()
 
 
-def ended(future: Future[Any]) -> None:
-    """Wait until it is done or cancelled, whatever came of it.
-
-    `concurrent.futures.wait` waits for ever for what a pool cancels when it is shut down (Python 3.11).
-    """
-    with contextlib.suppress(concurrent.futures.CancelledError):
-        future.exception()
-
-
 def _compile(plan: Plan, args: tuple[Any, ...]) -> None:
     if getattr(concurrent.futures.thread, "_shutdown", False):  # Python waits for all that is to be done in a pool
         raise RuntimeError("the process ends")
@@ -186,6 +177,6 @@ def _compile(plan: Plan, args: tuple[Any, ...]) -> None:
 
 
 def _load(plan: Plan, args: tuple[Any, ...], compiled: Future[None]) -> None:
-    ended(compiled)
+    launch.ended(compiled)
     if not compiled.cancelled() and compiled.exception() is None:
         plan.load(args)

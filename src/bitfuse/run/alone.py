@@ -9,6 +9,8 @@ from weakref import getweakrefcount
 import torch
 from torch import Tensor
 
+from bitfuse.core.launch import strides
+
 _Holders = tuple[int, int, int, int, int, int, bool]
 _STRIDED, _uses = torch.strided, torch._C._storage_Use_Count
 _uses_of: Any = Tensor._use_count  # type: ignore[attr-defined]  # its stubs don't have it (torch 2.11 to 2.15)
@@ -31,20 +33,11 @@ def alone(t: Tensor) -> bool:
         return False
     if t.requires_grad or (t.is_inference() and not torch.is_inference_mode_enabled()):  # as some wrapper made it
         return False
-    if t.data_ptr() % 16 or t.storage_offset() or t.stride() != _strides_of(t.shape):
+    if t.data_ptr() % 16 or t.storage_offset() or t.stride() != strides(t):
         return False
     if getrefcount(t) > _of_a_variable():
         return False
     return _holders(t) in _ALONE and not (t.is_cpu and t.untyped_storage().is_shared())
-
-
-def _strides_of(shape: torch.Size) -> tuple[int, ...]:
-    """As PyTorch gives them to a new tensor."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
 
 
 def _holders(t: Tensor) -> _Holders:
