@@ -268,7 +268,9 @@ def hosts(steps: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> str:
             f"{' | '.join(ways)} | {peak['stock']:.1f} GB, {peak['bitfuse'] / peak['stock'] - 1:+.0%} | "
             f"{row['mismatch'] or 'identical in every bit'} |"
         )
-    for of in sorted(ranks, key=_version_of_ranks):
+    newest = {(of["host"], _version_of_ranks(of)): of for of in sorted(ranks, key=lambda d: d["path"])}
+    ranks = [newest[key] for key in sorted(newest) if not key[0].startswith("diffusers")]  # those in docs/stacking.md
+    for of in ranks:
         version = _version_of_ranks(of)
         tokens = re.search(r"(\d+) video", of["geometry"])[1]
         differs = "; ".join(f"rank {rank}: {why}" for rank, why in of["differs"].items())
@@ -284,6 +286,31 @@ def hosts(steps: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> str:
         "Speed-ups over the host's stock step, for SGLang that of its tier `exact`; the last way is SGLang's with all "
         f"its fusions for LTX-2, whose output has other bits. "
         + " ".join([*_waiting(rows), _sources(documents, "../")]),
+    ]
+    return "\n".join(lines)
+
+
+def several_gpus(documents: list[dict[str, Any]]) -> str:
+    """diffusers' transformer on several GPUs: a row for each way to divide it."""
+    ways = {"ulysses": "context parallelism, Ulysses", "fsdp": "FSDP2", "train": "FSDP2, a LoRA trained"}
+    documents = [d for d in documents if d["host"].startswith("diffusers")]
+    lines = [
+        "| two GPUs | layers | video tokens | sites fused on each | stock | bitfuse | | each rank |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for of in sorted(documents, key=lambda d: list(ways).index(d["host"].split(", ")[1])):
+        layers, tokens = re.search(r"(\d+) layers.* (\d+) video", of["geometry"]).groups()
+        what = "output and gradients" if of["trains"] else "output"
+        differs = "; ".join(f"rank {rank}: {why}" for rank, why in of["differs"].items())
+        lines.append(
+            f"| {ways[of['host'].split(', ')[1]]} | {layers} | {tokens} | {of['sites_fused'][0]} of "
+            f"{of['sites_seen'][0]} | {_spread(of['ms']['stock'])} | {_spread(of['ms']['bitfuse'])} | "
+            f"{of['speed_up']:.2f}x | {differs or f'{what} identical in every bit'} |"
+        )
+    lines += [
+        "",
+        "A step of LTX-2.0 over NCCL, stock and bitfuse by turns: medians (10th to 90th percentile) of the slower "
+        f"rank. {_sources(documents, '../')}",
     ]
     return "\n".join(lines)
 
@@ -795,6 +822,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for version in ("2.0", "2.3", "2.5")
     },
     "hosts table": lambda: hosts(newest_of_each("model"), newest_of_each("ranks")),
+    "several GPUs table": lambda: several_gpus(newest_of_each("ranks")),
     "stacking times table": lambda: stacking_times(newest_of_each("stacking")),
     "compiled table": lambda: compiled(json.loads(COMPILED.read_text()), newest_or_none("compiled")),
     "linear orders table": lambda: linear_orders(newest("linear-turns")),
