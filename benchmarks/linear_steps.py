@@ -248,6 +248,15 @@ class Steps:
         return ""
 
 
+def built(run: Run) -> tuple[Any, Any]:
+    """The model, and its geometry at 6144 tokens."""
+    if run.tiny:
+        geometry, _ = seeded.geometry_for(DEVICE, run.layers)
+    else:
+        geometry = _geometry(DEVICE, 6144, run.layers, "2.0", image_to_video=False)
+    return seeded.build(geometry, DEVICE, seed=0), geometry
+
+
 # -- time, power and clock ---------------------------------------------------------------------------------------------
 
 
@@ -592,11 +601,7 @@ def main() -> None:
             raise SystemExit("of one form no kernel is right: nothing to decide")
         if "layers" in given.parts:
             layers(run, ways)
-        if run.tiny:
-            geometry, _ = seeded.geometry_for(DEVICE, run.layers)
-        else:
-            geometry = _geometry(DEVICE, 6144, run.layers, "2.0", image_to_video=False)
-        model = seeded.build(geometry, DEVICE, seed=0)
+        model, geometry = built(run)
         run.say("-- the model")
         steps, tried, few = Steps(model, geometry), named(ways), (1, 2) if run.tiny else (2, 5)
         if unknown := [name for name in only if not any(one.startswith(name) for some in tried for one in some)]:

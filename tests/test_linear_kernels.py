@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import subprocess
@@ -187,3 +188,73 @@ def test_a_kernel_that_did_not_run_gets_no_time(monkeypatch):
         wrong = steps.prepare("GELU", linear_steps.Tried(up=linear_steps.Stand()))
     assert wrong == "these ran by a kernel: {}"
     assert not steps.calls
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_a_dry_run_of_cublaslt(tmp_path):
+    out = tmp_path / "cublaslt.json"
+    command = [sys.executable, str(BENCHMARKS / "linear_cublaslt.py"), "--tiny", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["exit_code"] == 0
+    (row,) = found["layers"].values()
+    assert row["algorithms"] == {"torch's ops": {"bits": "equal"}}
+    assert row["chosen"] == "torch's ops"
+    assert len(row["energy"]["F.linear"]) == 2, "before the algorithm and after it"
+    assert found["6144 tokens"]["steps"]["all"]["by a kernel"].keys() == {"plain"}
+
+
+@pytest.fixture
+def cublaslt(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import linear_cublaslt
+
+    return linear_cublaslt
+
+
+def test_cublaslt_has_the_structures_of_its_header(cublaslt):
+    assert ctypes.sizeof(cublaslt.Algorithm) == 64
+    assert ctypes.sizeof(cublaslt.Result) == 96
+    offsets = {name: getattr(cublaslt.Result, name).offset for name in ("workspace", "state", "waves", "reserved")}
+    assert offsets == {"workspace": 64, "state": 72, "waves": 76, "reserved": 80}
+
+
+def test_an_algorithm_of_cublaslt_with_other_bits_gets_no_time(cublaslt, monkeypatch):
+    """One that is wrong in one element of random data, one that is wrong in the probes of the order alone."""
+
+    class Wrong(cublaslt.ls.Stand):
+        def call(self, given, epilogue):
+            right = super().call(given, epilogue)
+
+            def call() -> Tensor:
+                y = right()
+                if self.name == "always" or given.bias.count_nonzero() == 0:  # the probes have no bias
+                    y[3, 5] += 1
+                return y
+
+            return call
+
+    ways = {name: Wrong(name) for name in ("always", "in the order")}
+    ways["never"] = cublaslt.ls.Stand("never")
+    monkeypatch.setattr(cublaslt, "candidates", lambda run, given, beyond: dict(ways))
+    run, row = cublaslt.ls.Run(True, 1, 100.0, {}, None), {}
+    cublaslt.one_shape(run, row, (70, 96, 48), 6, 0, 1.0)
+    bits = {name: one["bits"] for name, one in row["algorithms"].items()}
+    assert "1 elements differ" in bits["always"]
+    assert "probes of order" in bits["in the order"]
+    assert bits["never"] == "equal"
+    assert row["turns"].keys() == {"F.linear", "never"}
+
+
+def test_loops_of_cublaslts_algorithms_stand_between_those_of_torch(cublaslt):
+    assert cublaslt.order([]) == ["F.linear"]
+    assert cublaslt.order(["a", "b", "c"]) == ["F.linear", "a", "b", "F.linear", "c", "F.linear"]
+
+
+def test_kernels_are_read_from_a_graphs_text(cublaslt):
+    text = r'"node" [label="{KERNEL | {ID | 0 (topoId: 0) | nvjet_tst_256x128_TNT\<\<\<132,384,233472\>\>\>} | {x}"];'
+    assert cublaslt.kernels_in(text) == "nvjet_tst_256x128_TNT <132,384,233472>"
+    assert cublaslt.kernels_in(text.replace("\\", "")) == "nvjet_tst_256x128_TNT <132,384,233472>"
+    assert cublaslt.kernels_in("digraph {}") == ""
