@@ -6,9 +6,13 @@
     TRITON_INTERPRET=1 python benchmarks/diffusion_decoder.py --out out/tiny.json --tiny     # tries the script on a CPU
 
 Random weights at the real size. Every result is compared with stock's in every bit before it is timed, and a decode in
-every round. For a decode the host's own FlexAttention processor runs a compiled `flex_attention`, as at these sizes it
-must, and each grid's block mask is made once, by a compiled `create_block_mask`, and kept in both runs: neither is
-bitfuse's business, and the host's own way of both takes more memory than a card has. Exit code 1 where a bit differs.
+every round. Exit code 1 where a bit differs.
+
+For a decode the host's own FlexAttention processor runs a compiled `flex_attention`, as at these sizes it must, with
+the host's own mask function. What is replaced, in both runs, is how the mask's lists of blocks are made, which is none
+of bitfuse's business: the host looks at every pair of tokens, which takes more memory than a card has, and compiled it
+takes longer to start than all else. Here they are counted from the windows, once for each grid: the same lists, and at
+grids of up to 4,096 tokens each run compares them with the host's own.
 """
 
 from __future__ import annotations
@@ -16,11 +20,12 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import inspect
 import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -256,39 +261,136 @@ def empty(device: torch.device) -> None:
 # -- a decode ----------------------------------------------------------------------------------------------------------
 
 
-def compile_attention() -> dict[str, float]:
-    """A compiled `flex_attention` for the host's processor; each block mask compiled, made once, and kept.
-
-    The seconds that masks took, by their grids.
-    """
-    torch._dynamo.config.recompile_limit = 64
-    flex.flex_attention = torch.compile(flex.flex_attention, dynamic=False)
-    own, make, kept, seconds = flex.create_block_mask, torch.compile(flex.create_block_mask, dynamic=False), {}, {}
-    build = host._neighborhood_block_mask
-
-    def once(*key: Any) -> Any:
-        if key not in kept:
-            start = time.perf_counter()
-            flex.create_block_mask = make
-            try:
-                kept[key] = build(*key)
-            except Exception as error:  # of the compiler: the host's own way takes memory, and may do at small sizes
-                print(f"mask of {key[:3]} not compiled: {str(error)[:200]}", flush=True)
-                flex.create_block_mask = own
-                kept[key] = build(*key)
-            finally:
-                flex.create_block_mask = own
-            torch.cuda.synchronize()
-            seconds["x".join(map(str, key[:3]))] = time.perf_counter() - start
-        return kept[key]
-
-    host._neighborhood_block_mask = once
-    return seconds
+def stages(latent: Sequence[int], tiny: bool) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The grid of tokens and the window of each stage, for latents of so many frames, lines and columns."""
+    parameters = inspect.signature(host.LTX2VideoDiffusionDecoderModel).parameters
+    setting = {name: parameter.default for name, parameter in parameters.items()} | (TINY if tiny else {})
+    windows = [*setting["decoder_stage_kernels"], setting["decoder_stage5_kernel"]]
+    frames, lines, columns = latent
+    repeated = windows[0][0] // 2 * 2  # the host repeats the last frame and crops it before the last stage
+    frames += repeated
+    grids = [(frames, lines, columns)]
+    for along_t, along_h, along_w in setting["decoder_upsample_strides"]:
+        frames, lines, columns = frames * along_t - (along_t == 2), lines * along_h, columns * along_w
+        grids.append((frames, lines, columns))
+    grids[-1] = (frames - repeated * setting["temporal_compression_ratio"], lines, columns)
+    return list(zip(grids, windows, strict=True))
 
 
-def decode(decoder: Any, size: str, asked: argparse.Namespace, device: torch.device, masks: Any) -> dict[str, Any]:
+def latent_of(size: str) -> tuple[int, int, int]:
     width, height, frames = map(int, size.split("x"))
-    shape = (2, 2, 2) if asked.tiny else ((frames - 1) // 8 + 1, height // 32, width // 32)
+    return (frames - 1) // 8 + 1, height // 32, width // 32
+
+
+def why_refused(size: str) -> str | None:
+    """What is wrong with a size of a decode, and what is accepted."""
+    accepted = "accepted: width x height x frames, as 512x384x25; multiples of 32 from 224, and 8 n + 1 frames from 17"
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", size):
+        return accepted
+    width, height, frames = map(int, size.split("x"))
+    if width % 32 or height % 32 or frames % 8 != 1:
+        return accepted
+    for number, (grid, window) in enumerate(stages(latent_of(size), tiny=False), 1):
+        if any(places < wide for places, wide in zip(grid, window, strict=True)):
+            return f"stage {number} has a grid of {grid} tokens, and the host's window there is {window}; {accepted}"
+    return None
+
+
+BLOCK = 128  # tokens of a block on either side, as `create_block_mask` has it
+LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+LISTS += ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
+
+
+def block_mask(grid: Sequence[int], window: Sequence[int], mask_mod: Callable[..., Any], device: torch.device) -> Any:
+    """What `create_block_mask` gives for the host's `mask_mod`, without a look at every pair of tokens.
+
+    A query sees one run of keys in each line of its window. A run is shorter than a block, so it lies in one block or
+    in two: each adds its keys to the number of pairs that its block of queries has with that block of keys.
+    """
+    window = [min(wide, places) for wide, places in zip(window, grid, strict=True)]
+    frames, lines, columns = grid
+    if window[2] > BLOCK:
+        raise ValueError(f"a window of {window[2]} columns; accepted: up to {BLOCK}")
+    tokens = frames * lines * columns
+    blocks = -(-tokens // BLOCK)
+    query = torch.arange(tokens, device=device)
+    places = (query // (lines * columns), query // columns % lines, query % columns)
+    first_frame, first_line, first_column = (
+        (place - wide // 2).clamp(0, length - wide) for place, wide, length in zip(places, window, grid, strict=True)
+    )
+    pairs = torch.zeros(blocks * blocks, dtype=torch.int32, device=device)
+    row = query // BLOCK * blocks
+    for frame in range(window[0]):
+        for line in range(window[1]):
+            start = ((first_frame + frame) * lines + first_line + line) * columns + first_column
+            before = (BLOCK - start % BLOCK).clamp(max=window[2]).int()  # keys before the next block begins
+            pairs.index_add_(0, row + start // BLOCK, before)
+            pairs.index_add_(0, row + (start + window[2] - 1) // BLOCK, window[2] - before)
+    pairs = pairs.view(1, 1, blocks, blocks)
+    whole = pairs == BLOCK * BLOCK
+    lists = []
+    for seen in ((pairs > 0) & ~whole, whole):
+        lists += [seen.sum(-1).int(), seen.int().argsort(dim=-1, descending=True, stable=True).int()]
+    return flex.BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(tokens, tokens))
+
+
+def prepare_attention(device: torch.device) -> list[dict[str, Any]]:
+    """A compiled `flex_attention` for the host's processor, and its masks by `block_mask`, made once and kept.
+
+    What each grid's mask and each shape's first attention took: the list grows with every new one, and each is said at
+    once, so that a run that is cut short tells where it stood. On a CPU the attention is not compiled, which would take
+    twenty seconds for each grid.
+    """
+    steps: list[dict[str, Any]] = []
+    shapes: set[tuple[int, ...]] = set()
+    own_mask, build, attention = flex.create_block_mask, host._neighborhood_block_mask, flex.flex_attention
+    if device.type == "cuda":
+        import torch._dynamo.config as dynamo
+        import torch._inductor.config as inductor
+
+        dynamo.recompile_limit = 64  # a kernel for each grid
+        inductor.compile_threads = 1  # one kernel at a time needs no pool of workers
+        attention = torch.compile(attention, dynamic=False)
+
+    def done(start: float, **what: Any) -> None:
+        synchronize(device)
+        steps.append(what | {"s": time.perf_counter() - start})
+        print("    " + ", ".join(f"{name} {value}" for name, value in what.items()), end=": ")
+        print(f"{steps[-1]['s']:.2f} s", flush=True)
+
+    @functools.cache
+    def mask(frames: int, lines: int, columns: int, window: tuple[int, ...], where: torch.device) -> Any:
+        start = time.perf_counter()
+        grid = (frames, lines, columns)
+        try:
+            flex.create_block_mask = lambda mask_mod, **_: block_mask(grid, window, mask_mod, where)
+            found = build(*grid, window, where)
+        finally:
+            flex.create_block_mask = own_mask
+        tokens, seen = found.seq_lengths[0], int(found.kv_num_blocks.sum() + found.full_kv_num_blocks.sum())
+        if compared := tokens <= 4096:
+            expected = build(*grid, window, where)
+            wrong = [name for name in LISTS if not torch.equal(getattr(found, name), getattr(expected, name))]
+            if wrong:
+                raise AssertionError(f"a mask of {grid} tokens is not the host's: {wrong}")
+        done(start, mask=grid, window=window, tokens=tokens, pairs_of_blocks=seen, compared=compared)
+        return found
+
+    def attend(query: Tensor, **options: Any) -> Any:
+        start, shape = time.perf_counter(), tuple(query.shape)
+        found = attention(query, **options)
+        if shape not in shapes:
+            shapes.add(shape)
+            done(start, first_attention=shape)
+        return found
+
+    host._neighborhood_block_mask = mask
+    flex.flex_attention = attend
+    return steps
+
+
+def decode(decoder: Any, size: str, asked: argparse.Namespace, device: torch.device, steps: Any) -> dict[str, Any]:
+    shape = (2, 2, 2) if asked.tiny else latent_of(size)
     z = torch.randn(1, 128, *shape, device=device, dtype=BF16)
     ours = copy.deepcopy(decoder)
 
@@ -296,32 +398,35 @@ def decode(decoder: Any, size: str, asked: argparse.Namespace, device: torch.dev
         generator = torch.Generator(device).manual_seed(1)
         return which.decode(z, generator=generator, return_dict=False)[0]
 
-    def seconds(which: Any) -> tuple[float, Tensor]:
-        synchronize(device)
+    print(f"decode {size}, latents {list(z.shape)}", flush=True)
+    row: dict[str, Any] = {"size": size, "latent": list(z.shape), "equal": []}
+    before, start = len(steps), time.perf_counter()
+    expected = run(decoder)
+    synchronize(device)
+    row |= {"first_stock_s": time.perf_counter() - start, "steps": steps[before:], "frames": list(expected.shape)}
+    print(f"  the first of stock, with what it compiles: {row['first_stock_s']:.1f} s", flush=True)
+
+    def seconds(which: Any, said: str) -> float:
+        """Of a decode, which is compared with the first of stock."""
         start = time.perf_counter()
         out = run(which)
         synchronize(device)
-        return time.perf_counter() - start, out
+        took = time.perf_counter() - start
+        row["equal"].append(bitfuse.compare(expected, out) is None)
+        result = f"bits equal, {took:.3f} s" if row["equal"][-1] else "bits DIFFER"
+        print(f"  {said}: {result}; {asked.left():.0f} s left", flush=True)
+        return took
 
-    row: dict[str, Any] = {"size": size, "latent": list(z.shape)}
-    row["first_stock_s"], _ = seconds(decoder)  # with the attention's compilation
-    second, expected = seconds(decoder)
-    row["masks_s"] = dict(masks)
+    row["second_stock_s"] = seconds(decoder, "the second of stock")
     with bitfuse.accelerated(ours) as handle:
-        row["first_fused_s"], found = seconds(ours)
-        row |= {
-            "second_stock_s": second,
-            "equal": [bitfuse.compare(expected, found) is None],
-            "frames": list(found.shape),
-        }
+        row["first_fused_s"] = seconds(ours, "the first fused")
         samples: dict[str, list[float]] = {"stock": [], "fused": []}
         for turn in range(asked.rounds):
+            if turn and asked.left() <= 0:
+                break
             ways = [("stock", decoder), ("fused", ours)]
             for way, which in ways[:: 1 if turn % 2 else -1]:
-                took, found = seconds(which)
-                samples[way].append(took)
-                row["equal"].append(bitfuse.compare(expected, found) is None)
-        del found
+                samples[way].append(seconds(which, f"round {turn + 1}, {way}"))
         row["peak_gb"] = {
             way: peak(functools.partial(run, m), device) for way, m in (("stock", decoder), ("fused", ours))
         }
@@ -335,6 +440,16 @@ def decode(decoder: Any, size: str, asked: argparse.Namespace, device: torch.dev
         other = {way: found["other"] for way, found in row["kernels_ms"].items()}
         row["elementwise_ratio"] = other["stock"] / other["fused"]
     return row
+
+
+def decodes(decoder: Any, asked: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    steps = prepare_attention(device)
+    for size in asked.size or ["512x384x25"]:
+        if asked.left() <= 0:
+            print(f"decode {size}: not begun, the time is up", flush=True)
+            return
+        yield decode(decoder, size, asked, device, steps)
+        empty(device)
 
 
 def synchronize(device: torch.device) -> None:
@@ -411,13 +526,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=("operators", "tiles", "block", "decode"), action="append")
-    parser.add_argument("--size", action="append", help="WIDTHxHEIGHTxFRAMES of a decode; default 512x384x25")
+    parser.add_argument(
+        "--size", action="append", help="WIDTHxHEIGHTxFRAMES of a decode, at least 224x224x17; default 512x384x25"
+    )
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no decode of a size after so many")
     parser.add_argument("--rounds", type=int, default=4, help="decodes of each way that are timed")
     parser.add_argument("--tiny", action="store_true", help="try the script on few tokens, on any device")
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wrong := [size for size in asked.size or () if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", size)]:
-        parser.error(f"--size {wrong[0]!r}; accepted: width x height x frames, as 512x384x25")
+    started = time.perf_counter()
+    asked.left = lambda: started + asked.seconds - time.perf_counter()
+    for size in asked.size or ():
+        if why := why_refused(size):
+            parser.error(f"--size {size!r}: {why}")
     if device.type == "cpu" and not asked.tiny:
         parser.error("there is no CUDA device; accepted without one: --tiny, with TRITON_INTERPRET=1")
     parts = asked.only or ["operators", "block", "decode"]
@@ -459,9 +580,7 @@ def main() -> None:
         if "block" in parts:
             part("block", lambda: found.update(block=block(decoder, asked.tiny, device)))
         if "decode" in parts:
-            masks = compile_attention() if device.type == "cuda" else {}
-            sizes = asked.size or ["512x384x25"]
-            part("decode", rows("decodes", (decode(decoder, size, asked, device, masks) for size in sizes)))
+            part("decode", rows("decodes", decodes(decoder, asked, device)))
     equal = [row["equal"] for name in ("operators", "tiles") for row in found.get(name, ())]
     equal += [found["block"]["equal"]] if "block" in found else []
     equal += [all(row["equal"]) for row in found.get("decodes", ())]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -668,3 +670,59 @@ def test_a_compiled_block_is_the_compilers(launched_as_reference):
         same(stock, run(model))
         assert "project_qkv" not in vars(model.decoder.diff_blocks[0].attn)
     same(stock, run(model))
+
+
+# -- the benchmark's masks ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = Path(__file__).parent.parent / "benchmarks" / "diffusion_decoder.py"
+    spec = importlib.util.spec_from_file_location("benchmark_diffusion_decoder", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("grid", "window"),
+    [
+        ((4, 8, 8), (3, 7, 7)),  # two blocks, both full of tokens
+        ((11, 12, 13), (11, 11, 11)),  # the last block is not full, and runs of keys lie in two blocks
+        ((1, 4, 64), (1, 4, 64)),  # every token sees every other: whole blocks
+        ((3, 2, 128), (1, 2, 128)),  # whole blocks, and pairs of blocks that never meet
+        ((2, 3, 4), (11, 11, 11)),  # a window larger than the grid
+    ],
+)
+def test_the_benchmarks_lists_of_blocks_are_the_hosts(grid, window, script):
+    expected = upstream._neighborhood_block_mask(*grid, window, torch.device("cpu"))
+    found = script.block_mask(grid, window, expected.mask_mod, torch.device("cpu"))
+    assert found.BLOCK_SIZE == expected.BLOCK_SIZE
+    assert found.seq_lengths == expected.seq_lengths
+    for name in script.LISTS:
+        one, other = getattr(expected, name), getattr(found, name)
+        assert (one.dtype, one.stride()) == (other.dtype, other.stride()), name
+        assert torch.equal(one, other), name
+
+
+def test_the_benchmark_refuses_what_the_host_refuses(script):
+    assert script.why_refused("224x224x17") is None
+    assert script.why_refused("768x512x25") is None
+    assert "stage 5 has a grid of (9, 64, 64)" in script.why_refused("256x256x9")
+    assert "stage 1 has a grid of (5, 4, 8)" in script.why_refused("256x128x17")
+    for size in ("250x256x17", "256x256x18", "256x256"):
+        assert script.why_refused(size).startswith("accepted: ")
+
+
+def test_the_benchmark_knows_the_grids_of_the_stages(script, monkeypatch):
+    seen = []
+    build = upstream._neighborhood_block_mask
+    monkeypatch.setattr(
+        upstream, "_neighborhood_block_mask", lambda *key: seen.append((key[:3], key[3])) or build(*key)
+    )
+    sizes = {**script.TINY, "decoder_stage_kernels": ((3, 2, 2),) * 4, "decoder_stage5_kernel": (2, 3, 2)}
+    monkeypatch.setattr(script, "TINY", sizes)
+    model = upstream.LTX2VideoDiffusionDecoderModel(**sizes, latent_channels=8).to(BF16)
+    with torch.no_grad():
+        model.decode(torch.zeros(1, 8, 2, 2, 3, dtype=BF16))
+    assert seen == script.stages((2, 2, 3), tiny=True)
