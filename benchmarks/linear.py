@@ -268,11 +268,13 @@ def trial(run: Run) -> dict[str, str]:
         while select.select([child.stdout], [], [], run.patience)[0] and (line := child.stdout.readline()):
             if line.startswith("{"):
                 found |= json.loads(line)
+                print(line, end="", flush=True)
         hung = child.poll() is None and not _ended(child)
         child.kill()
         stuck = next((way for way in left if way.name not in found), None)
         if stuck is not None:
             found[stuck.name] = "hangs" if hung else f"ends the process with {child.wait()}"
+        run.keep("trial", found)
     return found
 
 
