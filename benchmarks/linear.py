@@ -110,6 +110,17 @@ def without_kernels(given: Layer, epilogue: str) -> dict[str, Call]:
     }
 
 
+OWN = "F.linear, own GELU"
+
+
+def with_own_gelu(given: Layer, epilogue: str) -> dict[str, Call]:
+    """These, and what bitfuse runs since it has a GELU of its own."""
+    calls = without_kernels(given, epilogue)
+    if epilogue == "gelu":
+        calls[OWN] = lambda: own_gelu(F.linear(given.x, given.w, given.bias))
+    return calls
+
+
 def aten_gelu(y: Tensor) -> Tensor:
     """GELU into the memory of its input, as bitfuse had it before `ops/gelu.py`."""
     return torch.ops.aten.gelu_(y, approximate="tanh")
@@ -120,8 +131,11 @@ def own_gelu(y: Tensor) -> Tensor:
     return in_place(y) if GELU_TANH.routed(y).fused else aten_gelu(y)
 
 
+_ON_REGISTERS = ("pingpong", "together", "thirds")
+
+
 class Way(NamedTuple):
-    """One kernel in one configuration."""
+    """One kernel in one configuration. Kinds besides those named here: `linear_gluon_pingpong.TILES`."""
 
     kind: str  # "persistent" or "once" in Triton; "deferred" in Gluon, or "halves", of which each has warps of its own
     tile: tuple[int, int, int]
@@ -136,6 +150,10 @@ class Way(NamedTuple):
     def fits(self, n: int, k: int) -> bool:
         return n % self.tile[1] == 0 and k % self.tile[2] == 0
 
+    def has(self, epilogue: str) -> bool:
+        """Whether this may follow."""
+        return epilogue != "gated" or self.kind not in _ON_REGISTERS
+
     def call(self, given: Layer, epilogue: str) -> Call:
         """Prepared: compiled at the first call."""
         arguments = (given.x, given.w, given.bias, given.y, given.residual, given.gate, EPILOGUES[epilogue])
@@ -145,6 +163,14 @@ class Way(NamedTuple):
             parts = 1 if self.kind == "deferred" else 2
             how = {"parts": parts, "group": self.group, "programs": multiprocessors()}
             kernel, grid, args, options = lg.deferred(*arguments, self.tile, self.stages, **how)
+            run = functools.partial(kernel[grid], *args, **options)
+        elif self.kind in _ON_REGISTERS:
+            import linear_gluon_pingpong as lp
+
+            kernel, grid, args, options = lp.launch(
+                self.kind, given.x, given.w, given.bias, given.y, EPILOGUES[epilogue], self.tile, self.stages,
+                group=self.group, programs=multiprocessors(),
+            )  # fmt: skip
             run = functools.partial(kernel[grid], *args, **options)
         else:
             form = getattr(lt, self.kind)
@@ -168,6 +194,12 @@ def multiprocessors() -> int:
     return torch.cuda.get_device_properties(DEVICE).multi_processor_count if DEVICE.type == "cuda" else 4
 
 
+ON_REGISTERS = (
+    Way("thirds", (192, 256, 64), 12, 3, 16),
+    Way("thirds", (192, 256, 64), 12, 3),
+    Way("together", (192, 256, 64), 8, 3, 16),
+    Way("pingpong", (192, 128, 64), 8, 4, 16),
+)
 LARGE = (
     Way("halves", (128, 256, 64), 4, 3),
     Way("halves", (128, 256, 64), 4, 3, 16),
@@ -180,6 +212,7 @@ LARGE = (
     Way("once", (128, 128, 64), 4, 3),
     Way("once", (128, 128, 64), 8, 3),
     Way("deferred", (128, 128, 64), 8, 5),
+    *ON_REGISTERS,
 )
 SMALL = (
     Way("once", (64, 64, 64), 4, 4),
@@ -201,6 +234,12 @@ class Run(NamedTuple):
     tiny: bool
     results: dict[str, Any]
     out: Path | None
+    kinds: tuple[str, ...] = ()  # of ways; () for all
+    cases: tuple[str, ...] = ("",)  # beginnings of the names of layers
+    patience: float = 60.0  # seconds for one way of the trial, compilation included
+
+    def ways(self, some: tuple[Way, ...]) -> list[Way]:
+        return [way for way in some if not self.kinds or way.kind in self.kinds]
 
     def keep(self, part: str, found: Any) -> None:
         self.results[part] = found
@@ -215,26 +254,27 @@ class Run(NamedTuple):
 
 
 _TRIALS = ((640, 1024, 512), (4000, 4096, 1024))  # several tiles a program, a last tile that is not full
-_PATIENCE = 60.0  # seconds for one way of the trial, compilation included
 
 
 def trial(run: Run) -> dict[str, str]:
     """ "equal", or what is wrong, by the name of the way."""
-    ways = list(TINY if run.tiny else (*LARGE, *SMALL))
+    ways = run.ways(TINY if run.tiny else (*LARGE, *SMALL))
     found: dict[str, str] = {}
     while left := [way for way in ways if way.name not in found]:
         asked = [sys.executable, __file__, "--try", json.dumps([list(way) for way in left])]
         asked += ["--tiny"] if run.tiny else []
         child = subprocess.Popen(asked, stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
-        while select.select([child.stdout], [], [], _PATIENCE)[0] and (line := child.stdout.readline()):
+        while select.select([child.stdout], [], [], run.patience)[0] and (line := child.stdout.readline()):
             if line.startswith("{"):
                 found |= json.loads(line)
+                print(line, end="", flush=True)
         hung = child.poll() is None and not _ended(child)
         child.kill()
         stuck = next((way for way in left if way.name not in found), None)
         if stuck is not None:
             found[stuck.name] = "hangs" if hung else f"ends the process with {child.wait()}"
+        run.keep("trial", found)
     return found
 
 
@@ -252,7 +292,7 @@ def try_out(ways: list[Way], tiny: bool) -> None:
         try:
             for m, n, k in ((70, 96, 48),) if tiny else _TRIALS:
                 given = layer(m, n, k, exact=tiny)
-                for epilogue in EPILOGUES:
+                for epilogue in filter(way.has, EPILOGUES):
                     given.y.fill_(float("nan"))
                     count = unequal(way.call(given, epilogue)(), stock(given, epilogue))
                     if count and not wrong:
@@ -402,12 +442,14 @@ def shapes(run: Run) -> dict[str, Any]:
         cases.sort(key=lambda case: case[0][0] != 6144)
     found: dict[str, Any] = {}
     for (m, n, k), epilogue, ways in cases:
+        if not f"{m} x {n} x {k}, {epilogue}".startswith(run.cases):
+            continue
         given = layer(m, n, k, exact=run.tiny)
         wanted = stock(given, epilogue)
-        calls = without_kernels(given, epilogue)
+        calls = with_own_gelu(given, epilogue)
         row: dict[str, Any] = {}
-        for way in ways:
-            if not way.fits(n, k) or not run.works(way):
+        for way in run.ways(ways):
+            if not way.fits(n, k) or not way.has(epilogue) or not run.works(way):
                 continue
             try:
                 given.y.fill_(float("nan"))
@@ -418,8 +460,10 @@ def shapes(run: Run) -> dict[str, Any]:
                     calls[way.name] = call
             except Exception as error:
                 row[way.name] = f"{type(error).__name__}: {str(error)[-200:]}"
-        if count := unequal(today(given, epilogue), wanted):
-            row["today"] = f"{count} elements differ"
+        for name in ("today", OWN):
+            if name in calls and (count := unequal(calls[name](), wanted)):
+                row[name] = f"{count} elements differ"
+                del calls[name]
         found[f"{m} x {n} x {k}, {epilogue}"] = by_turns(calls) | row
         run.keep("shapes", found)
         del given, wanted, calls
@@ -468,8 +512,9 @@ def chain(run: Run) -> dict[str, Any]:
             return x
 
         wanted = forward(None, None).clone()
-        good = [way for way in (TINY if run.tiny else LARGE) if run.works(way)]
-        ups, downs = ([way for way in good if way.fits(*sides)] for sides in ((inner, width), (width, inner)))
+        good = [way for way in run.ways(TINY if run.tiny else LARGE) if run.works(way)]
+        ups = [way for way in good if way.fits(inner, width)]
+        downs = [way for way in good if way.fits(width, inner) and way.has("gated")]
         pairs: dict[str, tuple[Way | None, Way | None]] = {"today": (None, None), "today again": (None, None)}
         pairs |= {f"up {way.name}": (way, None) for way in ups}
         pairs |= {f"down {way.name}": (None, way) for way in downs}
@@ -495,17 +540,19 @@ def steady(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for m, n, k in ((70, 96, 48),) if run.tiny else _STEP[:6]:
         epilogue = "gelu" if n > k else "gated"
+        if not f"{m} x {n} x {k}, {epilogue}".startswith(run.cases):
+            continue
         given = layer(m, n, k, exact=run.tiny)
         wanted = stock(given, epilogue)
-        calls = without_kernels(given, epilogue)
-        if epilogue == "gelu":
-            calls["F.linear, own GELU"] = lambda given=given: own_gelu(F.linear(given.x, given.w, given.bias))
+        calls = with_own_gelu(given, epilogue)
         row: dict[str, Any] = {}
-        if count := unequal(calls.get("F.linear, own GELU", calls["today"])(), wanted):
-            row["own GELU"] = f"{count} elements differ"
-        for way in TINY if run.tiny else LARGE:
-            if way.fits(n, k) and run.works(way):
+        if OWN in calls and (count := unequal(calls[OWN](), wanted)):
+            row[OWN] = f"{count} elements differ"
+            del calls[OWN]
+        for way in run.ways(TINY if run.tiny else LARGE):
+            if way.fits(n, k) and way.has(epilogue) and run.works(way):
                 call = way.call(given, epilogue)
+                given.y.fill_(float("nan"))  # not what the way before has left there
                 if count := unequal(call(), wanted):
                     row[way.name] = f"{count} elements differ"
                 else:
@@ -712,6 +759,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: a dry run, on a CPU in Triton's interpreter")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--kinds", nargs="+", default=[], help="of ways, such as thirds; the others sit out")
+    parser.add_argument("--cases", nargs="+", default=[""], help="beginnings of the names of layers: '6144 x 16384'")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds for one way of the trial")
     parser.add_argument("--try", dest="ways", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if DEVICE.type != "cuda" and not (given.tiny and interpreting()):
@@ -725,6 +775,9 @@ def main() -> None:
             given.tiny,
             {"what": "linears with what follows them", "machine": machine(DEVICE) | {"cublas": _cublas()}},
             given.out,
+            tuple(given.kinds),
+            tuple(given.cases),
+            given.patience,
         )
         functions = {
             "trial": trial,

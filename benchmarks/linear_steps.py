@@ -1,9 +1,11 @@
 """Whole steps with linear layers by other engines than cuBLAS: what `linear.py` asks of single layers.
 
     python benchmarks/linear_steps.py --out out/steps.json                    # on a Hopper GPU, some 400 s
+    python benchmarks/linear_steps.py --engine gluon --parts gelu --seconds 80 --out FILE       # without quack
     TRITON_INTERPRET=1 python benchmarks/linear_steps.py --tiny --out FILE    # without one: torch's ops stand in
 
-The engine is quack's GEMM (`linear_quack.py` says what it needs), beside the kernels of `linear_gluon.py`.
+The engine is quack's GEMM (`linear_quack.py` says what it needs), beside a kernel of `linear_gluon.py`; or, with
+`--engine gluon`, those of `linear_gluon_pingpong.py` alone, for GELU alone.
 FILE is written after each row, so that a run that is cut off leaves what it has. First every kernel is tried on small
 shapes, and GELU of all finite values: who fails sits out, and its traceback is printed. Then the parts, in this order;
 what the time (`--seconds`) no longer allows is left out:
@@ -350,6 +352,7 @@ class Run(NamedTuple):
     seconds: float
     results: dict[str, Any]
     out: Path | None
+    only: tuple[str, ...] = ("",)
 
     def keep(self) -> None:
         if self.out is not None:
@@ -412,6 +415,8 @@ def layers(run: Run, ways: dict[str, list[Any]]) -> None:
     cases = [((6144, 16384, 4096), "gelu"), ((6144, 4096, 16384), "gated"), ((6144, 4096, 4096), "gated")]
     cases = [((70, 96, 48), "gelu")] if run.tiny else [*cases, ((6144, 4096, 4096), "plain")]
     for (m, n, k), form in cases:
+        if form not in ways:
+            continue
         given = lin.layer(m, n, k, exact=run.tiny)
         wanted = lin.stock(given, form)
         calls = {"F.linear": functools.partial(_linear, given.x, given.w, given.bias)}
@@ -423,6 +428,7 @@ def layers(run: Run, ways: dict[str, list[Any]]) -> None:
         for name, call in [*calls.items(), *((way.name, way) for way in ways[form])]:
             try:
                 prepared = call if callable(call) else call.call(given, form)
+                given.y.fill_(float("nan"))  # not what the way before has left there
                 if name != "F.linear" and (count := lin.unequal(prepared(), wanted)):
                     row[name] = f"{count} elements differ"
                 else:
@@ -477,6 +483,8 @@ class Ways(NamedTuple):
 
 def named(ways: dict[str, list[Any]]) -> Ways:
     gelu = {f"GELU, {way.name}": Tried(up=way) for way in ways["gelu"]}
+    if ways.keys() == {"gelu"}:
+        return Ways(gelu, {}, {}, gelu, {}, gelu)
     up, gated, plain = ways["gelu"][0], ways["gated"], ways["plain"]
 
     def every(way: Any) -> Tried:
@@ -526,11 +534,15 @@ def at_24576(run: Run, model: Any, geometry: Any, few: dict[str, Tried]) -> None
     stage(run, Steps(model, geometry), row, few, 1 if run.tiny else 2, 3)
 
 
-def engines(run: Run) -> dict[str, list[Any]]:
+def engines(run: Run, engine: str) -> dict[str, list[Any]]:
     """The kernels of each form, the most likely first; `why`: of plain layers, what tells causes apart."""
     if run.tiny:
         stand = Stand()
-        return {form: [stand] for form in ("gelu", "gated", "plain", "why", "gluon")}
+        return {
+            form: [stand] for form in ("gelu", "gated", "plain", "why", "gluon")[: 1 if engine == "gluon" else None]
+        }
+    if engine == "gluon":
+        return {"gelu": [way for way in lin.ON_REGISTERS if f"GELU, {way.name}".startswith(run.only)]}
     try:
         import linear_quack as quack
     except Exception as error:
@@ -578,6 +590,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where the JSON goes; the profile goes beside it")
     parser.add_argument("--tiny", action="store_true", help="a dry run on a CPU, in Triton's interpreter")
+    parser.add_argument("--engine", choices=("quack", "gluon"), default="quack")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of the names of ways; the others sit out")
     parser.add_argument("--layers", type=int, default=48, help="of the transformer")
@@ -593,11 +606,11 @@ def main() -> None:
         "versions": versions(),
         "exit_code": 1,
     }
-    run = Run(given.tiny, 1 if given.tiny else given.layers, given.seconds, results, given.out)
+    run = Run(given.tiny, 1 if given.tiny else given.layers, given.seconds, results, given.out, only)
     with torch.no_grad():
-        ways = engines(run)
+        ways = engines(run, given.engine)
         trial(run, ways)
-        if not all(ways[form] for form in ("gelu", "gated", "plain", "gluon")):
+        if not all(ways[form] for form in ("gelu", "gated", "plain", "gluon") if form in ways):
             raise SystemExit("of one form no kernel is right: nothing to decide")
         if "layers" in given.parts:
             layers(run, ways)

@@ -83,7 +83,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
-import linear_gluon, linear_triton
+import linear_gluon, linear_gluon_pingpong, linear_triton
 
 def compiled(jit, arguments, options):
     target = GPUTarget("cuda", 90, 32)
@@ -107,6 +107,11 @@ for epilogue in (1, 2):
         form = getattr(linear_triton, name)
         kernel, _, args, options = linear_triton.launch(form, *given, epilogue, tile, warps, stages)
         rows[f"{name} {epilogue}"] = compiled(kernel.compiled, args, options)
+x, w, bias, y, _, _ = given
+for kind, tile in linear_gluon_pingpong.TILES.items():
+    stages = 4 if kind == "pingpong" else 3
+    kernel, _, args, options = linear_gluon_pingpong.launch(kind, x, w, bias, y, 1, tile, stages)
+    rows[f"{kind} 1"] = compiled(kernel, args, options)
 print(json.dumps({name: {"ptx": c.asm["ptx"], "shared": c.metadata.shared} for name, c in rows.items()}))
 """
 
@@ -120,7 +125,7 @@ def test_what_the_compiler_makes_of_them_for_hopper(triton_cache):
     done = subprocess.run([sys.executable, "-c", _COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert len(rows) == 8
+    assert len(rows) == 11
     for name, row in rows.items():
         ptx = row["ptx"]
         assert "wgmma.mma_async.sync.aligned" in ptx, name
@@ -130,6 +135,12 @@ def test_what_the_compiler_makes_of_them_for_hopper(triton_cache):
         assert "cvt.rz" not in ptx, name
         contracted = ptx.count("fma.rn.f32")
         assert (contracted > 0) == name.endswith("1"), f"{name}: GELU fuses one sum, gate and residual none"
+    for name, product, count in (
+        ("pingpong", "m64n128k16", 24),
+        ("together", "m64n128k16", 24),
+        ("thirds", "m64n256k16", 12),
+    ):
+        assert rows[f"{name} 1"]["ptx"].count(f"wgmma.mma_async.sync.aligned.{product}") == count
 
 
 @needs_interpreter
@@ -173,6 +184,20 @@ def test_a_dry_run_of_steps(tmp_path, monkeypatch):
     document = found | {"path": "out/steps.json"}
     assert "| all, with what follows | " in tables.linear_steps(document)
     assert tables.linear_power(document).count("| bitfuse | ") == 2
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_a_dry_run_of_steps_without_quack(tmp_path):
+    out = tmp_path / "steps.json"
+    command = [sys.executable, str(BENCHMARKS / "linear_steps.py"), "--tiny", "--engine", "gluon", "--out", str(out)]
+    done = subprocess.run([*command, "--parts", "layers", "gelu", "energy"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["trial"] == {"gelu, torch's ops": "equal"}
+    row = found["6144 tokens"]["GELU's configurations"]
+    assert row.keys() == {"bitfuse", "bitfuse again", "GELU, torch's ops"}
+    assert row["GELU, torch's ops"]["by a kernel"] == {"gelu": 2}, "on a CPU the audio's, too"
 
 
 @needs_interpreter
