@@ -1,14 +1,14 @@
 """Whole steps with linear layers by other engines than cuBLAS: what `linear.py` asks of single layers.
 
     python benchmarks/linear_steps.py --out out/steps.json                    # on a Hopper GPU, some 400 s
-    python benchmarks/linear_steps.py --engine gluon --parts gelu --seconds 80 --out FILE       # without quack
+    python benchmarks/linear_steps.py --engine gluon --out out/steps.json     # without quack
     TRITON_INTERPRET=1 python benchmarks/linear_steps.py --tiny --out FILE    # without one: torch's ops stand in
 
 The engine is quack's GEMM (`linear_quack.py` says what it needs), beside a kernel of `linear_gluon.py`; or, with
-`--engine gluon`, those of `linear_gluon_pingpong.py` alone, for GELU alone.
+`--engine gluon`, that kernel for gate and residual and those of `linear_gluon_pingpong.py` for the rest.
 FILE is written after each row, so that a run that is cut off leaves what it has. First every kernel is tried on small
-shapes, and GELU of all finite values: who fails sits out, and its traceback is printed. Then the parts, in this order;
-what the time (`--seconds`) no longer allows is left out:
+shapes, and GELU of all finite values: who fails sits out, and its traceback is printed. Then the parts, in the order in
+which they are asked for, else in this one; what the time (`--seconds`) no longer allows is left out:
 
     layers     one layer again and again for 1.5 s: milliseconds, millijoules and watts
     gelu       whole steps at 6144 tokens, each way a CUDA graph, by turns, with GELU in one of several configurations
@@ -17,6 +17,7 @@ what the time (`--seconds`) no longer allows is left out:
     energy     some of them for ten seconds each, by turns: time, power, clock
     why        plain linears in other circumstances: without the second stream, launched otherwise
     24576      the few that matter, at 24576 tokens
+    1536       likewise
     kernels    each kernel of one step, by the profiler (which may slow down what comes after it)
 
 A way whose outputs differ from stock's in a bit gets no time, nor does one whose graph is not the one that was captured
@@ -53,7 +54,7 @@ from bitfuse.tools.machine import machine
 from bitfuse.tools.names import LATENTS
 from bitfuse.tools.prove.linear import follow
 
-PARTS = ("layers", "gelu", "single", "together", "energy", "why", "24576", "kernels")
+PARTS = ("layers", "gelu", "single", "together", "energy", "why", "24576", "1536", "kernels")
 DEVICE, BF16 = lin.DEVICE, lin.BF16
 _BEGAN = time.perf_counter()
 _linear = F.linear  # the host's, also while another stands in its place
@@ -146,7 +147,7 @@ def patched(tried: Tried) -> Iterator[list[str]]:
         return way.call(given, epilogue)().view(*x.shape[:-1], -1)
 
     def wide(x: Tensor) -> bool:
-        return x.shape[-2] >= 2048 or DEVICE.type == "cpu"
+        return x.shape[-2] >= 1536 or DEVICE.type == "cpu"  # the audio has 126 rows, the text 1024
 
     def by_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         way = plain.get(tuple(w.shape), plain.get(ANY))
@@ -352,7 +353,6 @@ class Run(NamedTuple):
     seconds: float
     results: dict[str, Any]
     out: Path | None
-    only: tuple[str, ...] = ("",)
 
     def keep(self) -> None:
         if self.out is not None:
@@ -483,8 +483,6 @@ class Ways(NamedTuple):
 
 def named(ways: dict[str, list[Any]]) -> Ways:
     gelu = {f"GELU, {way.name}": Tried(up=way) for way in ways["gelu"]}
-    if ways.keys() == {"gelu"}:
-        return Ways(gelu, {}, {}, gelu, {}, gelu)
     up, gated, plain = ways["gelu"][0], ways["gated"], ways["plain"]
 
     def every(way: Any) -> Tried:
@@ -507,9 +505,9 @@ def named(ways: dict[str, list[Any]]) -> Ways:
     why = {of_plain: every(plain[0]), "bitfuse, one stream": Tried(one_stream=True)}
     why |= {f"all, plain, one stream, {plain[0].name}": every(plain[0])._replace(one_stream=True)}
     why |= {f"all, plain, {way.name}": every(way) for way in ways["why"]}
-    return Ways(
-        gelu, single, together, some | {"all, with what follows": together["all, with what follows"]}, why, some
-    )
+    several = some | {"all, with what follows": together["all, with what follows"]}
+    few = gelu | some | {"GELU, down, out": together["GELU, down, out"]}
+    return Ways(gelu, single, together, several, why, few)
 
 
 def seconds_by_turns(run: Run, steps: Steps, tried: dict[str, Tried]) -> None:
@@ -523,32 +521,31 @@ def seconds_by_turns(run: Run, steps: Steps, tried: dict[str, Tried]) -> None:
             run.keep()
 
 
-def at_24576(run: Run, model: Any, geometry: Any, few: dict[str, Tried]) -> None:
-    row = run.results["24576 tokens"]["together"] = {}
+def at(tokens: int, run: Run, model: Any, geometry: Any, few: dict[str, Tried]) -> None:
+    found = run.results[f"{tokens} tokens"] = {"layers": run.layers, "together": {}}
     if run.left() < 50:
-        row["bitfuse"] = "no time was left"
+        found["together"]["bitfuse"] = "no time was left"
         return
     if not run.tiny:
-        frames, height, width = LATENTS[24576]
+        frames, height, width = LATENTS[tokens]
         geometry = replace(geometry, frames=frames, height=height, width=width)
-    stage(run, Steps(model, geometry), row, few, 1 if run.tiny else 2, 3)
+    rounds, count = (1, 2) if run.tiny else (2, 3) if tokens > 6144 else (4, 10)
+    stage(run, Steps(model, geometry), found["together"], few, rounds, count)
 
 
 def engines(run: Run, engine: str) -> dict[str, list[Any]]:
     """The kernels of each form, the most likely first; `why`: of plain layers, what tells causes apart."""
     if run.tiny:
         stand = Stand()
-        return {
-            form: [stand] for form in ("gelu", "gated", "plain", "why", "gluon")[: 1 if engine == "gluon" else None]
-        }
+        return {form: [stand] for form in ("gelu", "gated", "plain", "why", "gluon")}
     if engine == "gluon":
-        return {"gelu": [way for way in lin.ON_REGISTERS if f"GELU, {way.name}".startswith(run.only)]}
+        some, gated = [lin.ON_REGISTERS[1], lin.ON_REGISTERS[3]], [lin.LARGE[4]]
+        return {"gelu": some, "gated": gated, "plain": list(some), "why": [], "gluon": gated}
     try:
         import linear_quack as quack
-    except Exception as error:
-        run.results["quack"] = _failed(run, "importing quack", error)
-        run.keep()
-        raise SystemExit(1) from None
+    except ImportError as error:
+        what = "benchmarks/carry-quack.txt says what quack needs; --engine gluon needs nothing besides"
+        raise SystemExit(f"{error}: {what}") from None
     narrow, together, wide, pingpong = quack.CONFIGURATIONS
     why = [narrow._replace(dependent=False), narrow._replace(schedule="dynamic"), together._replace(schedule="once")]
     return {
@@ -606,11 +603,11 @@ def main() -> None:
         "versions": versions(),
         "exit_code": 1,
     }
-    run = Run(given.tiny, 1 if given.tiny else given.layers, given.seconds, results, given.out, only)
+    run = Run(given.tiny, 1 if given.tiny else given.layers, given.seconds, results, given.out)
     with torch.no_grad():
         ways = engines(run, given.engine)
         trial(run, ways)
-        if not all(ways[form] for form in ("gelu", "gated", "plain", "gluon") if form in ways):
+        if not all(ways[form] for form in ("gelu", "gated", "plain", "gluon")):
             raise SystemExit("of one form no kernel is right: nothing to decide")
         if "layers" in given.parts:
             layers(run, ways)
@@ -622,7 +619,6 @@ def main() -> None:
             parser.error(f"--only {unknown[0]!r} begins no way's name; accepted: {names}")
         tried = Ways(*({name: one for name, one in some.items() if name.startswith(only)} for some in tried))
         found = results["6144 tokens"] = {"layers": run.layers}
-        results["24576 tokens"] = {"layers": run.layers}
         again = {"bitfuse again": Tried()}
         plainly = {"bitfuse": Tried()}
 
@@ -635,11 +631,12 @@ def main() -> None:
             "together": of("together", tried.together),
             "energy": lambda: seconds_by_turns(run, steps, plainly | tried.energy),
             "why": of("why", tried.why),
-            "24576": lambda: at_24576(run, model, geometry, tried.few),
+            "24576": lambda: at(24576, run, model, geometry, tried.few),
+            "1536": lambda: at(1536, run, model, geometry, tried.few),
             "kernels": lambda: _profile(run, steps, plainly | tried.few),
         }
         failed = False
-        for name in (name for name in parts if name in given.parts):
+        for name in (name for name in given.parts if name in parts):
             try:
                 parts[name]()
             except Exception as error:
