@@ -706,6 +706,89 @@ def linear_steps(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def linear_gluon(alone: dict[str, Any], steps: dict[str, Any]) -> str:
+    """What `linear_gluon_pingpong.py` wins alone, at the limit of power, and in whole steps, of 6144 tokens."""
+    shape, own = "6144 x 16384 x 4096, gelu", "F.linear, own GELU"
+    turns, steady = alone["shapes"][shape], alone["steady"][shape]
+    lines = [
+        "| GELU in | 25 ms each, by turns | 1.5 s at a time | energy | a step of 6144 tokens | of 24576 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    ways = {own: "a kernel of its own, as it is"} | {way: way for way in turns if way.startswith(_ON_REGISTERS)}
+    for way, name in ways.items():
+        ms, longer, mj = turns[way], steady[way]["ms"], steady[way]["mJ"]
+        cells = [f"{ms:.3f} ms, {turns[own] / ms:.3f}x", f"{longer:.3f} ms, {steady[own]['ms'] / longer:.3f}x"]
+        cells.append(f"{mj:.0f} mJ")
+        for tokens in (6144, 24576):
+            found = [_over_bitfuse(run, tokens, f"GELU, {way}") for run in steps["runs"]]
+            cells.append(", ".join(filter(None, found)) or "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    spans = steps["runs"][0]["6144 tokens"]["ten seconds"]
+    lines += [
+        "",
+        f"The layer is {shape}; `F.linear` alone takes {turns['F.linear']:.3f} ms by turns, "
+        f"{steady['F.linear']['ms']:.3f} ms and {steady['F.linear']['mJ']:.0f} mJ for 1.5 s. Steps of 48 layers, over "
+        "bitfuse in the same turns, in two runs on machines lent apart. Over ten seconds of the first a step takes "
+        + ", ".join(f"{rows[0]['J']:.1f} J ({name.removeprefix('GELU, ')})" for name, rows in spans.items())
+        + f". Every output equal to stock's. {_sources([alone, steps], '../')}",
+    ]
+    return "\n".join(lines)
+
+
+_ON_REGISTERS = ("pingpong", "together", "thirds")
+
+
+def _over_bitfuse(run: dict[str, Any], tokens: int, name: str) -> str:
+    """Of a way in the parts of a run of `linear_steps.py`; empty where it has none."""
+    parts = run.get(f"{tokens} tokens", {}).values()
+    rows = [part for part in parts if isinstance(part, dict) and isinstance(part.get(name), dict)]
+    return f"{rows[0]['bitfuse']['ms'] / rows[0][name]['ms']:.4f}x" if rows else ""
+
+
+def linear_gluon_steps(document: dict[str, Any]) -> str:
+    """One change at a time, of layers in Gluon but GELU's."""
+    *_, run = document["runs"]
+    lines = ["| a step with these layers in Gluon | 6144 tokens, over bitfuse | 24576 |", "| --- | --- | --- |"]
+    names = [
+        name
+        for tokens in (6144, 24576)
+        for part in run[f"{tokens} tokens"].values()
+        if isinstance(part, dict)
+        for name in part
+    ]
+    for name in dict.fromkeys(names):
+        if name != "bitfuse" and not name.startswith("GELU, thirds"):
+            small, large = (_over_bitfuse(run, tokens, name) or "-" for tokens in (6144, 24576))
+            lines.append(f"| {name} | {small} | {large} |")
+    small, large = (run["6144 tokens"]["one change at a time"], run["24576 tokens"]["together"])
+    took = f"{small['bitfuse']['ms']:.1f} and {large['bitfuse']['ms']:.1f} ms"
+    lines += ["", f"bitfuse takes {took}. Every output equal to stock's. {_sources([document], '../')}"]
+    return "\n".join(lines)
+
+
+def linear_cublaslt(document: dict[str, Any]) -> str:
+    """By shape of a step: what the heuristic's other algorithms take, beside `F.linear`."""
+    lines = [
+        "| M x N x K | algorithms, of which equal | the fastest by turns | its energy | the least energy of any |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for shape, row in document["layers"].items():
+        equal = [name for name, one in row["algorithms"].items() if one["bits"] == "equal"]
+        turns, stock = {name: ms for name, ms in row["turns"].items() if name != "F.linear"}, row["turns"]["F.linear"]
+        fastest = min(turns, key=turns.__getitem__)
+        over = {name: one["mJ"] for name, one in row["over F.linear"].items()}
+        lines.append(
+            f"| {shape} | {len(row['algorithms'])}, {len(equal)} | {turns[fastest]:.4f} ms of {stock:.4f}, "
+            f"{stock / turns[fastest]:.3f}x | {over[fastest]:.3f} of `F.linear`'s | {min(over.values()):.3f} |"
+        )
+    lines += [
+        "",
+        f"cuBLASLt {document['versions']['cublasLt']}; energy is that of 1.5 s, between loops of `F.linear`. "
+        f"{_sources([document], '../')}",
+    ]
+    return "\n".join(lines)
+
+
 def linear_power(document: dict[str, Any]) -> str:
     """Steps for ten seconds: bitfuse and its repeats, and what was tried."""
     found = document["6144 tokens"]
@@ -830,6 +913,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear step table": lambda: linear_one_step(newest("linear-turns")),
     "roundings table": lambda: roundings(json.loads(ROUNDINGS.read_text())),
     "wrong kernels table": lambda: wrong_kernels(newest_proof(), "gated_residual"),
+    "linear gluon table": lambda: linear_gluon(newest("linear-gluon-layers"), newest("linear-gluon-steps")),
+    "linear gluon steps table": lambda: linear_gluon_steps(newest("linear-gluon-steps")),
+    "linear cublaslt table": lambda: linear_cublaslt(newest("linear-cublaslt")),
     "linear steps table": lambda: linear_steps(newest("linear-steps")),
     "linear power table": lambda: linear_power(newest("linear-steps")),
     "stacking table": lambda: stacking(json.loads(STACKING.read_text())),
