@@ -723,11 +723,11 @@ def linear_gluon(alone: dict[str, Any], steps: dict[str, Any]) -> str:
             found = [_over_bitfuse(run, tokens, f"GELU, {way}") for run in steps["runs"]]
             cells.append(", ".join(filter(None, found)) or "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    spans = steps["runs"][0]["6144 tokens"]["ten seconds"]
+    spans, plain = steps["runs"][0]["6144 tokens"]["ten seconds"], steady["F.linear"]
     lines += [
         "",
         f"Medians by turns, means of 1.5 s. The layer is {shape}; `F.linear` alone takes {turns['F.linear']:.3f} ms by "
-        f"turns, {steady['F.linear']['ms']:.3f} ms and {steady['F.linear']['mJ']:.0f} mJ for 1.5 s. Steps of 48 layers, over "
+        f"turns, {plain['ms']:.3f} ms and {plain['mJ']:.0f} mJ for 1.5 s. Steps of 48 layers, over "
         "bitfuse in the same turns, in two runs on machines lent apart. Over ten seconds of the first a step takes "
         + ", ".join(f"{rows[0]['J']:.1f} J ({name.removeprefix('GELU, ')})" for name, rows in spans.items())
         + f". Every output equal to stock's. {_sources([alone, steps], '../')}",
