@@ -285,8 +285,8 @@ def test_an_algorithm_of_cublaslt_with_other_bits_gets_no_time(cublaslt):
 
 
 def test_loops_of_cublaslts_algorithms_stand_between_those_of_torch(cublaslt, monkeypatch):
-    """Each is told as a multiple of the mean of the loops of F.linear before and after it."""
-    spent = {"F.linear": [100.0, 110.0, 120.0], "a": [105.0], "b": [84.0], "c": [92.0]}
+    """Each is told as a multiple of the mean of the loops of F.linear before and after it, but for the very first."""
+    spent = {"F.linear": [50.0, 100.0, 110.0, 120.0], "a": [105.0], "b": [84.0], "c": [92.0]}
     ran: list[str] = []
 
     def sustained(name: str) -> dict[str, float]:
@@ -296,7 +296,8 @@ def test_loops_of_cublaslts_algorithms_stand_between_those_of_torch(cublaslt, mo
     monkeypatch.setattr(cublaslt.lin, "sustained", sustained)
     run, row = cublaslt.ls.Run(False, 1, 100.0, {}, None), {}
     cublaslt.energy(run, row, {name: name for name in spent}, ["a", "b", "c"])
-    assert ran == ["F.linear", "a", "b", "F.linear", "c", "F.linear"]
+    assert ran == ["F.linear", "F.linear", "a", "b", "F.linear", "c", "F.linear"]
+    assert [one["mJ"] for one in row["energy"]["F.linear"]] == [100.0, 110.0, 120.0]
     assert row["over F.linear"] == {
         "a": {"ms": 1.0, "mJ": 1.0},
         "b": {"ms": 1.0, "mJ": 0.8},
