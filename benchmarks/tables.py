@@ -770,7 +770,7 @@ def linear_gluon_steps(document: dict[str, Any]) -> str:
 def linear_cublaslt(document: dict[str, Any]) -> str:
     """By shape of a step: what the heuristic's other algorithms take, beside `F.linear`."""
     lines = [
-        "| M x N x K | algorithms, of which equal | fastest by turns | its energy | the least energy | `F.linear` again |",
+        "| M x N x K | algorithms, equal | fastest by turns | its energy | the least energy | `F.linear` again |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for shape, row in document["layers"].items():
