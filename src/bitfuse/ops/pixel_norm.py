@@ -389,7 +389,6 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
         WARPS,
         tuple(outputs),
         slots=(*_pointers(given), *added, *(("sum_ptr",) if len(outputs) > 1 else ()), "out_ptr"),
-        effort=len(outputs) * channels // channels_at_once if kept else 1,  # of what is not kept there is a loop
         **more,
     )
 
