@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import bitfuse
-from bitfuse import OPERATORS
+from bitfuse import OPERATORS, hosts
 from bitfuse.core import launch, proof
 from bitfuse.core.launch import Plan
 from bitfuse.hosts import rehearsal, report
@@ -365,13 +365,17 @@ def test_no_thread_makes_triton_ready_where_bitfuse_is_off(monkeypatch):
         bitfuse.enable()
 
 
-def test_accelerate_makes_triton_ready(device, monkeypatch):
+def test_accelerate_makes_triton_ready_first_of_all(device, monkeypatch):
     devices = []
-    monkeypatch.setattr("bitfuse.hosts.part.start_up", devices.append)
-    monkeypatch.setattr(Rehearsal, "MIN_BLOCKS", 1)
     model, _ = build(device, HOSTS[0])
+
+    def noted(found):
+        assert model not in hosts._active
+        devices.append(found.type)
+
+    monkeypatch.setattr("bitfuse.hosts.rehearsal.start_up", noted)
     with bitfuse.accelerate(model):
-        assert [found.type for found in devices] == [torch.device(device).type]
+        assert devices == [torch.device(device).type]
 
 
 def test_it_is_of_one_block_once(device, monkeypatch):

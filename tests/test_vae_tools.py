@@ -529,7 +529,7 @@ def test_a_restore_while_kernels_are_compiled(compiled, monkeypatch):
 
 def test_triton_is_made_ready_when_a_decoder_is_taken_over(monkeypatch):
     devices = []
-    monkeypatch.setattr("bitfuse.hosts.video_coder.start_up", devices.append)
+    monkeypatch.setattr("bitfuse.hosts.rehearsal.start_up", devices.append)
     with bitfuse.accelerate(make()):
         assert {device.type for device in devices} == {"cpu"}
 

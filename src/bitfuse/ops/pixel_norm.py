@@ -174,8 +174,8 @@ def _pixel_kernel(
     x_at, noise_at, out_at = number[:, None] * C, (h * width + w)[:, None], pixel.to(tl.int64)[:, None] * C
     scale_at, shift_at = batch[:, None] * scale_batch, batch[:, None] * shift_batch
     lane, here = tl.arange(0, CHANNELS)[None, :], inside[:, None]
-    # Of each piece a thread takes 4 channels, 8 bytes, as it does of one piece by itself. So it has the same channels of
-    # all of them, and they are added up without an exchange between threads.
+    # Of each piece a thread takes 4 channels, 8 bytes, as it does of one piece by itself. So it has the same channels
+    # of all of them, and they are added up without an exchange between threads.
     four = tl.multiple_of(tl.max_contiguous(tl.arange(0, CHANNELS), 4), 4)
     lanes = tl.arange(0, TOGETHER)[None, :, None] * CHANNELS + four[None, None, :]
 
@@ -359,6 +359,8 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
     channels_at_once = min(_MOST_AT_ONCE, power_of_2(channels)) if given_mean else 4 * slots
     whole = threads == slots and channels // order.halves % channels_at_once == 0
     kept = not given_mean and whole and channels // channels_at_once <= _MOST_KEPT
+    # To choose their layouts, Triton 3.6 walks all that hangs together once for each load and store: 2.2 s for 256
+    # channels with a residual, of which each of 16 pieces had its own, and 0.2 s now that four have one together.
     pieces = channels // order.halves // channels_at_once
     together = 4 if pieces > 4 and pieces % 4 == 0 else 1
     per_program = max(1, elements() // channels_at_once)
