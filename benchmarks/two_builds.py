@@ -52,13 +52,14 @@ def _take_out() -> dict[str, Any]:
     return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "bitfuse"}
 
 
-def operators(builds: list[Build], rounds: int) -> Iterator[dict[str, Any]]:
-    """Microseconds of every operator's real cases, in both builds, with a cold L2."""
+def operators(builds: list[Build], rounds: int, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Microseconds of the real cases of these operators, of none named all, in both builds, with a cold L2."""
     new = builds[-1]
     with new.loaded():
         from bitfuse.tools.bench.measure import interleaved
 
-        work = [(o, case) for o in new.bitfuse.OPERATORS.values() for case in o.cases if case.real]
+        of_all = new.bitfuse.OPERATORS
+        work = [(of_all[name], case) for name in names or of_all for case in of_all[name].cases if case.real]
     device = torch.device("cuda")
     for operator, case in work:
         args = case.arguments(device, seed=0)
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--version", default="2.0")
-    parser.add_argument("--operators", action="store_true", help="also every operator, on its real cases")
+    parser.add_argument("--operators", nargs="*", help="also these operators, on their real cases; without names: all")
     asked = parser.parse_args()
     if not (asked.old / "bitfuse").is_dir():
         parser.error(f"{str(asked.old)!r} has no folder bitfuse; accepted: the folder src of an older build")
@@ -157,7 +158,7 @@ def main() -> None:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         asked.out.write_text(json.dumps(found, indent=1))
 
-    for row in operators(builds, 25) if asked.operators else ():
+    for row in operators(builds, 25, asked.operators) if asked.operators is not None else ():
         found["operators"].append(row)
         ratio = f"{row['new / old']:.3f}" if row["equal"] else row["mismatch"]
         print(f"{row['operator']:48} {row['case'][:40]:40} new / old {ratio}", flush=True)

@@ -397,10 +397,10 @@ def test_core_and_operators_do_not_grow():
     proofs of large volumes in pieces; gelu.py and tensor_core.py; what a convolution's proof meets without memory; and
     for ComfyUI 255 lines: the references of eight operators, of which each has a signature, a source and a sentence or
     two, a multiply-add in bf16, and the forms of the kernels; a kernel for all widths that are padded without a norm,
-    and kernels that threads compile while others wait)."""
+    and kernels that threads compile while others wait, a source at a time)."""
     paths = [path for path in FILES if _room(_name(path)) in ("core", "ops") and not _is_evidence(_name(path))]
     assert not any(path.stem.endswith(("_common", "_cases")) for path in paths)
-    assert sum(len(path.read_text().splitlines()) for path in paths) < 6890
+    assert sum(len(path.read_text().splitlines()) for path in paths) < 6960
 
 
 # -- what may not stand in the package -----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import bitfuse
-from bitfuse import OPERATORS
+from bitfuse import OPERATORS, hosts
 from bitfuse.core import launch, proof
 from bitfuse.core.launch import Plan
 from bitfuse.hosts import rehearsal, report
@@ -151,13 +151,10 @@ def test_a_launch_waits_for_its_own_kernel(operator, device):
         launch.under_way.clear()
 
 
-class LaterIsLonger:
-    """A launch that takes a while to compile; a thread loads first what is compiled last."""
+class Slow:
+    """A launch that takes a while to compile."""
 
     kernel = SimpleNamespace(compiled=None)
-
-    def __init__(self, effort):
-        self.effort = effort
 
     def compile(self, args):
         time.sleep(0.05)
@@ -173,8 +170,8 @@ def test_a_call_that_ends_early_waits_for_no_kernel_that_is_not_begun(error, dev
     rehearsal, begun, other = Rehearsal(torch.nn.Identity(), ()), threading.Event(), threading.Event()
     args = OPERATORS["residual_pad"].cases[0].arguments(device, tokens=24)
     plan = OPERATORS["residual_pad"].plan(*args)
-    keys = [*range(63), plan.compiled_key(args)]  # what is begun last is the first that is loaded
-    launches = {key: (LaterIsLonger(effort), (torch.zeros(1),)) for effort, key in enumerate(keys)}
+    keys = [*range(63), plan.compiled_key(args)]
+    launches = {key: (Slow(), (torch.zeros(1),)) for key in keys}
     rehearsal._launches.update(launches)
 
     def call():
@@ -201,17 +198,30 @@ def test_a_call_that_ends_early_waits_for_no_kernel_that_is_not_begun(error, dev
 
 
 FOR_NO_GPU = """
-import threading, time
+import threading, time, warnings
 from types import SimpleNamespace
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime import driver
 from bitfuse import OPERATORS
 from bitfuse.core import launch
 from bitfuse.hosts.rehearsal import Rehearsal
 
-loading, loaded, compiled = [], [], []
+loading, loaded, compiled, sources = [], [], [], []
+make_ir = ASTSource.make_ir
+
+def one_at_a_time(source, *args, **kwargs):
+    sources.append(source)
+    time.sleep(0.05)
+    try:
+        return make_ir(source, *args, **kwargs)
+    finally:
+        assert sources == [source], "two at once"
+        sources.clear()
+
+ASTSource.make_ir = one_at_a_time
 
 class Launcher:
     def __init__(self, src, metadata):
@@ -238,13 +248,17 @@ for name in ("residual_pad", "upsample", "unpatchify", "head_gate"):
         few = tuple(launch.few_bytes(a) if isinstance(a, torch.Tensor) else a for a in args)
         rehearsal._take(plan.on_few_bytes(), few)
         calls.append((plan, args))
-noted = len(rehearsal._launches)
+noted, filters = len(rehearsal._launches), list(warnings.filters)
 with rehearsal.compiling():
     for plan, args in calls:
         plan.bind(args, plan.empty(args[0].device))
 assert len(compiled) == len(loaded) == noted < len(calls), (compiled, loaded, noted)
 assert {thread for _, thread in loaded} == {"bitfuse load_0"}, loaded
+assert warnings.filters == filters
 assert threading.active_count() == 1
+launch._loading.acquire()  # by whoever loads another kernel
+for plan, args in calls:
+    plan.bind(args, plan.empty(args[0].device))
 """
 
 
@@ -252,7 +266,8 @@ def test_triton_compiles_and_loads_each_kernel_once(triton_cache):
     """By its own code for a GPU that is not here: what is bound is what a thread has compiled, from a few bytes."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment = {**inherited, "TRITON_CACHE_DIR": str(triton_cache)}
-    done = subprocess.run([sys.executable, "-c", FOR_NO_GPU], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", FOR_NO_GPU]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
@@ -307,7 +322,7 @@ def compile(args):
     time.sleep(0.5)
     print("compiled")
 
-plan = SimpleNamespace(kernel=SimpleNamespace(compiled=None), effort=1, compile=compile, load=lambda args: None)
+plan = SimpleNamespace(kernel=SimpleNamespace(compiled=None), compile=compile, load=lambda args: None)
 rehearsal.THREADS = 1
 rehearsal._launches.update({number: (plan, (torch.zeros(1),)) for number in range(64)})
 
@@ -350,13 +365,17 @@ def test_no_thread_makes_triton_ready_where_bitfuse_is_off(monkeypatch):
         bitfuse.enable()
 
 
-def test_accelerate_makes_triton_ready(device, monkeypatch):
+def test_accelerate_makes_triton_ready_first_of_all(device, monkeypatch):
     devices = []
-    monkeypatch.setattr("bitfuse.hosts.part.start_up", devices.append)
-    monkeypatch.setattr(Rehearsal, "MIN_BLOCKS", 1)
     model, _ = build(device, HOSTS[0])
+
+    def noted(found):
+        assert model not in hosts._active
+        devices.append(found.type)
+
+    monkeypatch.setattr("bitfuse.hosts.rehearsal.start_up", noted)
     with bitfuse.accelerate(model):
-        assert [found.type for found in devices] == [torch.device(device).type]
+        assert devices == [torch.device(device).type]
 
 
 def test_it_is_of_one_block_once(device, monkeypatch):

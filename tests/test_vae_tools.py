@@ -7,7 +7,6 @@ import json
 import threading
 import time
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
@@ -428,15 +427,11 @@ def test_a_decode_goes_on_while_kernels_are_compiled_that_it_needs_later(compile
 def test_an_error_in_a_first_decode_leaves_no_thread_behind_and_the_next_one_is_right(error, compiled, monkeypatch):
     vae, found = make(), []
     expected = decoded(vae)
-    compile, take = Plan.compile, Rehearsal._take
+    compile = Plan.compile
 
     def slow(plan, args):
         time.sleep(0.2)
         compile(plan, args)
-
-    def later_is_longer(self, plan, args):
-        """So the thread that loads waits for a kernel that is not begun."""
-        take(self, replace(plan, effort=len(self._launches)), args)
 
     def call():
         try:
@@ -449,7 +444,6 @@ def test_an_error_in_a_first_decode_leaves_no_thread_behind_and_the_next_one_is_
         raise error("in the midst of it")
 
     monkeypatch.setattr(Plan, "compile", slow)
-    monkeypatch.setattr(Rehearsal, "_take", later_is_longer)
     monkeypatch.setattr(Rehearsal, "THREADS", 2)
     handle = bitfuse.accelerate(vae)
     with monkeypatch.context() as patch:
@@ -535,7 +529,7 @@ def test_a_restore_while_kernels_are_compiled(compiled, monkeypatch):
 
 def test_triton_is_made_ready_when_a_decoder_is_taken_over(monkeypatch):
     devices = []
-    monkeypatch.setattr("bitfuse.hosts.video_coder.start_up", devices.append)
+    monkeypatch.setattr("bitfuse.hosts.rehearsal.start_up", devices.append)
     with bitfuse.accelerate(make()):
         assert {device.type for device in devices} == {"cpu"}
 

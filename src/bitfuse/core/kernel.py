@@ -16,6 +16,7 @@ import inspect
 import linecache
 import os
 import textwrap
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -119,9 +120,7 @@ class Kernel:
     @functools.cached_property
     def compiled(self) -> Any:
         """The `triton.JITFunction`, for a GPU (or, through `triton.compile`, for a GPU that is not here)."""
-        from triton.runtime.jit import JITFunction
-
-        return JITFunction(self._bound("compiled"), do_not_specialize=list(self.do_not_specialize))
+        return _in_turn()(self._bound("compiled"), do_not_specialize=list(self.do_not_specialize))
 
     @functools.cached_property
     def interpreted(self) -> Any:
@@ -152,6 +151,39 @@ def kernel(fn: Callable | None = None, *, do_not_specialize: tuple[str, ...] = (
     if fn is None:
         return functools.partial(Kernel, do_not_specialize=do_not_specialize, twin=twin)
     return Kernel(fn, do_not_specialize, twin)
+
+
+# Held by the thread that turns a source into Triton's IR. That is Python's alone, 0.1 s for a kernel: six threads that
+# began together all were through after 0.7 s (H200, 2026-11-29), where one after the other the first is after 0.1, and
+# goes on without Python while the next one begins. Triton also changes Python's filters of warnings meanwhile, and puts
+# back those that it found: two threads at once left them changed.
+_turn = threading.Lock()
+
+
+@functools.cache
+def _in_turn() -> Any:
+    """Triton's `JITFunction`, whose sources become IR one at a time."""
+    from triton.runtime.jit import JITFunction
+
+    class InTurn(JITFunction):
+        @property
+        def ASTSource(self) -> Any:
+            return self._source
+
+        @ASTSource.setter
+        def ASTSource(self, source: Any) -> None:  # what Triton takes a source by, set before the first kernel
+            self._source = _source_in_turn(source)
+
+    return InTurn
+
+
+@functools.cache
+def _source_in_turn(source: Any) -> Any:
+    def make_ir(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _turn:
+            return source.make_ir(self, *args, **kwargs)
+
+    return type(source.__name__, (source,), {"make_ir": make_ir})
 
 
 def triton_dtype(dtype: Any) -> Any:

@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -60,7 +61,6 @@ class Plan:
     by_shape   PyTorch's order of additions depends on more of the shape than the signature holds: the first call of
                every layout is compared, with its witnesses, before that layout is fused
     apart      numbers that the kernel gets as scalars, and that have a proof each although they share it: of channels
-    effort     about how long it takes to compile, beside others: threads begin with the longest (`hosts/rehearsal.py`)
     """
 
     kernel: Kernel
@@ -76,7 +76,6 @@ class Plan:
     options: dict[str, Any] = field(default_factory=lambda: dict(EXACT))
     slots: tuple[str | None, ...] = ()
     apart: tuple[int, ...] = ()
-    effort: int = 1
 
     def signature(self, args: tuple[Any, ...]) -> tuple:
         """Everything that the bits and the outputs' form may depend on. One proof serves all calls that have it.
@@ -212,9 +211,17 @@ under_way: dict[tuple[Any, ...], concurrent.futures.Future[Any]] = {}
 _loading = threading.Lock()
 
 
+# What is loaded needs no turn: a lock is no queue, and whoever loads one kernel after the other kept the first decode
+# waiting for a second, with the kernel that it needed there (H200, 2026-11-29).
+_loaded: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
 def _runner(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., Any]:
-    with _loading:
-        return compiled[grid]
+    if compiled not in _loaded:
+        with _loading:
+            _ = compiled[grid]
+        _loaded.add(compiled)
+    return compiled[grid]
 
 
 def _specialisation(value: int | float, annotation: str | None, by_width_alone: bool) -> str:

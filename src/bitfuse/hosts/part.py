@@ -20,7 +20,7 @@ import torch
 
 from bitfuse.core.originals import Originals
 from bitfuse.hosts.handle import Handle
-from bitfuse.hosts.rehearsal import Rehearsal, start_up
+from bitfuse.hosts.rehearsal import Rehearsal
 from bitfuse.hosts.site import NotFused, Site
 from bitfuse.hosts.sources import CALLING_A_MODULE, Entry, own
 from bitfuse.run.swap import Forward, bound, compiled_in, innermost, named, ours_in
@@ -332,7 +332,6 @@ def rehearse_first(blocks: Sequence[Any], handle: Handle) -> None:
         if isinstance(ours := ours_in(block), Block):
             sites = [site for site in handle.sites if site.name.startswith(f"transformer_blocks.{index}.")]
             ours.rehearsal = Rehearsal(block, sites)
-            start_up(next(block.parameters()).device)
             return
 
 

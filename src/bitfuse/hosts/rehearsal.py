@@ -85,9 +85,7 @@ class Rehearsal:
     """
 
     MIN_BLOCKS = 8
-    # Triton's own Python takes turns: what takes a kernel 0.1 s of it took each of 15 in as many threads 1.4 s, and the
-    # first was there when all were (H200, 16 cores, 2026-11-29).
-    THREADS = 6
+    THREADS = 12  # a decode's kernels
 
     def __init__(self, block: Any, sites: Iterable[Site]):
         self._block, self._sites = weakref.ref(block), tuple(sites)
@@ -152,7 +150,7 @@ class Rehearsal:
 
     def _submit(self, compiling: ThreadPoolExecutor, loading: ThreadPoolExecutor) -> dict[Any, Future[None]]:
         begun: dict[Any, Future[None]] = {}
-        for key, (plan, args) in sorted(self._launches.items(), key=lambda item: -item[1][0].effort):
+        for key, (plan, args) in self._launches.items():
             _ = plan.kernel.compiled  # made here: two threads would make one each
             begun[key] = compiling.submit(_compile, plan, args)
         return {key: loading.submit(_load, plan, args, begun[key]) for key, (plan, args) in self._launches.items()}

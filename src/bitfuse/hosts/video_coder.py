@@ -32,7 +32,7 @@ from bitfuse.core.originals import rerouted
 from bitfuse.core.volumes import laid
 from bitfuse.hosts.ltx2 import why_gradient
 from bitfuse.hosts.part import Model, Part, compiled_sentence
-from bitfuse.hosts.rehearsal import Rehearsal, start_up
+from bitfuse.hosts.rehearsal import Rehearsal
 from bitfuse.hosts.site import Site
 from bitfuse.hosts.sources import Entry, calls_of, of_operators
 from bitfuse.ops.convolution import CONVOLUTION
@@ -275,7 +275,6 @@ class VideoCoder(Part):
         }
         shared.handle.sites += sites.values()
         shared.handle.put(coder, cls(coder, shared, sites))
-        start_up(next(coder.parameters()).device)
 
     # -- when the host's own forward must run --
 

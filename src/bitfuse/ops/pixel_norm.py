@@ -155,14 +155,15 @@ def _pixel_kernel(
     scale_batch: tl.int64, scale_channel: tl.int64, shift_batch: tl.int64, shift_channel: tl.int64,
     C: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, FRONT: tl.constexpr, BACK: tl.constexpr,
     EDGE: tl.constexpr, HEIGHT: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, HALVES: tl.constexpr,
-    KEPT: tl.constexpr,
+    KEPT: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """A program takes PIXELS pixels of the padded output. The pixels that a padding repeats are computed again.
 
-    It reads CHANNELS of their channels at a time, and either keeps them in registers (KEPT) until their mean is known,
-    or reads them again, from the cache.
+    It reads CHANNELS of their channels at a time, a piece, and either keeps them in registers (KEPT) until their mean
+    is known, or reads them again, from the cache.
 
     pixels, frames, height, width    of the padded output in all; of x, which is not padded
+    TOGETHER                         pieces that one operation of Triton's takes, 1 or 4, where they are kept
     """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
@@ -173,6 +174,10 @@ def _pixel_kernel(
     x_at, noise_at, out_at = number[:, None] * C, (h * width + w)[:, None], pixel.to(tl.int64)[:, None] * C
     scale_at, shift_at = batch[:, None] * scale_batch, batch[:, None] * shift_batch
     lane, here = tl.arange(0, CHANNELS)[None, :], inside[:, None]
+    # Of each piece a thread takes 4 channels, 8 bytes, as it does of one piece by itself. So it has the same channels
+    # of all of them, and they are added up without an exchange between threads.
+    four = tl.multiple_of(tl.max_contiguous(tl.arange(0, CHANNELS), 4), 4)
+    lanes = tl.arange(0, TOGETHER)[None, :, None] * CHANNELS + four[None, None, :]
 
     kept = ()
     if given_ptr is not None:
@@ -187,13 +192,15 @@ def _pixel_kernel(
         for half in tl.static_range(HALVES):
             sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
             if KEPT:
-                for first in tl.static_range(0, C // HALVES, 4 * THREADS):
+                for first in tl.static_range(0, C // HALVES, TOGETHER * CHANNELS):
                     x = load_x(
-                        y_ptr, residual_ptr, bias_ptr, noise_ptr, noise_scale_ptr, x_at, residual_at, noise_at,
-                        half * (C // HALVES) + first + lane, here, dtype,
+                        y_ptr, residual_ptr, bias_ptr, noise_ptr, noise_scale_ptr, x_at[:, None], residual_at[:, None],
+                        noise_at[:, None], half * (C // HALVES) + first + lanes, here[:, None], dtype,
                     )  # fmt: skip
                     kept = kept + (x.to(dtype),)  # type: ignore[assignment]  # noqa: RUF005
-                    sums += round_to(x * x, dtype)  # r5
+                    squares = each_piece(round_to(x * x, dtype), PIXELS, CHANNELS, TOGETHER)  # r5
+                    for i in tl.static_range(TOGETHER):
+                        sums += squares[i]
             else:
                 for first in tl.range(0, C // HALVES, 4 * THREADS, loop_unroll_factor=4):
                     x = load_x(
@@ -212,11 +219,11 @@ def _pixel_kernel(
     # more, as the least square is 2^-133): all 8 * 10^8 pairs were compared. A division takes 100 of 700 us.
     scaled_by = divide(1.0, root)[:, None]
     if KEPT:
-        for i in tl.static_range(C // CHANNELS):
+        for i in tl.static_range(C // (TOGETHER * CHANNELS)):
             store_x(
-                kept[i].to(tl.float32), scaled_by, scale_ptr, shift_ptr, sum_ptr, out_ptr,
-                scale_at, shift_at, x_at, out_at, scale_channel, shift_channel, i * CHANNELS + lane, here,
-                own[:, None], dtype,
+                kept[i].to(tl.float32), scaled_by[:, None], scale_ptr, shift_ptr, sum_ptr, out_ptr,
+                scale_at[:, None], shift_at[:, None], x_at[:, None], out_at[:, None], scale_channel, shift_channel,
+                i * (TOGETHER * CHANNELS) + lanes, here[:, None], own[:, None, None], dtype,
             )  # fmt: skip
     else:
         for first in tl.range(0, C, CHANNELS, loop_unroll_factor=4):
@@ -299,6 +306,17 @@ def load_x(
 
 
 @kernel
+def each_piece(values, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TOGETHER: tl.constexpr):
+    """[PIXELS, TOGETHER, CHANNELS] -> TOGETHER of [PIXELS, CHANNELS]."""
+    if TOGETHER == 1:
+        found = (tl.reshape(values, (PIXELS, CHANNELS)),)
+    else:
+        by_turns = tl.reshape(tl.trans(values, (0, 2, 1)), (PIXELS, CHANNELS * 4))
+        found = vector_places(by_turns, PIXELS, CHANNELS)
+    return found
+
+
+@kernel
 def store_x(
     x, scaled_by, scale_ptr, shift_ptr, sum_ptr, out_ptr, scale_at, shift_at, x_at, out_at,
     scale_channel, shift_channel, channel, here, own, DTYPE: tl.constexpr,
@@ -319,7 +337,7 @@ def store_x(
 # -- launches ----------------------------------------------------------------------------------------------------------
 
 _MOST_AT_ONCE = 128  # channels, where nothing hangs on how many
-_MOST_KEPT = 16  # pieces of CHANNELS in registers: with 32 a kernel takes 15 s to compile, and registers run out
+_MOST_KEPT = 16  # pieces of CHANNELS in registers: with 32 registers run out
 
 
 def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -> Plan | str:
@@ -341,6 +359,10 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
     channels_at_once = min(_MOST_AT_ONCE, power_of_2(channels)) if given_mean else 4 * slots
     whole = threads == slots and channels // order.halves % channels_at_once == 0
     kept = not given_mean and whole and channels // channels_at_once <= _MOST_KEPT
+    # To choose their layouts, Triton 3.6 walks all that hangs together once for each load and store: 2.2 s for 256
+    # channels with a residual, of which each of 16 pieces had its own, and 0.2 s now that four have one together.
+    pieces = channels // order.halves // channels_at_once
+    together = 4 if pieces > 4 and pieces % 4 == 0 else 1
     per_program = max(1, elements() // channels_at_once)
     pixels, out = _padded(y, front, back, edge)
     outputs = [out]
@@ -364,11 +386,11 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
             **{"C": channels, "CHANNELS": channels_at_once, "PIXELS": per_program},
             **{"FRONT": front, "BACK": back, "EDGE": edge},
             **{"HEIGHT": order.height, "BLOCKS": order.blocks, "SLOTS": slots, "HALVES": order.halves, "KEPT": kept},
+            **{"TOGETHER": together},
         },
         WARPS,
         tuple(outputs),
         slots=(*_pointers(given), *added, *(("sum_ptr",) if len(outputs) > 1 else ()), "out_ptr"),
-        effort=len(outputs) * channels // channels_at_once if kept else 1,  # of what is not kept there is a loop
         **more,
     )
 
