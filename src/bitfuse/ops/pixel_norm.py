@@ -360,9 +360,10 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
     whole = threads == slots and channels // order.halves % channels_at_once == 0
     kept = not given_mean and whole and channels // channels_at_once <= _MOST_KEPT
     # To choose their layouts, Triton 3.6 walks all that hangs together once for each load and store: 2.2 s for 256
-    # channels with a residual, of which each of 16 pieces had its own, and 0.2 s now that four have one together.
+    # channels with a residual, of which each of 16 pieces had its own, and 0.2 s now that four have one together. Eight
+    # pieces, of 128 channels, are left alone: together, each thread would compute the roots of four pixels for one.
     pieces = channels // order.halves // channels_at_once
-    together = 4 if pieces > 4 and pieces % 4 == 0 else 1
+    together = 4 if pieces > 8 and pieces % 4 == 0 else 1
     per_program = max(1, elements() // channels_at_once)
     pixels, out = _padded(y, front, back, edge)
     outputs = [out]
