@@ -621,6 +621,29 @@ def diffusion_decoder(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def diffusion_decodes(document: dict[str, Any]) -> str:
+    """Whole decodes of it, by a compiled FlexAttention in the host's own processor."""
+    lines = [
+        "| frames | stock | fused | | attention of stock's | neither attention nor matmul | peak memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in document["decodes"]:
+        if not all(row["equal"]):
+            raise ValueError(f"{row['size']}: a decode has other bits")
+        ms = {way: row["s"][way] * 1e3 for way in ("stock", "fused")}
+        kernels, peak = row["kernels_ms"], row["peak_gb"]
+        other = " to ".join(f"{kernels[way]['other']:.0f}" for way in ("stock", "fused"))
+        lines.append(
+            f"| {row['size']} | {ms['stock']:.0f} ms | {ms['fused']:.0f} ms | {row['ratio']:.2f}x | "
+            f"{kernels['stock']['attention'] / ms['stock']:.0%} | {other} ms, {row['elementwise_ratio']:.1f}x | "
+            f"{peak['stock']:.2f}, {peak['fused']:.2f} GB |"
+        )
+    equal = sum(len(row["equal"]) for row in document["decodes"])
+    lines += ["", f"Medians by turns; each of {equal} decodes that were compared has the bits of the first. Peaks are "]
+    lines[-1] += f"beyond the weights. {_sources([document], '../')}"
+    return "\n".join(lines)
+
+
 def linear_orders(document: dict[str, Any]) -> str:
     """At which numbers of rows cuBLAS adds along K otherwise than in one chain: rows of the probes of `orders`."""
     lines = ["| N x K | rows at which it does not, without a bias | with one |", "| --- | --- | --- |"]
@@ -901,6 +924,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoder table": lambda: decoder([newest("video-decoder"), newest("ltx-core-decoder")], newest("run")),
     "encoder table": lambda: encoder(newest_or_none("video-encoder")),
     "diffusion decoder table": lambda: diffusion_decoder(newest("diffusion-decoder")),
+    "diffusion decodes table": lambda: diffusion_decodes(newest("diffusion-decode")),
     "gelu table": lambda: gelu(newest("gelu-operators")),
     "comfyui table": lambda: comfyui(newest("comfyui")),
     "rotary table": lambda: rotary(newest("rotary")),

@@ -433,7 +433,7 @@ def _plan(
     x = given["x"]
     batch, tokens, width = x.shape
     # Without a norm a program takes few columns, all on their way before it waits for the first: rows of 4096 as a
-    # whole took `modulate` 1.09, 1.04 and 1.02 times as long at 1536, 6144 and 24576 tokens (H200, 2026-11-29).
+    # whole took `modulate` 1.08 and 1.05 times as long at 6144 and 24576 tokens (H200, 2026-11-29).
     at_once = power_of_2(min(width, 1024) if order == "none" else width)
     per_program = rows_per_program(2 * at_once if order == "none" else width)
     lanes = mean_lanes(batch * tokens, width) if order == MEAN else layer_norm_lanes(width)

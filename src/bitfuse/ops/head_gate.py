@@ -71,8 +71,8 @@ def _head_gate_kernel(
 
 # -- the plan: the launch but for its pointers. It allocates nothing and checks nothing ------------------------------
 
-# Elements per program, and warps: 8 elements a thread. 32 took 1.07, 1.04 and 1.04 times as long at 1536, 6144 and
-# 24576 tokens (H200, 2026-11-29). The interpreter is fastest with few, large programs.
+# Elements per program, and warps: 8 elements a thread. 32 took 1.05 and 1.04 times as long at 6144 and 24576
+# tokens (H200, 2026-11-29). The interpreter is fastest with few, large programs.
 _ELEMENTS, _WARPS, _INTERPRETED_ELEMENTS = 1024, 4, 1 << 17
 
 
