@@ -7,7 +7,6 @@ and the JSON part.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -51,12 +50,7 @@ def sources(*documents: Row) -> str:
     return tables._sources(list(documents), "../")
 
 
-def gpu(document: Row) -> str:
-    """Its short name, as H100 of "NVIDIA H100 80GB HBM3": rows of one table may be of several."""
-    device = document["machine"]["device"]
-    found = re.search(r"\b[A-Z]\d+\w*\b|\b\d{4}\b", device)
-    return found[0] if found else device
-
+gpu = tables.gpu
 
 # -- what the JSON has -------------------------------------------------------------------------------------------------
 

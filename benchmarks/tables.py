@@ -233,8 +233,8 @@ def _under_the_model(rows: list[dict[str, Any]], documents: list[dict[str, Any]]
     ]
     if floors := [f"{row['of_floor']['graph']:.2f}x at {row['tokens']}" for row in rows if "of_floor" in row]:
         sentences.append(
-            "With the graph a step takes, of the time of its matmuls, its attention and the fused operators' bytes at "
-            f"a plain copy's speed, {', '.join(floors)} tokens."
+            f"With the graph a step takes {', '.join(floors)} tokens, of the sum of three times: its matmuls', its "
+            "attention's, and that of a plain copy of the fused operators' bytes."
         )
     for row in _rows(documents, "first_step"):
         if row["version"] == version:
@@ -255,17 +255,19 @@ def _under_the_model(rows: list[dict[str, Any]], documents: list[dict[str, Any]]
 def hosts(steps: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> str:
     """A whole step of the other hosts' transformers: a row for each host and number of tokens; then of several GPUs."""
     steps = [d for d in steps if any(_host(row) != "diffusers" for row in d.get("model", ()))]
-    rows = [row for row in _rows(steps, "model") if _host(row) != "diffusers"]
-    rows.sort(key=lambda row: (row["host"], row["version"], row["tokens"]))
+    found = [(gpu(d), row) for d in steps for row in d["model"] if _host(row) != "diffusers"]
+    found.sort(key=lambda one: (one[1]["host"], one[1]["version"], one[1]["tokens"]))
+    rows = [row for _, row in found]
     lines = [
-        "| host | LTX | video tokens | stock | bitfuse | CUDA graph | the host's own fusions | peak memory | output |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| host | LTX | GPU | video tokens | stock | bitfuse | CUDA graph | the host's own fusions | peak memory "
+        "| output |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in rows:
+    for card, row in found:
         ms, peak = row["ms"], row["peak_gb"]
         ways = [_way_cell(row, way) for way in ("bitfuse", "graph", "quality high")]
         lines.append(
-            f"| {row['host_version']} | {row['version']} | {row['tokens']} | {ms['stock']['median']:.0f} ms | "
+            f"| {row['host_version']} | {row['version']} | {card} | {row['tokens']} | {ms['stock']['median']:.0f} ms | "
             f"{' | '.join(ways)} | {peak['stock']:.1f} GB, {peak['bitfuse'] / peak['stock'] - 1:+.0%} | "
             f"{row['mismatch'] or 'identical in every bit'} |"
         )
@@ -276,16 +278,16 @@ def hosts(steps: list[dict[str, Any]], ranks: list[dict[str, Any]]) -> str:
         tokens = re.search(r"(\d+) video", of["geometry"])[1]
         differs = "; ".join(f"rank {rank}: {why}" for rank, why in of["differs"].items())
         lines.append(
-            f"| {of['host']}, {of['ranks']} GPUs | {version} | {tokens} | {of['ms']['stock']['median']:.0f} ms | "
-            f"{of['ms']['bitfuse']['median']:.0f} ms, {of['speed_up']:.2f}x | - | - | - | "
+            f"| {of['host']} | {version} | {of['ranks']} {gpu(of)} | {tokens} | {_spread(of['ms']['stock'])} | "
+            f"{_spread(of['ms']['bitfuse'])}, {of['speed_up']:.2f}x | - | - | - | "
             f"{differs or 'identical in every bit'} |"
         )
     documents = sorted([*steps, *ranks], key=lambda d: d["path"])
     lines += [
         "",
-        f"{rows[0]['layers']} layers; medians, all ways by turns in one process (on several GPUs of the slowest rank). "
-        "Speed-ups over the host's stock step, for SGLang that of its tier `exact`; the last way is SGLang's with all "
-        f"its fusions for LTX-2, whose output has other bits. "
+        f"{rows[0]['layers']} layers; medians, all ways by turns in one process; on several GPUs of the slowest rank, "
+        "with the 10th to the 90th percentile. Speed-ups over the host's stock step, for SGLang that of its tier "
+        "`exact`; the last way is SGLang's with all its fusions for LTX-2, whose output has other bits. "
         + " ".join([*_waiting(rows), _sources(documents, "../")]),
     ]
     return "\n".join(lines)
@@ -498,6 +500,13 @@ def _rows(documents: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
     return [row for document in documents for row in document.get(part, ())]
 
 
+def gpu(document: dict[str, Any]) -> str:
+    """Its short name, as H100 of "NVIDIA H100 80GB HBM3": rows of one table may be of several."""
+    device = document["machine"]["device"]
+    found = re.search(r"\b[A-Z]\d+\w*\b|\b\d{4}\b", device)
+    return found[0] if found else device
+
+
 def _spread(t: dict[str, float]) -> str:
     return f"{t['median']:.0f} ms ({t['p10']:.0f} to {t['p90']:.0f})"
 
@@ -681,7 +690,7 @@ def _spans(some: list[int], tried: list[int]) -> str:
 def linear_turns(document: dict[str, Any]) -> str:
     """Single layers by turns, and the fastest kernel of each."""
     lines = [
-        "| M x N x K, and what follows | `F.linear` alone | today | the fastest kernel |",
+        "| M x N x K, and what follows | `F.linear` alone | bitfuse then | the fastest kernel, over that |",
         "| --- | --- | --- | --- |",
     ]
     for case, row in document["shapes"].items():
@@ -690,7 +699,10 @@ def linear_turns(document: dict[str, Any]) -> str:
         name = min(kernels, key=lambda name: kernels[name])
         best = f"{kernels[name]:.4f} ms, {times['today'] / kernels[name]:.3f}x: {name}"
         lines.append(f"| {case} | {times['F.linear']:.4f} ms | {times['today']:.4f} ms | {best} |")
-    said = "Medians. `F.linear` alone is without what follows it; today is all of it, as the other columns."
+    said = (
+        "Medians. `F.linear` alone is without what follows it; the other columns have all of it. bitfuse then is "
+        "that of before `ops/gelu.py`: its GELU was PyTorch's."
+    )
     return "\n".join([*lines, "", f"{said} {_sources([document], '../')}"])
 
 
@@ -699,12 +711,12 @@ def linear_one_step(document: dict[str, Any]) -> str:
     step, end = document["step"], ", milliseconds"
     ms = {name.removesuffix(end): found for name, found in step.items() if name.endswith(end)}
     today = (ms["today"] + ms["today again"]) / 2
-    lines = ["| a step with these layers by a kernel | time | over today |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {t:.1f} ms | {today / t:.3f}x |" for name, t in ms.items()]
+    lines = ["| a step with these layers by a kernel | time | over bitfuse then |", "| --- | --- | --- |"]
+    lines += [f"| {name.replace('today', 'none')} | {t:.1f} ms | {today / t:.3f}x |" for name, t in ms.items()]
     kinds = ", ".join(f"{name}: {step[name]}" for name in ("up", "down", "out"))
     said = (
         f"6144 tokens, {step['layers']} layers, a CUDA graph a way, medians, every output equal to stock's; "
-        f"{kinds}. Today is the mean of its two rows."
+        f"{kinds}. bitfuse then is the mean of the two rows without one."
     )
     return "\n".join([*lines, "", said, _sources([document], "../")])
 

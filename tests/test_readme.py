@@ -140,12 +140,13 @@ def test_other_hosts_steps_and_ranks_have_rows_and_diffusers_none():
     steps = {"machine": machine, "path": "2026-11-25-x-sglang-model.json", "model": model}
     ranks = {"machine": machine, "path": "2026-11-25-x-2.3-ranks.json", "host": "SGLang 1.0", "ranks": 2, "differs": {}}
     ranks |= {"geometry": "1 layer: 6144 video and 126 audio tokens", "speed_up": 1.5}
-    ranks["ms"] = {"stock": {"median": 30.0}, "bitfuse": {"median": 20.0}}
+    ranks["ms"] = {way: {"median": ms, "p10": ms - 1, "p90": ms + 2} for way, ms in (("stock", 30), ("bitfuse", 20))}
     table = _tables().hosts([steps], [ranks]).splitlines()
     assert table[2:5] == [
-        "| SGLang 1.0 | 2.0 | 64 | 500 ms | 250 ms, 2.00x | - | - | 2.0 GB, -25% | output 0 differs at [0] |",
-        "| SGLang 1.0 | 2.0 | 6144 | 110 ms | 55 ms, 2.00x | - | - | 2.0 GB, -25% | identical in every bit |",
-        "| SGLang 1.0, 2 GPUs | 2.3 | 6144 | 30 ms | 20 ms, 1.50x | - | - | - | identical in every bit |",
+        "| SGLang 1.0 | 2.0 | H100 | 64 | 500 ms | 250 ms, 2.00x | - | - | 2.0 GB, -25% | output 0 differs at [0] |",
+        "| SGLang 1.0 | 2.0 | H100 | 6144 | 110 ms | 55 ms, 2.00x | - | - | 2.0 GB, -25% | identical in every bit |",
+        "| SGLang 1.0 | 2.3 | 2 H100 | 6144 | 30 ms (29 to 32) | 20 ms (19 to 22), 1.50x | - | - | - | "
+        "identical in every bit |",
     ]
     assert table[5] == ""
     assert "At 64 tokens stock waits for the CPU, which launches a kernel every 50 us here" in table[6]
