@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import tables
@@ -426,13 +427,31 @@ def where_faster(document: Row, cases: Cases) -> str:
         f"{len(timed)} times a peer was timed beside bitfuse (torch.compile in each of its modes is one, each size "
         f"counts), {len(exact)} times one that has eager's bits at every "
         f"size that was tried. Of these it is faster {sum(r in exact for r in ahead)} times, of the others "
-        f"{sum(r not in exact for r in ahead)} times:"
+        f"{sum(r not in exact for r in ahead)} times{_since(document) or ':'}"
     )
     rows = [
         [r["way"], f"`{r['operator']}`", "x".join(map(str, r["x"])), _ratio(r), _differ(worst[r["operator"], r["way"]])]
         for r in ahead
     ]
     return f"{said}\n\n{table(['faster than bitfuse', 'operator', 'x', OF_OURS, OTHER_BITS], rows)}"
+
+
+def _since(peers: Row) -> str:
+    """What operators of the peers' run take of their time since a later build, where two builds were compared."""
+    builds = tables.newest_or_none("operators-of-two-builds")
+    if builds is None or builds["machine"]["date"] < peers["machine"]["date"]:
+        return ""
+    ratios: dict[str, list[float]] = {}
+    for row in builds["operators"]:
+        if any(one["operator"] == row["operator"] for one in peers["rows"]):
+            ratios.setdefault(row["operator"], []).append(row["new / old"])
+    if not ratios:
+        return ""
+    said = ", ".join(f"`{name}` {min(found):.2f} to {max(found):.2f}" for name, found in ratios.items())
+    return (
+        f" (bitfuse's own operators were changed after these were timed, and take of their time now: {said}; "
+        f"[{Path(builds['path']).name}](../{builds['path']}))."
+    )
 
 
 def every_way(document: Row, cases: Cases) -> str:

@@ -100,6 +100,17 @@ def test_a_peer_that_is_faster_stays_and_one_that_is_absent_says_why(module_of, 
     assert "- cache-dit: has none" in text
 
 
+def test_peers_say_what_changed_in_bitfuse_after_them(module_of, monkeypatch):
+    page = module_of("page")
+    ratios = (("swiglu", 0.9), ("swiglu", 0.95), ("modulate", 0.8))  # of the last no peer was timed
+    builds = {"machine": {"date": "2026-11-29T16"}, "path": "benchmarks/results/x.json"}
+    builds["operators"] = [{"operator": name, "new / old": ratio} for name, ratio in ratios]
+    monkeypatch.setattr(page.tables, "newest_or_none", lambda name: builds)
+    peers = {"machine": {"date": "2026-11-29T10"}, "rows": [_row("bitfuse", 1.0)]}
+    assert "take of their time now: `swiglu` 0.90 to 0.95; [x.json](../benchmarks/results/x.json)" in page._since(peers)
+    assert page._since(peers | {"machine": {"date": "2026-11-29T17"}}) == "", "those of the peers are newer"
+
+
 def test_a_graph_has_a_peak_only_where_what_it_holds_was_counted(module_of):
     page = module_of("page")
     peaks = {"stock": 0.7, "bitfuse": 0.9, "graph": 0.4}
