@@ -1,4 +1,4 @@
-"""Linear layers with what follows them in one kernel: bits, and times by turns, against what runs today.
+"""Linear layers with what follows them in one kernel: bits, and times by turns, against what bitfuse runs.
 
     python benchmarks/linear.py --out out/linear.json                    # on a Hopper GPU, some four minutes
     TRITON_INTERPRET=1 python benchmarks/linear.py --tiny --out FILE     # without one: everything but Gluon, tiny
@@ -92,7 +92,7 @@ def stock(given: Layer, epilogue: str) -> Tensor:
 
 
 def today(given: Layer, epilogue: str) -> Tensor:
-    """What bitfuse runs without this."""
+    """What bitfuse ran without this, until it had a GELU of its own: `with_own_gelu` has that, too."""
     y = F.linear(given.x, given.w, given.bias)
     if epilogue == "gelu":
         return aten_gelu(y)
