@@ -714,6 +714,17 @@ def test_the_benchmark_refuses_what_the_host_refuses(script):
         assert script.why_refused(size).startswith("accepted: ")
 
 
+def test_the_benchmarks_table_of_a_dry_run_has_no_memory_and_disowns_its_times(script):
+    row = {"size": "64x64x9", "equal": [True], "s": {"stock": 1.0, "fused": 2.0}, "ratio": 0.5, "first_fused_s": 3.0}
+    row["sites"] = {"fused": 1, "seen": 1}
+    for device, gigabytes in (("cpu", 0.0), ("cuda", 1.5)):
+        row["peak_gb"] = {"stock": gigabytes, "fused": gigabytes}
+        text = "\n".join(script.table({"machine": {"device_type": device}, "decodes": [row], "errors": {}}))
+        assert ("peak 1.50 to 1.50 GB" in text) == (device == "cuda")
+        assert ("the times are not" in text) == (device == "cpu")
+        assert "GB" not in text or device == "cuda"
+
+
 def test_the_benchmark_knows_the_grids_of_the_stages(script, monkeypatch):
     seen = []
     build = upstream._neighborhood_block_mask
