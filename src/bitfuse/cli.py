@@ -80,6 +80,18 @@ def _one_of(option: str, what: str, accepted: Callable[[], tuple[str, ...]], hel
     return typer.Option(option, parser=name, metavar="NAME", help=help, autocompletion=completed)
 
 
+def _ltx(help: str) -> Any:
+    """Looked at before MODEL, which a flag taken for the version would leave its value to."""
+
+    def version(given: Any) -> str:
+        if names.version(given) is None:
+            accepted = ", ".join(f"ltx-{name}" for name in names.VERSIONS)
+            _refuse(f"--random-weights {given} is not a version; accepted: {accepted}")
+        return str(given)
+
+    return typer.Option("--random-weights", parser=version, metavar="VERSION", help=help)
+
+
 def _model(help: str) -> Any:
     def folder_or_id(given: Any) -> str:
         if not (os.path.exists(given) or names.is_hub_id(given)):
@@ -291,7 +303,7 @@ def compare(
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Replay the forward as one CUDA graph.")] = False,
     keep_text: Annotated[bool, typer.Option("--keep-text", help="Keep the text's keys and values (LTX-2.0).")] = False,
     random_weights: Annotated[
-        str | None, typer.Option(help="Instead of MODEL, a transformer alone: ltx-2.0, ltx-2.3 or ltx-2.5.")
+        str | None, _ltx("Instead of MODEL, a transformer alone: ltx-2.0, ltx-2.3 or ltx-2.5.")
     ] = None,
     layers: Annotated[int | None, _whole("Layers with random weights; default: as many as fit.")] = None,
     host: Host = "diffusers",
@@ -398,7 +410,7 @@ def bench(
 @_command
 def explain(
     model: Annotated[str | None, _model("A pipeline's or a transformer's folder, or an id on the Hub.")] = None,
-    random_weights: Annotated[str | None, typer.Option(help="Instead of MODEL: ltx-2.0, ltx-2.3 or ltx-2.5.")] = None,
+    random_weights: Annotated[str | None, _ltx("Instead of MODEL: ltx-2.0, ltx-2.3 or ltx-2.5.")] = None,
     layers: Annotated[int | None, _whole("With --random-weights: layers; default: 48.", 1, names.MAX_LAYERS)] = None,
     tokens: Annotated[int, _whole("Video tokens of the forward that is looked at.", 1, names.MAX_TOKENS)] = 6144,
     dtype: Annotated[
@@ -418,9 +430,6 @@ def explain(
         _refuse("--layers goes with --random-weights; MODEL has its own number")
     if model is not None and host != "diffusers":
         _refuse(f"--host {host} goes with --random-weights; a MODEL is diffusers'")
-    if random_weights is not None and names.version(random_weights) is None:
-        accepted = ", ".join(f"ltx-{name}" for name in names.VERSIONS)
-        _refuse(f"--random-weights {random_weights} is not a version; accepted: {accepted}")
     if host != "diffusers" and dtype != "bfloat16":
         _refuse(f"--dtype {dtype} goes with --host diffusers; accepted for {host}: bfloat16")
     _apart({"--json": json_file}, {}, model)
