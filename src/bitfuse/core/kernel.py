@@ -156,8 +156,8 @@ def kernel(fn: Callable | None = None, *, do_not_specialize: tuple[str, ...] = (
 # Held by the thread that turns a source into Triton's IR. That is Python's alone, 0.1 s for a kernel: six threads that
 # began together all were through after 0.7 s (H200, 2026-11-29), where one after the other the first is after 0.1, and
 # goes on without Python while the next one begins. Triton also changes Python's filters of warnings meanwhile, and puts
-# back those that it found: two threads at once left them changed.
-_turn = threading.Lock()
+# back those that it found: two threads at once left them changed. One may take it twice, for a signal's handler.
+_turn = threading.RLock()
 
 
 @functools.cache
