@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import sys
 import types
 from pathlib import Path
 
@@ -712,6 +713,17 @@ def test_the_benchmark_refuses_what_the_host_refuses(script):
     assert "stage 1 has a grid of (5, 4, 8)" in script.why_refused("256x128x17")
     for size in ("250x256x17", "256x256x18", "256x256"):
         assert script.why_refused(size).startswith("accepted: ")
+
+
+def test_the_benchmark_decodes_at_least_once_of_each_way(script, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--out", str(tmp_path / "x.json"), "--tiny", "--only", "decode", "--rounds", "0"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    assert "--rounds 0; accepted: 1 or more" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_benchmark_knows_the_grids_of_the_stages(script, monkeypatch):
