@@ -546,6 +546,8 @@ def main() -> None:
     for size in asked.size or ():
         if why := why_refused(size):
             parser.error(f"--size {size!r}: {why}")
+    if asked.rounds < 1:
+        parser.error(f"--rounds {asked.rounds}; accepted: 1 or more")
     if device.type == "cpu" and not asked.tiny:
         parser.error("there is no CUDA device; accepted without one: --tiny, with TRITON_INTERPRET=1")
     parts = asked.only or ["operators", "block", "decode"]

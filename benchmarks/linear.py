@@ -431,17 +431,20 @@ _STEP = (
 )  # fmt: skip
 
 
+def cases_of(tiny: bool) -> list[tuple[tuple[int, int, int], str, tuple[Way, ...]]]:
+    """Layers of a step: M, N, K, what follows, and the ways that are for them."""
+    if tiny:
+        return [((70, 96, 48), "gelu", TINY), ((64, 96, 48), "gated", TINY)]
+    cases = [((m, n, k), "gelu" if n > k else "gated", LARGE) for m, n, k in _STEP if n == 16384 or n == 4096]
+    cases += [((126, 8192, 2048), "gelu", SMALL), ((126, 2048, 8192), "gated", SMALL)]
+    cases += [((126, 2048, 2048), "gated", SMALL), ((6144, 16384, 4096), "plain", LARGE)]
+    return sorted(cases, key=lambda case: case[0][0] != 6144)
+
+
 def shapes(run: Run) -> dict[str, Any]:
     """Milliseconds by shape and way; a string where there is none."""
-    if run.tiny:
-        cases = [((70, 96, 48), "gelu", TINY), ((64, 96, 48), "gated", TINY)]
-    else:
-        cases = [((m, n, k), "gelu" if n > k else "gated", LARGE) for m, n, k in _STEP if n == 16384 or n == 4096]
-        cases += [((126, 8192, 2048), "gelu", SMALL), ((126, 2048, 8192), "gated", SMALL)]
-        cases += [((126, 2048, 2048), "gated", SMALL), ((6144, 16384, 4096), "plain", LARGE)]
-        cases.sort(key=lambda case: case[0][0] != 6144)
     found: dict[str, Any] = {}
-    for (m, n, k), epilogue, ways in cases:
+    for (m, n, k), epilogue, ways in cases_of(run.tiny):
         if not f"{m} x {n} x {k}, {epilogue}".startswith(run.cases):
             continue
         given = layer(m, n, k, exact=run.tiny)
@@ -766,6 +769,12 @@ def main() -> None:
     given = parser.parse_args()
     if DEVICE.type != "cuda" and not (given.tiny and interpreting()):
         parser.error("there is no GPU here; accepted without one: TRITON_INTERPRET=1 and --tiny")
+    kinds = list(dict.fromkeys(way.kind for way in (TINY if given.tiny else (*LARGE, *SMALL))))
+    if unknown := [kind for kind in given.kinds if kind not in kinds]:
+        parser.error(f"--kinds {unknown[0]!r}; accepted: {', '.join(kinds)}")
+    names = [f"{m} x {n} x {k}, {epilogue}" for (m, n, k), epilogue, _ in cases_of(given.tiny)]
+    if unknown := [case for case in given.cases if not any(name.startswith(case) for name in names)]:
+        parser.error(f"--cases {unknown[0]!r} begins no layer's name; accepted: {'; '.join(names)}")
     torch.manual_seed(17)
     with torch.no_grad():
         if given.ways:

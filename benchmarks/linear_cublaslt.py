@@ -309,6 +309,11 @@ def main() -> None:
     given = parser.parse_args()
     if lin.DEVICE.type != "cuda" and not (given.tiny and interpreting()):
         parser.error("there is no GPU here; accepted without one: TRITON_INTERPRET=1 and --tiny")
+    try:
+        chosen = json.loads(given.chosen.read_text())["layers"] if given.chosen else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = "accepted: what a run without --chosen has written"
+        parser.error(f"--chosen {str(given.chosen)!r}: {type(error).__name__}: {error}; {what}")
     torch.manual_seed(17)
     results = {"what": "linears by other algorithms of cuBLASLt", "machine": machine(lin.DEVICE)}
     results |= {"versions": ls.versions(), "exit_code": 1}
@@ -317,9 +322,9 @@ def main() -> None:
         if lin.DEVICE.type == "cuda":
             lin.stock(lin.layer(64, 64, 64), "plain")  # loads cuBLAS
             results["versions"]["cublasLt"] = library().cublasLtGetVersion()
-        if given.chosen is None:
+        if chosen is None:
             layers(run)
-        steps(run, (json.loads(given.chosen.read_text()) if given.chosen else results)["layers"])
+        steps(run, results["layers"] if chosen is None else chosen)
     results |= {"exit_code": 0, "seconds": round(given.seconds - run.left(), 1)}
     run.keep()
 

@@ -15,7 +15,8 @@ registers, and ptxas wants 154 there for a product of 64 x 256. Its first group 
 
 Nothing keeps groups in step but the stages: one may do what follows while the others are some stages ahead or behind.
 
-Compiled for sm_90 by Triton 3.6 and 3.7. Programs don't share what they load: Gluon of 3.6 has no multicast, and that
+`linear.py --kinds thirds together pingpong` and `linear_steps.py --engine gluon` run them. Compiled for sm_90 by Triton
+3.6 and 3.7. Programs don't share what they load: Gluon of 3.6 has no multicast, and that
 of 3.7.1 is not used here. There is no interpreter for Gluon: only a GPU can show that it is right.
 """
 

@@ -609,15 +609,16 @@ def main() -> None:
         trial(run, ways)
         if not all(ways[form] for form in ("gelu", "gated", "plain", "gluon")):
             raise SystemExit("of one form no kernel is right: nothing to decide")
-        if "layers" in given.parts:
-            layers(run, ways)
-        model, geometry = built(run)
-        run.say("-- the model")
-        steps, tried, few = Steps(model, geometry), named(ways), (1, 2) if run.tiny else (2, 5)
+        tried = named(ways)
         if unknown := [name for name in only if not any(one.startswith(name) for some in tried for one in some)]:
             names = ", ".join(dict.fromkeys(name for some in tried for name in some))
             parser.error(f"--only {unknown[0]!r} begins no way's name; accepted: {names}")
         tried = Ways(*({name: one for name, one in some.items() if name.startswith(only)} for some in tried))
+        if "layers" in given.parts:
+            layers(run, ways)
+        model, geometry = built(run)
+        run.say("-- the model")
+        steps, few = Steps(model, geometry), (1, 2) if run.tiny else (2, 5)
         found = results["6144 tokens"] = {"layers": run.layers}
         again = {"bitfuse again": Tried()}
         plainly = {"bitfuse": Tried()}

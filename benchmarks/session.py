@@ -37,6 +37,9 @@ STUBS = "tests/sglang_host.py"  # stands in for what SGLang imports and its LTX-
 TWO = "python -m torch.distributed.run --standalone --nproc-per-node 2"
 RANKS = f"{TWO} {STUBS} examples/sglang_ranks.py"
 DIFFUSERS_RANKS = f"{TWO} examples/diffusers_ranks.py"
+DIFFUSION = "python benchmarks/diffusion_decoder.py"
+GLUON_LAYERS = "python benchmarks/linear.py --kinds thirds together pingpong --parts trial steady shapes"
+DECODES = "--size 256x256x17 --size 512x384x25 --size 768x512x25"
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ PLANS = {
     "two-gpus-diffusers": [
         Command("ulysses-ranks", f"{DIFFUSERS_RANKS} --how ulysses --tokens 6144 --json FILE", 180),
         Command("fsdp-ranks", f"{DIFFUSERS_RANKS} --how fsdp --tokens 6144 --json FILE", 180),
-        Command("trained", f"{DIFFUSERS_RANKS} --how train --tokens 1536 --layers 8 --json FILE", 180),
+        Command("trained-ranks", f"{DIFFUSERS_RANKS} --how train --tokens 1536 --layers 8 --json FILE", 180),
     ],
     "comfyui": [  # what it needs besides is in benchmarks/carry-comfyui.txt
         Command("comfyui", "python benchmarks/comfyui.py --out FILE", 480),
@@ -94,7 +97,16 @@ PLANS = {
     ],
     "encoder": [Command("video-encoder", "python benchmarks/video_encoder.py --out FILE", 150)],
     "compiled": [Command("compiled", "python benchmarks/compiled.py --layers 8 --out FILE", 400)],
-    "decoder": [Command("diffusion-decoder", "python benchmarks/diffusion_decoder.py --out FILE", 240)],
+    "decoder": [
+        Command("diffusion-decoder", f"{DIFFUSION} --only operators --only block --out FILE", 150),
+        Command("diffusion-decode", f"{DIFFUSION} --only decode {DECODES} --rounds 2 --seconds 150 --out FILE", 240),
+    ],
+    "linears": [  # docs/linear.md's, but for quack's: benchmarks/carry-quack.txt
+        Command("linear-turns", "python benchmarks/linear.py --out FILE", 300),
+        Command("linear-cublaslt", "python benchmarks/linear_cublaslt.py --out FILE", 330),
+        Command("linear-gluon-layers", f"{GLUON_LAYERS} --out FILE", 120),
+        Command("linear-gluon-steps", "python benchmarks/linear_steps.py --engine gluon --out FILE", 430),
+    ],
     "peers": [  # what it needs besides is in benchmarks/carry-peers.txt
         Command("peers", "python benchmarks/peers.py --out FILE", 300),
     ],

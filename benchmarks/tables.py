@@ -756,10 +756,10 @@ def linear_gluon(alone: dict[str, Any], steps: dict[str, Any]) -> str:
         cells = [f"{ms:.3f} ms, {turns[own] / ms:.3f}x", f"{longer:.3f} ms, {steady[own]['ms'] / longer:.3f}x"]
         cells.append(f"{mj:.0f} mJ")
         for tokens in (6144, 24576):
-            found = [_over_bitfuse(run, tokens, f"GELU, {way}") for run in steps["runs"]]
+            found = [_over_bitfuse(run, tokens, f"GELU, {way}") for run in _runs(steps)]
             cells.append(", ".join(filter(None, found)) or "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    spans, plain = steps["runs"][0]["6144 tokens"]["ten seconds"], steady["F.linear"]
+    spans, plain = _runs(steps)[0]["6144 tokens"]["ten seconds"], steady["F.linear"]
     lines += [
         "",
         f"Medians by turns, means of 1.5 s. The layer is {shape}; `F.linear` alone takes {turns['F.linear']:.3f} ms by "
@@ -774,6 +774,11 @@ def linear_gluon(alone: dict[str, Any], steps: dict[str, Any]) -> str:
 _ON_REGISTERS = ("pingpong", "together", "thirds")
 
 
+def _runs(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of `linear_steps.py`: several that were put into one document, or one."""
+    return document.get("runs", [document])
+
+
 def _over_bitfuse(run: dict[str, Any], tokens: int, name: str) -> str:
     """Of a way in the parts of a run of `linear_steps.py`; empty where it has none."""
     parts = run.get(f"{tokens} tokens", {}).values()
@@ -783,7 +788,7 @@ def _over_bitfuse(run: dict[str, Any], tokens: int, name: str) -> str:
 
 def linear_gluon_steps(document: dict[str, Any]) -> str:
     """One change at a time, of layers in Gluon but GELU's."""
-    *_, run = document["runs"]
+    *_, run = _runs(document)
     lines = ["| a step with these layers in Gluon | 6144 tokens, over bitfuse | 24576 |", "| --- | --- | --- |"]
     names = [
         name

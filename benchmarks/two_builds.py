@@ -143,6 +143,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device, and times in Triton's interpreter mean nothing")
     builds = [Build("old", asked.old), Build("new", Path(__file__).resolve().parents[1] / "src")]
+    known = builds[-1].bitfuse.OPERATORS
+    if unknown := [name for name in asked.operators or () if name not in known]:
+        parser.error(f"--operators {unknown[0]!r}; accepted: {', '.join(known)}")
     with builds[-1].loaded():
         from bitfuse.tools.machine import machine
 

@@ -193,13 +193,27 @@ def test_peers_are_compared_with_eager_before_they_are_timed(module_of, monkeypa
         ("first_decode --out FILE --tiny --runs 0", "--runs 0; accepted: 1 or more"),
         ("first_decode --out FILE --tiny --size 8x8", "--size '8x8'; accepted: width x height x frames"),
         ("two_builds nowhere --out FILE", "'nowhere' has no folder bitfuse"),
+        ("linear --tiny --out FILE --kinds once thirds", "--kinds 'thirds'; accepted: persistent, once"),
+        ("linear --tiny --out FILE --cases 70 71", "--cases '71' begins no layer's name; accepted: 70 x 96 x 48, gelu"),
+        ("linear_cublaslt --tiny --out FILE --chosen nowhere", "--chosen 'nowhere': FileNotFoundError: "),
+        ("linear_cublaslt --tiny --out FILE --chosen SRC", "accepted: what a run without --chosen has written"),
     ],
 )
 def test_a_wrong_argument_is_named_before_anything_is_begun(module_of, monkeypatch, capsys, tmp_path, line, said):
-    name, *options = line.replace("FILE", str(tmp_path / "new" / "x.json")).split()
+    name, *options = line.replace("FILE", str(tmp_path / "new" / "x.json")).replace("SRC", str(ROOT / "src")).split()
     monkeypatch.setattr(sys, "argv", [name, *options])
     with pytest.raises(SystemExit) as ended:
         module_of(name).main()
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_an_operator_that_is_in_no_build_is_named(module_of, monkeypatch, capsys, tmp_path):
+    """As on a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = [str(ROOT / "src"), "--out", str(tmp_path / "x.json"), "--operators", "modulate", "rope"]
+    monkeypatch.setattr(sys, "argv", ["two_builds", *options])
+    with pytest.raises(SystemExit):
+        module_of("two_builds").main()
+    assert "--operators 'rope'; accepted: " in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import sys
 import types
 from pathlib import Path
 
@@ -723,6 +724,17 @@ def test_the_benchmarks_table_of_a_dry_run_has_no_memory_and_disowns_its_times(s
         assert ("peak 1.50 to 1.50 GB" in text) == (device == "cuda")
         assert ("the times are not" in text) == (device == "cpu")
         assert "GB" not in text or device == "cuda"
+
+
+def test_the_benchmark_decodes_at_least_once_of_each_way(script, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--out", str(tmp_path / "x.json"), "--tiny", "--only", "decode", "--rounds", "0"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
+    assert "--rounds 0; accepted: 1 or more" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_benchmark_knows_the_grids_of_the_stages(script, monkeypatch):

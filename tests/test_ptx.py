@@ -92,13 +92,16 @@ def test_each_operand_is_loaded_once_and_memory_accessed_16_bytes_at_a_time(own)
 
 # What ptxas keeps in 8 bytes of stack, with registers to spare (Triton 3.6 and 3.7.1).
 STACK = {("qk_rms_norm_interleaved_rotary_per_op", 100): 8, ("rms_norm_modulate_native", 80): 8}
+# Where fewer than 128 registers let more programs run at once. With another layout than Triton 3.6's, 3.7.1 took 136.
+MOST_REGISTERS = {("pixel_norm_silu_pad", "768x512x121, 256 channels", 90): 96}
 
 
 def test_nothing_spills(own):
     for name, row in own.items():
         assert row["counts"]["local"] == 0, name
         assert row["counts"]["stack"] <= STACK.get((row["operator"], row["capability"]), 0), name
-        assert row["counts"]["registers"] <= 128, name
+        most = MOST_REGISTERS.get((row["operator"], row["case"], row["capability"]), 128)
+        assert row["counts"]["registers"] <= most, name
 
 
 def test_mutants_that_only_a_compiler_makes_wrong_are_counted_wrong(rows):

@@ -21,7 +21,7 @@ import torch
 
 import bitfuse
 from bitfuse import OPERATORS, hosts
-from bitfuse.core import launch, proof
+from bitfuse.core import kernel, launch, proof
 from bitfuse.core.launch import Plan
 from bitfuse.hosts import rehearsal, report
 from bitfuse.hosts.rehearsal import Rehearsal
@@ -260,6 +260,18 @@ launch._loading.acquire()  # by whoever loads another kernel
 for plan, args in calls:
     plan.bind(args, plan.empty(args[0].device))
 """
+
+
+def test_a_signals_handler_may_compile_while_its_thread_does():
+    class Source:
+        def make_ir(self, interrupted_by=None):
+            return interrupted_by() if interrupted_by else "ir"
+
+    found, source = [], kernel._source_in_turn(Source)()
+    thread = threading.Thread(target=lambda: found.append(source.make_ir(source.make_ir)), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert found == ["ir"]
 
 
 def test_triton_compiles_and_loads_each_kernel_once(triton_cache):

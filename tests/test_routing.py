@@ -955,3 +955,15 @@ def test_the_kernel_itself_can_be_launched(device):
     (out,) = plan.empty(x.device)
     bitfuse._ltx2_split_rotary_kernel[plan.grid](x, cos, sin, out, *plan.scalars, **plan.constants)
     assert bitfuse.compare(SPLIT_PER_OP.reference(x, cos, sin), out) is None
+
+
+@pytest.mark.parametrize("name", ["modulate", "gated_residual", "layer_norm_modulate"])
+def test_a_grid_is_refused_that_one_launch_has_not(name, monkeypatch):
+    """Without a norm a row of 8192 columns is eight programs. On a GPU: the interpreter takes 64 rows to a program."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    operator, refused = bitfuse.OPERATORS[name], {}
+    for rows in (2**28 - 1, 2**28):
+        x, value = (torch.empty(1, n, 8192, device="meta", dtype=torch.bfloat16) for n in (rows, 1))
+        args = (x, x, value) if name == "gated_residual" else (x, value, value)
+        refused[operator.tiers[0].plan(*args).grid[0]] = [why for why in operator.why_not(*args) if "grid" in why]
+    assert refused == {2**31 - 8: [], 2**31: [f"x [1, {2**28}, 8192] needs a larger grid than one launch has"]}

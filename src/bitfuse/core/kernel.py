@@ -155,9 +155,9 @@ def kernel(fn: Callable | None = None, *, do_not_specialize: tuple[str, ...] = (
 
 # Held by the thread that turns a source into Triton's IR. That is Python's alone, 0.1 s for a kernel: six threads that
 # began together all were through after 0.7 s (H200, 2026-11-29), where one after the other the first is after 0.1, and
-# goes on without Python while the next one begins. Triton also changes Python's filters of warnings meanwhile, and puts
-# back those that it found: two threads at once left them changed.
-_turn = threading.Lock()
+# goes on without Python while the next begins. Triton 3.6 also swaps Python's filters of warnings meanwhile, and puts
+# back those that it found: two threads at once could leave them changed. A signal's handler may take it again.
+_turn = threading.RLock()
 
 
 @functools.cache

@@ -130,7 +130,7 @@ class Rehearsal:
         """Inside, what was noted is compiled and loaded in threads, of which none is left behind. Whoever needs one of
         these kernels waits for it (`launch.under_way`). Given is when each is there.
 
-        The longest are begun first, and one thread loads, in the order in which kernels were noted.
+        They are begun in the order in which they were noted, that of need, and one thread loads them in the same order.
         """
         compiling = ThreadPoolExecutor(min(self.THREADS, os.cpu_count() or 1), "bitfuse compile")
         loading = ThreadPoolExecutor(1, "bitfuse load")

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 VALUES = ("gate", "scale", "shift", "scale2", "shift2")
 """The AdaLN values, by the names that every reference has for them; the table of each is called NAME_table."""
-MAX_WIDTH = 8192
+MAX_WIDTH, _AT_ONCE = 8192, 1024  # columns of a row; without a norm, of one program at most
 Rstd = Callable[[Tensor, float, Tensor | None], Tensor]  # (rows, eps, weight) -> 1 / rms of each, in fp32
 
 # -- the references' steps ---------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def _plan(
     batch, tokens, width = x.shape
     # Without a norm a program takes few columns, all on their way before it waits for the first: rows of 4096 as a
     # whole took `modulate` 1.08 and 1.05 times as long at 6144 and 24576 tokens (H200, 2026-11-29).
-    at_once = power_of_2(min(width, 1024) if order == "none" else width)
+    at_once = power_of_2(min(width, _AT_ONCE) if order == "none" else width)
     per_program = rows_per_program(2 * at_once if order == "none" else width)
     lanes = mean_lanes(batch * tokens, width) if order == MEAN else layer_norm_lanes(width)
     gate, scale, shift, scale2, shift2 = (_row_strides(given.get(name), x) for name in VALUES)
@@ -538,7 +538,7 @@ def _why_not(*args: Any, reference: Callable[..., Any], dtypes: tuple[torch.dtyp
             reasons.append(f"{name} is not contiguous: its strides are {tensors[name].stride()}")
     if x.ndim and (x.shape[-1] % 128 or x.shape[-1] > MAX_WIDTH):
         reasons.append(f"x is {x.shape[-1]} wide; accepted: multiples of 128 up to {MAX_WIDTH}")
-    if x.ndim and x.numel() // max(1, x.shape[-1]) >= 2**31:
+    if x.ndim and x.numel() // max(1, x.shape[-1]) * -(-x.shape[-1] // _AT_ONCE) >= 2**31:
         reasons.append(f"x {list(x.shape)} needs a larger grid than one launch has")
     if not reasons and not x.is_contiguous() and not on_meta(reference, *args).is_contiguous():
         reasons.append(f"the rows of x do not lie in the order of its batch and tokens: its strides are {x.stride()}")

@@ -168,16 +168,22 @@ def _pixel_kernel(
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     inside = pixel < pixels
-    batch, d, h, w, own = padded_from(pixel, inside, frames, height, width, FRONT, BACK, EDGE)
-    number = ((batch * frames + d) * height + h) * width + w
+    batch, d, h, w, own, number = padded_from(pixel, inside, frames, height, width, FRONT, BACK, EDGE)
+    mean_at, mean_own, lane = number, own, tl.arange(0, CHANNELS)[None, :]
+    lanes = tl.multiple_of(tl.max_contiguous(lane, [1, 4]), [1, 4])  # 4 channels of a piece for each thread
+    if TOGETHER > 1:
+        # A row for each piece of each pixel, those of a pixel as far apart as the rows of a thread. So a thread has the
+        # same channels of them all, adds them up by itself, and needs one root. With the pieces in a dimension of their
+        # own, Triton 3.7 gave each thread one piece of four pixels: four roots, and 218 registers for 128.
+        row = tl.arange(0, TOGETHER * PIXELS)
+        lanes += (row // PIXELS * CHANNELS)[:, None]
+        pixel = tl.program_id(0) * PIXELS + row % PIXELS
+        inside = pixel < pixels
+        batch, d, h, w, own, number = padded_from(pixel, inside, frames, height, width, FRONT, BACK, EDGE)
     residual_at = residual_place(batch, d, h, w, residual_batch, residual_frame, residual_row, residual_pixel)
     x_at, noise_at, out_at = number[:, None] * C, (h * width + w)[:, None], pixel.to(tl.int64)[:, None] * C
     scale_at, shift_at = batch[:, None] * scale_batch, batch[:, None] * shift_batch
-    lane, here = tl.arange(0, CHANNELS)[None, :], inside[:, None]
-    # Of each piece a thread takes 4 channels, 8 bytes, as it does of one piece by itself. So it has the same channels
-    # of all of them, and they are added up without an exchange between threads.
-    four = tl.multiple_of(tl.max_contiguous(tl.arange(0, CHANNELS), 4), 4)
-    lanes = tl.arange(0, TOGETHER)[None, :, None] * CHANNELS + four[None, None, :]
+    here = inside[:, None]
 
     kept = ()
     if given_ptr is not None:
@@ -194,13 +200,18 @@ def _pixel_kernel(
             if KEPT:
                 for first in tl.static_range(0, C // HALVES, TOGETHER * CHANNELS):
                     x = load_x(
-                        y_ptr, residual_ptr, bias_ptr, noise_ptr, noise_scale_ptr, x_at[:, None], residual_at[:, None],
-                        noise_at[:, None], half * (C // HALVES) + first + lanes, here[:, None], dtype,
+                        y_ptr, residual_ptr, bias_ptr, noise_ptr, noise_scale_ptr, x_at, residual_at, noise_at,
+                        half * (C // HALVES) + first + lanes, here, dtype,
                     )  # fmt: skip
                     kept = kept + (x.to(dtype),)  # type: ignore[assignment]  # noqa: RUF005
-                    squares = each_piece(round_to(x * x, dtype), PIXELS, CHANNELS, TOGETHER)  # r5
-                    for i in tl.static_range(TOGETHER):
-                        sums += squares[i]
+                    squares = round_to(x * x, dtype)  # r5
+                    if TOGETHER == 1:
+                        sums += squares
+                    else:  # piece after piece
+                        by_turns = tl.trans(tl.reshape(squares, (4, PIXELS, CHANNELS)), (1, 2, 0))
+                        by_turns = tl.reshape(by_turns, (PIXELS, CHANNELS * 4))
+                        sum0, sum1, sum2, sum3 = vector_places(by_turns, PIXELS, CHANNELS)
+                        sums = (((sums + sum0) + sum1) + sum2) + sum3
             else:
                 for first in tl.range(0, C // HALVES, 4 * THREADS, loop_unroll_factor=4):
                     x = load_x(
@@ -212,18 +223,20 @@ def _pixel_kernel(
             sum0, sum1, sum2, sum3 = vector_places(by_turns, PIXELS, SLOTS)
             total += fold_blocks(((sum0 + sum1) + sum2) + sum3, PIXELS, SLOTS, HEIGHT, BLOCKS)
         mean = total * factor
-        tl.store(mean_ptr + number, mean, mask=own)
+        tl.store(mean_ptr + mean_at, mean, mask=mean_own)
         mean = round_to(mean, dtype)  # r6
     root = round_to(square_root(round_to(mean + eps, dtype)), dtype)  # r7, r8
     # Rounded to bf16, x * (1 / root) is x / root for every bf16 x and every root that there is (0, or 2^-67 and
     # more, as the least square is 2^-133): all 8 * 10^8 pairs were compared. A division takes 100 of 700 us.
     scaled_by = divide(1.0, root)[:, None]
+    if TOGETHER > 1:
+        scaled_by = tl.reshape(tl.broadcast_to(scaled_by[None], (TOGETHER, PIXELS, 1)), (TOGETHER * PIXELS, 1))
     if KEPT:
         for i in tl.static_range(C // (TOGETHER * CHANNELS)):
             store_x(
-                kept[i].to(tl.float32), scaled_by[:, None], scale_ptr, shift_ptr, sum_ptr, out_ptr,
-                scale_at[:, None], shift_at[:, None], x_at[:, None], out_at[:, None], scale_channel, shift_channel,
-                i * (TOGETHER * CHANNELS) + lanes, here[:, None], own[:, None, None], dtype,
+                kept[i].to(tl.float32), scaled_by, scale_ptr, shift_ptr, sum_ptr, out_ptr, scale_at, shift_at,
+                x_at, out_at, scale_channel, shift_channel, i * (TOGETHER * CHANNELS) + lanes, here, own[:, None],
+                dtype,
             )  # fmt: skip
     else:
         for first in tl.range(0, C, CHANNELS, loop_unroll_factor=4):
@@ -252,8 +265,7 @@ def _pad_kernel(
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     inside = pixel < pixels
-    batch, d, h, w, _ = padded_from(pixel, inside, frames, height, width, FRONT, BACK, EDGE)
-    number = ((batch * frames + d) * height + h) * width + w
+    batch, d, h, w, _, number = padded_from(pixel, inside, frames, height, width, FRONT, BACK, EDGE)
     residual_at = residual_place(batch, d, h, w, residual_batch, residual_frame, residual_row, residual_pixel)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     here = inside[:, None] & (channel < channels)
@@ -266,7 +278,7 @@ def _pad_kernel(
 
 @kernel
 def padded_from(pixel, inside, frames, height, width, FRONT: tl.constexpr, BACK: tl.constexpr, EDGE: tl.constexpr):
-    """(sample, frame, row and column in x of what a pixel of the padded output is, whether it is no repetition)."""
+    """(sample, frame, row, column in x of what a pixel of the padded output is, if it is no repetition, number)."""
     padded_width, padded_height, padded_frames = width + 2 * EDGE, height + 2 * EDGE, frames + FRONT + BACK
     column, rest = pixel % padded_width - EDGE, pixel // padded_width
     row, rest = rest % padded_height - EDGE, rest // padded_height
@@ -275,7 +287,8 @@ def padded_from(pixel, inside, frames, height, width, FRONT: tl.constexpr, BACK:
     d = tl.minimum(tl.maximum(frame, 0), frames - 1)
     h = height - 1 - tl.abs(height - 1 - tl.abs(row))
     w = width - 1 - tl.abs(width - 1 - tl.abs(column))
-    return batch, d, h, w, inside & (d == frame) & (h == row) & (w == column)
+    own = inside & (d == frame) & (h == row) & (w == column)
+    return batch, d, h, w, own, ((batch * frames + d) * height + h) * width + w
 
 
 @kernel
@@ -303,17 +316,6 @@ def load_x(
         residual = tl.load(residual_ptr + residual_at + channel, mask=here, other=0.0).to(tl.float32)
         x = round_to(x + residual, DTYPE)  # r4
     return x
-
-
-@kernel
-def each_piece(values, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, TOGETHER: tl.constexpr):
-    """[PIXELS, TOGETHER, CHANNELS] -> TOGETHER of [PIXELS, CHANNELS]."""
-    if TOGETHER == 1:
-        found = (tl.reshape(values, (PIXELS, CHANNELS)),)
-    else:
-        by_turns = tl.reshape(tl.trans(values, (0, 2, 1)), (PIXELS, CHANNELS * 4))
-        found = vector_places(by_turns, PIXELS, CHANNELS)
-    return found
 
 
 @kernel
@@ -359,11 +361,10 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
     channels_at_once = min(_MOST_AT_ONCE, power_of_2(channels)) if given_mean else 4 * slots
     whole = threads == slots and channels // order.halves % channels_at_once == 0
     kept = not given_mean and whole and channels // channels_at_once <= _MOST_KEPT
-    # To choose their layouts, Triton 3.6 walks all that hangs together once for each load and store: 2.2 s for 256
-    # channels with a residual, of which each of 16 pieces had its own, and 0.2 s now that four have one together. Eight
-    # pieces, of 128 channels, are left alone: together, each thread would compute the roots of four pixels for one.
+    # To choose layouts, Triton walks all that hangs together once for each load and store: 2.2 s for the 16 pieces of
+    # 256 channels with a residual, 0.2 s now that four share a load. With eight pieces, all of Triton takes 0.7 s.
     pieces = channels // order.halves // channels_at_once
-    together = 4 if pieces > 8 and pieces % 4 == 0 else 1
+    together = 4 if kept and pieces > 8 and pieces % 4 == 0 else 1
     per_program = max(1, elements() // channels_at_once)
     pixels, out = _padded(y, front, back, edge)
     outputs = [out]
@@ -387,7 +388,7 @@ def _plan(*args: Any, reference: Callable[..., Any], given_mean: bool = False) -
             **{"C": channels, "CHANNELS": channels_at_once, "PIXELS": per_program},
             **{"FRONT": front, "BACK": back, "EDGE": edge},
             **{"HEIGHT": order.height, "BLOCKS": order.blocks, "SLOTS": slots, "HALVES": order.halves, "KEPT": kept},
-            **{"TOGETHER": together},
+            "TOGETHER": together,
         },
         WARPS,
         tuple(outputs),
