@@ -55,16 +55,16 @@ def _head_gate_kernel(
     x_ptr, logits_ptr, out_ptr, heads, HEAD_DIM: tl.constexpr, LANES: tl.constexpr, HEADS: tl.constexpr
 ):
     """One program gates HEADS heads, whichever tokens they belong to; a lane is an element of a head."""
-    first = tl.program_id(0) * HEADS
-    head = tl.arange(0, HEADS)
+    first, head = tl.program_id(0) * HEADS, tl.arange(0, HEADS)
+    number, own = first + head, head < heads - first
     lane = tl.arange(0, LANES)[None, :]
-    inside = (head < heads - first)[:, None] & (lane < HEAD_DIM)
+    inside = own[:, None] & (lane < HEAD_DIM)
     start = first.to(tl.int64) * HEAD_DIM  # 64 bits here alone: they cost instructions before the first load
     at = head[:, None] * HEAD_DIM + lane
     dtype: tl.constexpr = out_ptr.dtype.element_ty
 
     x = tl.load(x_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
-    logit = tl.load(logits_ptr + first + head, mask=head < heads - first, other=0.0).to(tl.float32)
+    logit = tl.load(logits_ptr + number, mask=own, other=0.0).to(tl.float32)
     sigmoid = round_to(divide(1.0, 1.0 + exponential(negate(logit))), dtype)  # r1
     tl.store(out_ptr + start + at, (x * (2.0 * sigmoid)[:, None]).to(dtype), mask=inside)  # r2
 
