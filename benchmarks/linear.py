@@ -431,6 +431,11 @@ _STEP = (
 )  # fmt: skip
 
 
+def name_of(m: int, n: int, k: int, epilogue: str) -> str:
+    """Of a layer and what follows it: in the JSON, and for --cases."""
+    return f"{m} x {n} x {k}, {epilogue}"
+
+
 def cases_of(tiny: bool) -> list[tuple[tuple[int, int, int], str, tuple[Way, ...]]]:
     """Layers of a step: M, N, K, what follows, and the ways that are for them."""
     if tiny:
@@ -445,7 +450,7 @@ def shapes(run: Run) -> dict[str, Any]:
     """Milliseconds by shape and way; a string where there is none."""
     found: dict[str, Any] = {}
     for (m, n, k), epilogue, ways in cases_of(run.tiny):
-        if not f"{m} x {n} x {k}, {epilogue}".startswith(run.cases):
+        if not name_of(m, n, k, epilogue).startswith(run.cases):
             continue
         given = layer(m, n, k, exact=run.tiny)
         wanted = stock(given, epilogue)
@@ -467,7 +472,7 @@ def shapes(run: Run) -> dict[str, Any]:
             if name in calls and (count := unequal(calls[name](), wanted)):
                 row[name] = f"{count} elements differ"
                 del calls[name]
-        found[f"{m} x {n} x {k}, {epilogue}"] = by_turns(calls) | row
+        found[name_of(m, n, k, epilogue)] = by_turns(calls) | row
         run.keep("shapes", found)
         del given, wanted, calls
         free()
@@ -543,7 +548,7 @@ def steady(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for m, n, k in ((70, 96, 48),) if run.tiny else _STEP[:6]:
         epilogue = "gelu" if n > k else "gated"
-        if not f"{m} x {n} x {k}, {epilogue}".startswith(run.cases):
+        if not name_of(m, n, k, epilogue).startswith(run.cases):
             continue
         given = layer(m, n, k, exact=run.tiny)
         wanted = stock(given, epilogue)
@@ -562,7 +567,7 @@ def steady(run: Run) -> dict[str, Any]:
                     calls[way.name] = call
         for name, call in calls.items():
             row[name] = sustained(call)
-        found[f"{m} x {n} x {k}, {epilogue}"] = row
+        found[name_of(m, n, k, epilogue)] = row
         run.keep("steady", found)
         del given, wanted, calls
         free()
@@ -772,7 +777,7 @@ def main() -> None:
     kinds = list(dict.fromkeys(way.kind for way in (TINY if given.tiny else (*LARGE, *SMALL))))
     if unknown := [kind for kind in given.kinds if kind not in kinds]:
         parser.error(f"--kinds {unknown[0]!r}; accepted: {', '.join(kinds)}")
-    names = [f"{m} x {n} x {k}, {epilogue}" for (m, n, k), epilogue, _ in cases_of(given.tiny)]
+    names = [name_of(m, n, k, epilogue) for (m, n, k), epilogue, _ in cases_of(given.tiny)]
     if unknown := [case for case in given.cases if not any(name.startswith(case) for name in names)]:
         parser.error(f"--cases {unknown[0]!r} begins no layer's name; accepted: {'; '.join(names)}")
     torch.manual_seed(17)
